@@ -1,0 +1,25 @@
+//! Malla's decisions.
+//!
+//! Everything here is a pure function of its arguments: no clock (time is `now: Instant`), no
+//! randomness (a `draw` is passed in), no socket, no file, no task. What a peer sends is parsed
+//! here and nowhere else, so that a fuzzer reaches every parser.
+//!
+//! | module | stage |
+//! |---|---|
+//! | [`route`] | route: which service or workload a destination means |
+//! | [`balance`] | balance: which endpoint takes the connection |
+//! | [`wire`] | tunnel: what two agents say to each other |
+//! | [`authorize`] | authorize: whether the destination's agent delivers |
+//! | [`addr`], [`spiffe`], [`snapshot`], [`settings`], [`stage`] | the vocabulary of all of them |
+#![forbid(unsafe_code)]
+
+pub mod addr;
+pub mod authorize;
+pub mod backoff;
+pub mod balance;
+pub mod route;
+pub mod settings;
+pub mod snapshot;
+pub mod spiffe;
+pub mod stage;
+pub mod wire;

@@ -1,0 +1,225 @@
+//! What the agent knows of the mesh, as one immutable value.
+//!
+//! A connection takes one `Arc<Snapshot>` when it starts and decides everything from it, so a
+//! decision can be replayed from its inputs and no lock is held anywhere. A new state is a new
+//! snapshot; a state that is wrong never becomes one.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::addr::{EndpointAddr, PeerAddr};
+use crate::settings::Settings;
+use crate::spiffe::{SpiffeId, TrustDomain};
+
+/// The UID of a pod's API object: what tells a pod from another that got its name and address.
+pub type WorkloadUid = Arc<str>;
+
+/// Everything that decisions are made from.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Grows with every snapshot of this process.
+    pub generation: u64,
+    /// The node this agent runs on.
+    pub node: Arc<str>,
+    /// The trust domain of this mesh.
+    pub trust_domain: TrustDomain,
+    workloads: HashMap<WorkloadUid, Arc<Workload>>,
+    by_ip: HashMap<IpAddr, Arc<Workload>>,
+    services: HashMap<(Arc<str>, Arc<str>), Arc<Service>>,
+    by_vip: HashMap<IpAddr, Arc<Service>>,
+    nodes: HashMap<Arc<str>, Node>,
+}
+
+/// A pod, in the mesh or not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// `metadata.uid`.
+    pub uid: WorkloadUid,
+    /// `metadata.namespace`.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// Who it is.
+    pub identity: SpiffeId,
+    /// `spec.nodeName`.
+    pub node: Arc<str>,
+    /// `status.podIPs`, canonical, the primary one first.
+    pub ips: Vec<IpAddr>,
+    /// Names for telemetry.
+    pub names: WorkloadNames,
+    /// Whether its traffic is carried.
+    pub enrolment: Enrolment,
+    /// How it takes part.
+    pub settings: Settings,
+    /// Where its network namespace is found: the annotation `malla.dev/netns` in standalone mode.
+    pub netns: Option<Arc<str>>,
+}
+
+/// What Istio's metric labels call a workload. `unknown` where the manifests do not say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkloadNames {
+    /// The owner's name (Deployment, StatefulSet, …), or the pod's.
+    pub workload: Arc<str>,
+    /// Label `app`, or `app.kubernetes.io/name`.
+    pub app: Arc<str>,
+    /// Label `version`, or `app.kubernetes.io/version`.
+    pub version: Arc<str>,
+    /// Label `service.istio.io/canonical-name`, or `app`, or the workload.
+    pub canonical_service: Arc<str>,
+    /// Label `service.istio.io/canonical-revision`, or `version`, or `latest`.
+    pub canonical_revision: Arc<str>,
+}
+
+/// Whether a pod's traffic is carried, and why not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Enrolment {
+    /// Captured and reachable through the tunnel.
+    Enrolled,
+    /// Left alone, for the reason given: what `workloads` shows.
+    LeftAlone(&'static str),
+}
+
+/// A Kubernetes Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// `metadata.namespace`.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// `<name>.<namespace>.svc.cluster.local`: the `destination_service` label.
+    pub host: Arc<str>,
+    /// `spec.clusterIPs`, canonical. Empty for a headless service.
+    pub vips: Vec<IpAddr>,
+    /// `spec.ports`, TCP only.
+    pub ports: Vec<ServicePort>,
+}
+
+/// One port of a service, with what stands behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// `spec.ports[].port`.
+    pub port: u16,
+    /// `spec.ports[].name`, empty if the service has a single unnamed port.
+    pub name: Arc<str>,
+    /// Ready endpoints of every EndpointSlice of the service, both families, in address order.
+    pub endpoints: Arc<[Endpoint]>,
+}
+
+/// One endpoint of a service's port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Where it accepts connections.
+    pub addr: EndpointAddr,
+    /// The pod behind it; `None` if no manifest describes one at this address.
+    pub workload: Option<Arc<Workload>>,
+}
+
+/// A node of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Where its agent accepts tunnels, one per family, in the order of preference.
+    pub peers: Vec<PeerAddr>,
+}
+
+/// The parts of a [`Snapshot`], checked by whoever read them.
+#[derive(Clone, Debug, Default)]
+pub struct Parts {
+    /// Every pod.
+    pub workloads: Vec<Arc<Workload>>,
+    /// Every service.
+    pub services: Vec<Arc<Service>>,
+    /// Every node by name.
+    pub nodes: HashMap<Arc<str>, Node>,
+}
+
+impl Snapshot {
+    /// Indexes `parts`. Where two workloads claim one address the first one keeps it: the caller
+    /// reports such a conflict, and an address never means two pods at once.
+    pub fn new(generation: u64, node: Arc<str>, trust_domain: TrustDomain, parts: Parts) -> Self {
+        let mut by_ip = HashMap::new();
+        let mut workloads = HashMap::new();
+        for workload in parts.workloads {
+            for ip in &workload.ips {
+                by_ip.entry(*ip).or_insert_with(|| Arc::clone(&workload));
+            }
+            workloads.insert(Arc::clone(&workload.uid), workload);
+        }
+        let mut by_vip = HashMap::new();
+        let mut services = HashMap::new();
+        for service in parts.services {
+            for vip in &service.vips {
+                by_vip.entry(*vip).or_insert_with(|| Arc::clone(&service));
+            }
+            let key = (Arc::clone(&service.namespace), Arc::clone(&service.name));
+            services.insert(key, service);
+        }
+        Self {
+            generation,
+            node,
+            trust_domain,
+            workloads,
+            by_ip,
+            services,
+            by_vip,
+            nodes: parts.nodes,
+        }
+    }
+
+    /// A snapshot in which nothing is known.
+    pub fn empty(node: Arc<str>, trust_domain: TrustDomain) -> Self {
+        Self::new(0, node, trust_domain, Parts::default())
+    }
+
+    /// The pod with this UID.
+    pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.workloads.get(uid)
+    }
+
+    /// The pod at this address.
+    pub fn workload_at(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
+        self.by_ip.get(&ip.to_canonical())
+    }
+
+    /// Every pod, in no order.
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    /// The enrolled pods of this node, in no order.
+    pub fn local_enrolled(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values().filter(|w| w.node == self.node && w.is_enrolled())
+    }
+
+    /// The service with this cluster address.
+    pub fn service_at(&self, vip: IpAddr) -> Option<&Arc<Service>> {
+        self.by_vip.get(&vip.to_canonical())
+    }
+
+    /// The service of this name.
+    pub fn service(&self, namespace: &str, name: &str) -> Option<&Arc<Service>> {
+        self.services.get(&(namespace.into(), name.into()))
+    }
+
+    /// Every service, in no order.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    /// The node of this name.
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(name)
+    }
+
+    /// Every node with its name, in no order.
+    pub fn nodes(&self) -> impl Iterator<Item = (&Arc<str>, &Node)> {
+        self.nodes.iter()
+    }
+}
+
+impl Workload {
+    /// Whether its traffic is carried.
+    pub fn is_enrolled(&self) -> bool {
+        self.enrolment == Enrolment::Enrolled
+    }
+}

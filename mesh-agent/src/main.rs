@@ -1,0 +1,2 @@
+//! `mesh-agent`: the command line.
+fn main() {}
