@@ -1,1 +1,107 @@
-//! backoff.
+//! Exponential back-off with jitter.
+//!
+//! The n-th failure in a row waits between half and all of `min × 2ⁿ`, at most `max`. The jitter
+//! keeps many clients of a peer that comes back from arriving at once; half of the wait is certain,
+//! so that a failing peer is never hammered.
+
+use std::time::{Duration, Instant};
+
+/// When a peer that failed may be tried again.
+#[derive(Clone, Debug)]
+pub struct Backoff {
+    min: Duration,
+    max: Duration,
+    failures: u32,
+    retry_at: Option<Instant>,
+}
+
+impl Backoff {
+    /// No failure yet; the first one waits at most `min`, none longer than `max`.
+    pub fn new(min: Duration, max: Duration) -> Self {
+        Self { min, max, failures: 0, retry_at: None }
+    }
+
+    /// An attempt has failed at `now`. `draw(n)` must return a number uniform in `0..n`.
+    pub fn failed(&mut self, now: Instant, mut draw: impl FnMut(u32) -> u32) {
+        const STEPS: u32 = 1024;
+        let factor = 1u32.checked_shl(self.failures).unwrap_or(u32::MAX);
+        let most = self.min.saturating_mul(factor).min(self.max);
+        let wait = most / 2 + most / 2 * draw(STEPS) / STEPS;
+        self.failures = (self.failures + 1).min(u32::BITS);
+        self.retry_at = now.checked_add(wait);
+    }
+
+    /// An attempt has succeeded.
+    pub fn succeeded(&mut self) {
+        self.failures = 0;
+        self.retry_at = None;
+    }
+
+    /// How long to wait still; `None` if an attempt may be made now.
+    pub fn wait(&self, now: Instant) -> Option<Duration> {
+        self.retry_at?.checked_duration_since(now).filter(|wait| !wait.is_zero())
+    }
+
+    /// Failures since the last success.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[expect(clippy::disallowed_methods, reason = "any start will do; time then moves by hand")]
+    fn epoch() -> Instant {
+        Instant::now()
+    }
+
+    #[test]
+    fn waits_double_up_to_the_limit() {
+        let now = epoch();
+        let mut backoff = Backoff::new(100 * MS, 1000 * MS);
+        assert_eq!(backoff.wait(now), None);
+        let mut waits = Vec::new();
+        for _ in 0..40 {
+            backoff.failed(now, |_| 0);
+            waits.push(backoff.wait(now).unwrap());
+        }
+        assert_eq!(waits[..5], [50 * MS, 100 * MS, 200 * MS, 400 * MS, 500 * MS]);
+        assert!(waits[5..].iter().all(|wait| *wait == 500 * MS));
+    }
+
+    #[test]
+    fn jitter_is_the_upper_half() {
+        let now = epoch();
+        let mut backoff = Backoff::new(100 * MS, 1000 * MS);
+        backoff.failed(now, |n| n - 1);
+        let wait = backoff.wait(now).unwrap();
+        assert!(wait > 99 * MS && wait < 100 * MS, "{wait:?}");
+    }
+
+    #[test]
+    fn an_attempt_is_due_when_the_wait_is_over() {
+        let now = epoch();
+        let mut backoff = Backoff::new(100 * MS, 1000 * MS);
+        backoff.failed(now, |_| 0);
+        assert_eq!(backoff.wait(now + 49 * MS), Some(MS));
+        assert_eq!(backoff.wait(now + 50 * MS), None);
+        assert_eq!(backoff.wait(now + 51 * MS), None);
+    }
+
+    #[test]
+    fn success_forgets_every_failure() {
+        let now = epoch();
+        let mut backoff = Backoff::new(100 * MS, 1000 * MS);
+        for _ in 0..5 {
+            backoff.failed(now, |_| 0);
+        }
+        backoff.succeeded();
+        assert_eq!((backoff.wait(now), backoff.failures()), (None, 0));
+        backoff.failed(now, |_| 0);
+        assert_eq!(backoff.wait(now), Some(50 * MS));
+    }
+}

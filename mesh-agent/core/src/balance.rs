@@ -1,1 +1,372 @@
-//! balance.
+//! Which endpoint takes a connection.
+//!
+//! The default is power of two choices over peak EWMA: draw two endpoints at random, take the less
+//! loaded (Mitzenmacher, *The Power of Two Choices in Randomized Load Balancing*, IEEE TPDS 12(10),
+//! 2001). Load is an estimate of the time to be accepted, times the connections outstanding, so a
+//! stalled endpoint sheds traffic before its first time-out. The estimate jumps to any slower sample
+//! at once and forgets it over [`DECAY`]: being slow to trust costs a little balance, being slow to
+//! distrust costs user latency.
+//!
+//! An endpoint that refused or timed out is *tried last* for a while: still there when nobody else
+//! is, because a wrong guess must never make a service unreachable.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use crate::addr::EndpointAddr;
+use crate::snapshot::Endpoint;
+
+/// Time constant with which a latency estimate is forgotten.
+pub const DECAY: Duration = Duration::from_secs(10);
+/// Times to be accepted below this count as this: they tell the path (a pod of this node answers in
+/// 0.1 ms, one of another zone in 2 ms) and nothing about load. Without it the farthest of the
+/// endpoints would never win a comparison, and locality counts only where it is asked for. Also
+/// stands in until the first sample.
+pub const RTT_FLOOR: Duration = Duration::from_millis(5);
+/// How long an endpoint is tried last after its first failure; doubles with each one in a row.
+pub const AVOID_FIRST: Duration = Duration::from_secs(2);
+/// The longest time that an endpoint is tried last.
+pub const AVOID_MAX: Duration = Duration::from_secs(60);
+
+/// Endpoints that are remembered. Destinations outside the mesh are chosen by the pods; past this
+/// number those without a connection are forgotten, which costs a little balance and no correctness.
+pub const MAX_LOADS: usize = 65_536;
+
+/// How an endpoint is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Policy {
+    /// Power of two choices over peak EWMA and outstanding connections.
+    #[default]
+    LeastLoaded,
+    /// The endpoint chosen longest ago.
+    RoundRobin,
+    /// Any, uniformly.
+    Random,
+}
+
+/// What is known of every endpoint in use. One per agent; forgotten with [`Loads::retain`].
+#[derive(Debug, Default)]
+pub struct Loads {
+    by_addr: HashMap<EndpointAddr, Load>,
+    picks: u64,
+}
+
+#[derive(Debug)]
+struct Load {
+    rtt_s: f64,
+    updated: Instant,
+    outstanding: u32,
+    failures: u32,
+    avoid_until: Option<Instant>,
+    /// Value of `Loads::picks` when last chosen.
+    picked: u64,
+}
+
+impl Loads {
+    /// The index of the endpoint to try next, or `None` if all have been tried. Counts as chosen:
+    /// the caller reports the end with [`Loads::accepted`] or [`Loads::failed`], and after an
+    /// acceptance [`Loads::finished`].
+    ///
+    /// `draw(n)` must return a number uniform in `0..n`.
+    pub fn pick(
+        &mut self,
+        policy: Policy,
+        candidates: &[Endpoint],
+        tried: &[EndpointAddr],
+        now: Instant,
+        draw: impl FnMut(usize) -> usize,
+    ) -> Option<usize> {
+        let index = self.choose(policy, candidates, tried, now, draw)?;
+        self.picks += 1;
+        let picks = self.picks;
+        if self.by_addr.len() >= MAX_LOADS {
+            self.by_addr.retain(|_, load| load.outstanding > 0);
+        }
+        let load = self.load_mut(candidates[index].addr, now);
+        load.outstanding += 1;
+        load.picked = picks;
+        Some(index)
+    }
+
+    /// The endpoint accepted the connection `rtt` after it was asked.
+    pub fn accepted(&mut self, addr: EndpointAddr, now: Instant, rtt: Duration) {
+        let load = self.load_mut(addr, now);
+        let sample_s = rtt.as_secs_f64();
+        let keep = load.keep(now);
+        load.rtt_s = sample_s.max(load.rtt_s * keep + sample_s * (1.0 - keep));
+        load.updated = now;
+        load.failures = 0;
+        load.avoid_until = None;
+    }
+
+    /// The endpoint refused, or did not answer in time.
+    pub fn failed(&mut self, addr: EndpointAddr, now: Instant) {
+        let load = self.load_mut(addr, now);
+        let avoid = AVOID_FIRST.saturating_mul(1 << load.failures.min(10)).min(AVOID_MAX);
+        load.failures = load.failures.saturating_add(1);
+        load.avoid_until = Some(now + avoid);
+        load.outstanding = load.outstanding.saturating_sub(1);
+    }
+
+    /// A connection that was accepted has ended, or one that was chosen was not tried after all.
+    pub fn finished(&mut self, addr: EndpointAddr) {
+        if let Some(load) = self.by_addr.get_mut(&addr) {
+            load.outstanding = load.outstanding.saturating_sub(1);
+        }
+    }
+
+    /// Forgets endpoints that are gone, unless a connection to them is still open.
+    pub fn retain(&mut self, live: impl Fn(&EndpointAddr) -> bool) {
+        self.by_addr.retain(|addr, load| load.outstanding > 0 || live(addr));
+    }
+
+    /// Connections open or being opened to `addr`.
+    pub fn outstanding(&self, addr: EndpointAddr) -> u32 {
+        self.by_addr.get(&addr).map_or(0, |load| load.outstanding)
+    }
+
+    fn choose(
+        &self,
+        policy: Policy,
+        candidates: &[Endpoint],
+        tried: &[EndpointAddr],
+        now: Instant,
+        mut draw: impl FnMut(usize) -> usize,
+    ) -> Option<usize> {
+        let untried = |&i: &usize| !tried.contains(&candidates[i].addr);
+        let preferred = |&i: &usize| untried(&i) && !self.is_avoided(candidates[i].addr, now);
+        if policy == Policy::RoundRobin {
+            let oldest = |i: &usize| self.by_addr.get(&candidates[*i].addr).map_or(0, |l| l.picked);
+            let all = || 0..candidates.len();
+            return all()
+                .filter(preferred)
+                .min_by_key(oldest)
+                .or_else(|| all().filter(untried).min_by_key(oldest));
+        }
+        // Two draws nearly always find two good ones; only then is the list of a large service walked.
+        if candidates.len() > 2 && policy == Policy::LeastLoaded {
+            let first = draw(candidates.len());
+            let second = (first + 1 + draw(candidates.len() - 1)) % candidates.len();
+            if preferred(&first) && preferred(&second) {
+                return Some(self.lighter(candidates, first, second, now));
+            }
+        }
+        let mut eligible: Vec<usize> = (0..candidates.len()).filter(preferred).collect();
+        if eligible.is_empty() {
+            eligible = (0..candidates.len()).filter(untried).collect();
+        }
+        match (eligible.len(), policy) {
+            (0, _) => None,
+            (1, _) => Some(eligible[0]),
+            (n, Policy::Random) => Some(eligible[draw(n)]),
+            (n, _) => {
+                let first = draw(n);
+                // Draw the second from the others, so that the choice is always between two.
+                let second = (first + 1 + draw(n - 1)) % n;
+                Some(self.lighter(candidates, eligible[first], eligible[second], now))
+            }
+        }
+    }
+
+    fn lighter(&self, candidates: &[Endpoint], a: usize, b: usize, now: Instant) -> usize {
+        let load = |i: usize| match self.by_addr.get(&candidates[i].addr) {
+            Some(load) => load.in_seconds(now),
+            None => RTT_FLOOR.as_secs_f64(),
+        };
+        if load(b) < load(a) { b } else { a }
+    }
+
+    fn is_avoided(&self, addr: EndpointAddr, now: Instant) -> bool {
+        let until = self.by_addr.get(&addr).and_then(|load| load.avoid_until);
+        until.is_some_and(|until| now < until)
+    }
+
+    fn load_mut(&mut self, addr: EndpointAddr, now: Instant) -> &mut Load {
+        self.by_addr.entry(addr).or_insert_with(|| Load {
+            rtt_s: RTT_FLOOR.as_secs_f64(),
+            updated: now,
+            outstanding: 0,
+            failures: 0,
+            avoid_until: None,
+            picked: 0,
+        })
+    }
+}
+
+impl Load {
+    /// Seconds of work in front of a new connection: to compare endpoints, not to report.
+    ///
+    /// Fades while the endpoint is unused, down to the floor. Without that, one slow
+    /// sample would exclude it for ever, since nothing would be sent there to correct it.
+    fn in_seconds(&self, now: Instant) -> f64 {
+        let rtt_s = (self.rtt_s * self.keep(now)).max(RTT_FLOOR.as_secs_f64());
+        rtt_s * (f64::from(self.outstanding) + 1.0)
+    }
+
+    /// Share of the estimate that is still believed at `now`.
+    fn keep(&self, now: Instant) -> f64 {
+        let idle = now.saturating_duration_since(self.updated);
+        (-idle.as_secs_f64() / DECAY.as_secs_f64()).exp()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::endpoint;
+    use proptest::prelude::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn endpoints(n: usize) -> Vec<Endpoint> {
+        (0..n).map(|i| endpoint(&format!("10.0.0.{}:80", i + 1))).collect()
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "any start will do; time then moves by hand")]
+    fn epoch() -> Instant {
+        Instant::now()
+    }
+
+    /// A fixed generator (Knuth's MMIX constants): the same test fails the same way everywhere.
+    fn fixed_draws() -> impl FnMut(usize) -> usize {
+        let mut state = 7u64;
+        move |n| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            usize::try_from(state >> 33).unwrap() % n
+        }
+    }
+
+    #[test]
+    fn slow_endpoint_is_avoided_and_equals_share_evenly() {
+        let (mut loads, all, mut draw) = (Loads::default(), endpoints(3), fixed_draws());
+        let mut now = epoch();
+        let rtt = [MS, MS, 50 * MS];
+        let mut picked = [0u32; 3];
+        for _ in 0..10_000 {
+            let i = loads.pick(Policy::LeastLoaded, &all, &[], now, &mut draw).unwrap();
+            picked[i] += 1;
+            now += MS;
+            loads.accepted(all[i].addr, now, rtt[i]);
+            loads.finished(all[i].addr);
+        }
+        assert!(picked[2] < 100, "1% of 10,000 at most, got {picked:?}");
+        assert!(picked[0].abs_diff(picked[1]) < 500, "{picked:?}");
+    }
+
+    #[test]
+    fn far_endpoint_gets_its_share() {
+        let (mut loads, all, mut draw) = (Loads::default(), endpoints(3), fixed_draws());
+        let mut now = epoch();
+        let rtt = [MS / 10, MS / 10, 2 * MS];
+        let mut picked = [0u32; 3];
+        for _ in 0..3_000 {
+            let i = loads.pick(Policy::LeastLoaded, &all, &[], now, &mut draw).unwrap();
+            picked[i] += 1;
+            now += MS;
+            loads.accepted(all[i].addr, now, rtt[i]);
+            loads.finished(all[i].addr);
+        }
+        assert!(picked.iter().all(|n| n.abs_diff(1_000) < 150), "{picked:?}");
+    }
+
+    #[test]
+    fn endpoint_with_open_connections_gets_fewer() {
+        let (mut loads, all, mut draw) = (Loads::default(), endpoints(2), fixed_draws());
+        let now = epoch();
+        for _ in 0..100 {
+            loads.pick(Policy::LeastLoaded, &all, &[], now, &mut draw).unwrap();
+        }
+        let open = [loads.outstanding(all[0].addr), loads.outstanding(all[1].addr)];
+        assert!(open[0].abs_diff(open[1]) <= 1, "{open:?}");
+    }
+
+    #[test]
+    fn slow_endpoint_is_tried_again_once_its_sample_is_old() {
+        let (mut loads, all) = (Loads::default(), endpoints(2));
+        let now = epoch();
+        loads.accepted(all[1].addr, now, 50 * MS);
+        loads.accepted(all[0].addr, now, 2 * MS);
+        assert_eq!(loads.pick(Policy::LeastLoaded, &all, &[], now, |_| 0), Some(0));
+        loads.finished(all[0].addr);
+        let later = now + 10 * DECAY;
+        loads.accepted(all[0].addr, later, 20 * MS);
+        assert_eq!(loads.pick(Policy::LeastLoaded, &all, &[], later, |_| 0), Some(1));
+    }
+
+    #[test]
+    fn failed_endpoint_is_tried_last_and_returns_after_a_while() {
+        let (mut loads, all, mut draw) = (Loads::default(), endpoints(3), fixed_draws());
+        let now = epoch();
+        for policy in [Policy::LeastLoaded, Policy::RoundRobin, Policy::Random] {
+            loads.failed(all[1].addr, now);
+            for _ in 0..50 {
+                let i = loads.pick(policy, &all, &[], now, &mut draw).unwrap();
+                assert_ne!(i, 1, "{policy:?}");
+                loads.finished(all[i].addr);
+            }
+            let others = [all[0].addr, all[2].addr];
+            assert_eq!(
+                loads.pick(policy, &all, &others, now, &mut draw),
+                Some(1),
+                "the last resort"
+            );
+            loads.finished(all[1].addr);
+        }
+        let later = now + AVOID_MAX;
+        let back =
+            (0..50).any(|_| loads.pick(Policy::Random, &all, &[], later, &mut draw) == Some(1));
+        assert!(back);
+    }
+
+    #[test]
+    fn round_robin_takes_turns() {
+        let (mut loads, all) = (Loads::default(), endpoints(3));
+        let now = epoch();
+        let turns: Vec<_> = (0..6)
+            .map(|_| loads.pick(Policy::RoundRobin, &all, &[], now, |_| 0).unwrap())
+            .collect();
+        assert_eq!(turns[..3].iter().copied().collect::<std::collections::BTreeSet<_>>().len(), 3);
+        assert_eq!(turns[..3], turns[3..]);
+    }
+
+    #[test]
+    fn endpoint_that_is_gone_is_forgotten_once_idle() {
+        let (mut loads, all) = (Loads::default(), endpoints(1));
+        loads.pick(Policy::Random, &all, &[], epoch(), |_| 0);
+        loads.retain(|_| false);
+        assert_eq!(loads.outstanding(all[0].addr), 1, "still open");
+        loads.finished(all[0].addr);
+        loads.retain(|_| false);
+        assert!(loads.by_addr.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn everyone_is_tried_exactly_once(
+            n in 1usize..20,
+            failing in proptest::collection::vec(any::<bool>(), 20),
+            policy in prop_oneof![
+                Just(Policy::LeastLoaded), Just(Policy::RoundRobin), Just(Policy::Random)
+            ],
+            seed in any::<usize>(),
+        ) {
+            let (mut loads, all) = (Loads::default(), endpoints(n));
+            let now = epoch();
+            for (i, endpoint) in all.iter().enumerate() {
+                if failing[i] { loads.failed(endpoint.addr, now); }
+            }
+            let mut step = seed;
+            let mut tried = Vec::new();
+            while let Some(i) = loads.pick(policy, &all, &tried, now, |n| {
+                step = step.wrapping_mul(31).wrapping_add(17);
+                step % n
+            }) {
+                prop_assert!(!tried.contains(&all[i].addr));
+                tried.push(all[i].addr);
+            }
+            prop_assert_eq!(tried.len(), n);
+        }
+    }
+}

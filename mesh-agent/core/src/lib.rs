@@ -17,6 +17,8 @@ pub mod addr;
 pub mod authorize;
 pub mod backoff;
 pub mod balance;
+#[cfg(test)]
+mod fixtures;
 pub mod route;
 pub mod settings;
 pub mod snapshot;

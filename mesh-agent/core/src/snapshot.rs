@@ -4,7 +4,7 @@
 //! decision can be replayed from its inputs and no lock is held anywhere. A new state is a new
 //! snapshot; a state that is wrong never becomes one.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -44,7 +44,8 @@ pub struct Workload {
     pub identity: SpiffeId,
     /// `spec.nodeName`.
     pub node: Arc<str>,
-    /// `status.podIPs`, canonical, the primary one first.
+    /// `status.podIPs`, canonical, the primary one first. Empty for a pod whose address does not
+    /// mean it alone: one that shares the node's network, has completed, or has none yet.
     pub ips: Vec<IpAddr>,
     /// Names for telemetry.
     pub names: WorkloadNames,
@@ -93,6 +94,9 @@ pub struct Service {
     pub vips: Vec<IpAddr>,
     /// `spec.ports`, TCP only.
     pub ports: Vec<ServicePort>,
+    /// Whether `spec.selector` says which pods stand behind it. Without one, somebody else keeps its
+    /// endpoints, and that there are none says nothing.
+    pub selector: bool,
 }
 
 /// One port of a service, with what stands behind it.
@@ -103,6 +107,7 @@ pub struct ServicePort {
     /// `spec.ports[].name`, empty if the service has a single unnamed port.
     pub name: Arc<str>,
     /// Ready endpoints of every EndpointSlice of the service, both families, in address order.
+    /// Where none is ready, those that still serve while their pods terminate.
     pub endpoints: Arc<[Endpoint]>,
 }
 
@@ -206,6 +211,11 @@ impl Snapshot {
         self.services.values()
     }
 
+    /// Every endpoint of every service.
+    pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
+        self.services().flat_map(|service| &service.ports).flat_map(|port| port.endpoints.iter())
+    }
+
     /// The node of this name.
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.get(name)
@@ -215,11 +225,131 @@ impl Snapshot {
     pub fn nodes(&self) -> impl Iterator<Item = (&Arc<str>, &Node)> {
         self.nodes.iter()
     }
+
+    /// The destinations that belong to the mesh, for the kernel to capture. Anything else stays on
+    /// its own path, at no cost.
+    ///
+    /// - Addresses of enrolled pods, on any node.
+    /// - Addresses of services with an enrolled endpoint, and of services that select pods and have
+    ///   no endpoint: their clients are to be refused at once, with a reason.
+    /// - Never the API server's: the mesh must not stand between a pod and what it is configured
+    ///   from.
+    pub fn captured_destinations(&self) -> HashSet<IpAddr> {
+        let pods = self.workloads.values().filter(|w| w.is_enrolled()).flat_map(|w| &w.ips);
+        let services = self.services.values().filter(|s| s.is_captured()).flat_map(|s| &s.vips);
+        let api_server = self.service("default", "kubernetes").map(|s| s.vips.as_slice());
+        let mut all: HashSet<_> = pods.chain(services).copied().collect();
+        for vip in api_server.unwrap_or_default() {
+            all.remove(vip);
+        }
+        all
+    }
+
+    /// Whether `other` says the same of the mesh, whatever its generation.
+    pub fn same_state(&self, other: &Self) -> bool {
+        // `by_vip` and `by_ip` too: they also say who keeps an address that two claim.
+        self.node == other.node
+            && self.trust_domain == other.trust_domain
+            && self.workloads == other.workloads
+            && self.by_ip == other.by_ip
+            && self.services == other.services
+            && self.by_vip == other.by_vip
+            && self.nodes == other.nodes
+    }
+}
+
+impl Service {
+    fn is_captured(&self) -> bool {
+        let mut endpoints = self.ports.iter().flat_map(|port| port.endpoints.iter()).peekable();
+        if endpoints.peek().is_none() {
+            return self.selector;
+        }
+        endpoints.any(|endpoint| endpoint.workload.as_ref().is_some_and(|w| w.is_enrolled()))
+    }
 }
 
 impl Workload {
     /// Whether its traffic is carried.
     pub fn is_enrolled(&self) -> bool {
         self.enrolment == Enrolment::Enrolled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn workload(name: &str, ip: &str, enrolment: Enrolment) -> Arc<Workload> {
+        let trust_domain = TrustDomain::new("cluster.local").unwrap();
+        Arc::new(Workload {
+            uid: name.into(),
+            namespace: "default".into(),
+            name: name.into(),
+            identity: SpiffeId::new(trust_domain, "default", name).unwrap(),
+            node: "a".into(),
+            ips: vec![ip.parse().unwrap()],
+            names: WorkloadNames {
+                workload: name.into(),
+                app: name.into(),
+                version: "unknown".into(),
+                canonical_service: name.into(),
+                canonical_revision: "latest".into(),
+            },
+            enrolment,
+            settings: Settings::default(),
+            netns: None,
+        })
+    }
+
+    fn service(name: &str, vip: &str, selector: bool, pods: &[&Arc<Workload>]) -> Arc<Service> {
+        let endpoint = |pod: &&Arc<Workload>| Endpoint {
+            addr: EndpointAddr((pod.ips[0], 80).into()),
+            workload: Some(Arc::clone(pod)),
+        };
+        Arc::new(Service {
+            namespace: "default".into(),
+            name: name.into(),
+            host: format!("{name}.default.svc.cluster.local").into(),
+            vips: vec![vip.parse().unwrap()],
+            ports: vec![ServicePort {
+                port: 80,
+                name: "".into(),
+                endpoints: pods.iter().map(endpoint).collect(),
+            }],
+            selector,
+        })
+    }
+
+    fn snapshot(workloads: &[&Arc<Workload>], services: Vec<Arc<Service>>) -> Snapshot {
+        let workloads = workloads.iter().map(|w| Arc::clone(w)).collect();
+        let parts = Parts { workloads, services, nodes: HashMap::new() };
+        Snapshot::new(1, "a".into(), TrustDomain::new("cluster.local").unwrap(), parts)
+    }
+
+    #[test]
+    fn only_what_belongs_to_the_mesh_is_captured() {
+        let enrolled = workload("in", "10.0.0.1", Enrolment::Enrolled);
+        let outside = workload("out", "10.0.0.2", Enrolment::LeftAlone("not enrolled"));
+        let services = vec![
+            service("mixed", "10.1.0.1", true, &[&outside, &enrolled]),
+            service("outside", "10.1.0.2", true, &[&outside]),
+            service("empty", "10.1.0.3", true, &[]),
+            service("external", "10.1.0.4", false, &[]),
+            service("kubernetes", "10.1.0.5", true, &[&enrolled]),
+        ];
+        let captured = snapshot(&[&enrolled, &outside], services).captured_destinations();
+        let expected = ["10.0.0.1", "10.1.0.1", "10.1.0.3"].map(|ip| ip.parse().unwrap());
+        assert_eq!(captured, HashSet::from(expected));
+    }
+
+    #[test]
+    fn same_state_ignores_the_generation_and_nothing_else() {
+        let one = workload("one", "10.0.0.1", Enrolment::Enrolled);
+        let before = snapshot(&[&one], vec![service("s", "10.1.0.1", true, &[&one])]);
+        let mut after = before.clone();
+        after.generation += 1;
+        assert!(after.same_state(&before));
+        let other = snapshot(&[&one], vec![service("s", "10.1.0.1", true, &[])]);
+        assert!(!other.same_state(&before));
     }
 }

@@ -1,1 +1,0 @@
-//! What two agents say to each other: the tunnel's wire protocol.
