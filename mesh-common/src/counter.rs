@@ -1,0 +1,97 @@
+//! What the programs count: one number per exit that is not "not enrolled".
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident = $label:literal,)*) => {
+        /// Why a program returned what it did. Per CPU and not atomic: statistics, never quotas.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        pub enum Counter {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Counter {
+            /// All of them; the position is the index in the map.
+            pub const ALL: &[Self] = &[$(Self::$name),*];
+
+            /// The `reason` label: stable across releases.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$name => $label,)*
+                }
+            }
+        }
+    };
+}
+
+counters! {
+    /// `connect`: sent to the agent.
+    Captured = "captured",
+    /// `connect`: a socket of the agent itself.
+    ConnectAgent = "connect_agent",
+    /// `connect`: a loopback or unspecified destination.
+    ConnectLoopback = "connect_loopback",
+    /// `connect`: the pod's own address.
+    ConnectSelf = "connect_self",
+    /// `connect`: a link-local destination, such as a cloud's metadata service.
+    ConnectLinkLocal = "connect_link_local",
+    /// `connect`: a port of `skip-outbound-ports`.
+    ConnectSkippedPort = "connect_skipped_port",
+    /// `connect`: an address of `skip-outbound-cidrs`.
+    ConnectSkippedCidr = "connect_skipped_cidr",
+    /// `connect`: not a destination of the mesh.
+    ConnectNotMesh = "connect_not_mesh",
+    /// `connect`: bypassed, since the agent is silent and the pod fails open.
+    ConnectFailOpen = "connect_fail_open",
+    /// `connect`: bypassed, since the agent has been gone for a day.
+    ConnectDeadMan = "connect_dead_man",
+    /// `connect`: refused; the destination is one of the agent's own listeners.
+    ConnectOwnListener = "connect_own_listener",
+    /// `connect`: refused; the pod has no listener for the destination's family.
+    ConnectNoListener = "connect_no_listener",
+    /// `connect`: refused; the kernel had no memory to remember the destination.
+    ConnectNoStorage = "connect_no_storage",
+    /// `sock_ops`: a captured connection's origin was published.
+    FlowPublished = "flow_published",
+    /// `sock_ops`: it could not be published; the agent will reset the connection.
+    FlowLost = "flow_lost",
+    /// `sock_ops`: a delivery was announced to the lookup program.
+    DeliveryAnnounced = "delivery_announced",
+    /// `sock_ops`: it could not be announced; the connection will be steered or refused.
+    DeliveryLost = "delivery_lost",
+    /// `getpeername`: the original destination was shown.
+    PeerShown = "peer_shown",
+    /// `sk_lookup`: steered to the agent.
+    LookupSteered = "lookup_steered",
+    /// `sk_lookup`: the pod connects to itself.
+    LookupSelf = "lookup_self",
+    /// `sk_lookup`: a delivery by the agent.
+    LookupDelivery = "lookup_delivery",
+    /// `sk_lookup`: a port of `skip-inbound-ports`.
+    LookupSkippedPort = "lookup_skipped_port",
+    /// `sk_lookup`: refused; plain text in strict mode.
+    LookupStrict = "lookup_strict",
+    /// `sk_lookup`: refused; aimed at one of the agent's own listeners.
+    LookupOwnListener = "lookup_own_listener",
+    /// `sk_lookup`: refused; the agent's listener is gone.
+    LookupListenerGone = "lookup_listener_gone",
+    /// `sk_lookup`: bypassed, since the agent is silent and the pod fails open.
+    LookupFailOpen = "lookup_fail_open",
+    /// `sk_lookup`: bypassed, since the agent has been gone for a day.
+    LookupDeadMan = "lookup_dead_man",
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn index_is_position_and_names_are_distinct() {
+        for (index, counter) in Counter::ALL.iter().enumerate() {
+            assert_eq!(*counter as usize, index);
+        }
+        let names: HashSet<_> = Counter::ALL.iter().map(|counter| counter.name()).collect();
+        assert_eq!(names.len(), Counter::ALL.len());
+    }
+}

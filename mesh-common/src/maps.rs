@@ -1,0 +1,365 @@
+//! What lies in the maps: `repr(C)`, integers and byte arrays only, every byte a named field.
+
+use crate::abi::{self, Layout as _};
+use crate::addr::{WireAddr, WireIp};
+use crate::counter::Counter;
+
+/// Declares a struct that lies in a map, refuses padding, and derives its layout hash.
+macro_rules! map_struct {
+    ($(#[$doc:meta])* $vis:vis struct $name:ident {
+        $($(#[$field_doc:meta])* $field_vis:vis $field:ident: $type:ty,)*
+    }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        $vis struct $name {
+            $($(#[$field_doc])* $field_vis $field: $type,)*
+        }
+
+        const _: () =
+            assert!(size_of::<$name>() == 0 $(+ size_of::<$type>())*, "padding must be a field");
+
+        impl $crate::abi::Layout for $name {
+            const HASH: u64 = {
+                let hash = $crate::abi::text($crate::abi::SEED, stringify!($name));
+                let hash = $crate::abi::number(hash, size_of::<$name>());
+                let hash = $crate::abi::number(hash, align_of::<$name>());
+                $(
+                    let hash = $crate::abi::text(hash, stringify!($field));
+                    let hash = $crate::abi::text(hash, stringify!($type));
+                    let hash = $crate::abi::number(hash, core::mem::offset_of!($name, $field));
+                    let hash = $crate::abi::number(hash, size_of::<$type>());
+                )*
+                hash
+            };
+        }
+
+        // SAFETY: `repr(C)`, `Copy`, no padding (asserted above), and every bit pattern is valid.
+        #[cfg(feature = "user")]
+        unsafe impl aya::Pod for $name {}
+    };
+}
+pub(crate) use map_struct;
+
+/// Port ranges in a list of a pod; `mesh_core::settings` refuses more.
+pub const MAX_RANGES: usize = 16;
+
+/// Outbound listeners of a pod per family. More than twice the workers that anybody runs, and each
+/// gives the pod another 28,000 connections, since all of them have one destination address.
+pub const MAX_PORTS: usize = 16;
+
+/// [`PodOutbound::flags`]: capture every destination, not only those of the mesh.
+pub const OUTBOUND_ALL: u32 = 1;
+/// [`PodOutbound::flags`], [`PodInbound::flags`]: bypass a silent agent instead of failing.
+pub const FAIL_OPEN: u32 = 1 << 1;
+/// [`PodOutbound::flags`]: the pod has entries in `SKIP_CIDRS`.
+pub const HAS_SKIP_CIDRS: u32 = 1 << 2;
+/// [`PodInbound::flags`]: refuse plain text.
+pub const STRICT: u32 = 1 << 3;
+
+/// [`SockMeta::role`]: an application's socket.
+pub const ROLE_APP: u8 = 0;
+/// [`SockMeta::role`]: a socket of the agent that must leave as it is.
+pub const ROLE_AGENT: u8 = 1;
+/// [`SockMeta::role`]: a socket of the agent that delivers to an application in its pod.
+pub const ROLE_DELIVER: u8 = 2;
+
+map_struct! {
+    /// Ports from `first` to `last`, both included, in host order.
+    pub struct PortRange {
+        /// Lowest port.
+        pub first: u16,
+        /// Highest port.
+        pub last: u16,
+    }
+}
+
+map_struct! {
+    /// A list of port ranges.
+    pub struct PortRanges {
+        /// The ranges; only the first `len` count.
+        pub ranges: [PortRange; MAX_RANGES],
+        /// How many.
+        pub len: u32,
+    }
+}
+
+map_struct! {
+    /// How an enrolled pod's outgoing connections are treated. Map `POD_OUTBOUND`, by netns cookie.
+    pub struct PodOutbound {
+        /// The pod's IPv4 address (v4-mapped), or zero.
+        pub ip4: WireIp,
+        /// The pod's IPv6 address, or zero.
+        pub ip6: WireIp,
+        /// Ports of the agent's listeners on `ip4`, in host order; only the first `ports_len` count.
+        pub ports4: [u16; MAX_PORTS],
+        /// The same on `ip6`.
+        pub ports6: [u16; MAX_PORTS],
+        /// Destination ports that are never captured.
+        pub skip: PortRanges,
+        /// Listeners per family.
+        pub ports_len: u32,
+        /// [`OUTBOUND_ALL`], [`FAIL_OPEN`], [`HAS_SKIP_CIDRS`].
+        pub flags: u32,
+        /// Which listener is next. Advanced by the program without an atomic: two connections at
+        /// once may take the same one, which is all that can go wrong.
+        pub turn: u32,
+        /// Hash of the pod's UID, two words: whose entry this is after a restart of the agent.
+        pub pod: [u32; 2],
+    }
+}
+
+map_struct! {
+    /// How connections to an enrolled pod are treated. Map `POD_INBOUND`, by the pod's address.
+    pub struct PodInbound {
+        /// Ports that reach the application without the agent.
+        pub skip: PortRanges,
+        /// The agent's outbound listeners on this address: never a destination from outside.
+        pub own_ports: [u16; MAX_PORTS],
+        /// How many of them.
+        pub own_ports_len: u32,
+        /// Inbound listeners in `INBOUND`, shards 0 to this.
+        pub listeners: u32,
+        /// [`STRICT`], [`FAIL_OPEN`].
+        pub flags: u32,
+        /// Hash of the pod's UID, as in [`PodOutbound`].
+        pub pod: [u32; 2],
+    }
+}
+
+map_struct! {
+    /// A captured connection as the agent sees it. Map `FLOWS`; the value is the original destination.
+    pub struct FlowKey {
+        /// Cookie of the pod's netns: two pods may use one address and port (loopback).
+        pub netns: u64,
+        /// The application's address and port: the accepted socket's peer.
+        pub src: WireAddr,
+        /// The port of the listener that was dialled instead, in network order. Without it two
+        /// connections from one source port, which the kernel allows to different listeners, would
+        /// share a key, and one would be carried to the other's destination.
+        pub listener_be: u16,
+        /// Zero.
+        pub reserved: u16,
+    }
+}
+
+map_struct! {
+    /// A connection that `sk_lookup` lets through: a delivery under way, or a captured one from a second
+    /// address of its pod. Map `DELIVERIES`; the value says until when. The tuple names the pod by its
+    /// address, which is unique on a node.
+    pub struct DeliveryKey {
+        /// What the application will see as its client.
+        pub src: WireAddr,
+        /// The application.
+        pub dst: WireAddr,
+    }
+}
+
+map_struct! {
+    /// An inbound listener. Map `INBOUND`.
+    pub struct ListenerKey {
+        /// The pod's address.
+        pub ip: WireIp,
+        /// Which of the pod's listeners: there is one per worker.
+        pub shard: u32,
+    }
+}
+
+map_struct! {
+    /// What follows the prefix length in a key of `SKIP_CIDRS`.
+    pub struct SkipCidr {
+        /// Netns cookie, as two words in the machine's order: always matched in full.
+        pub netns: [u32; 2],
+        /// The network.
+        pub ip: WireIp,
+    }
+}
+
+map_struct! {
+    /// What is remembered on a socket. Map `SOCK_META`.
+    pub struct SockMeta {
+        /// Where the application meant to go, if `captured`.
+        pub orig: WireAddr,
+        /// [`ROLE_APP`], [`ROLE_AGENT`], [`ROLE_DELIVER`].
+        pub role: u8,
+        /// 1 while the socket's destination is rewritten.
+        pub captured: u8,
+        /// Zero.
+        pub reserved: [u8; 2],
+    }
+}
+
+map_struct! {
+    /// What the agent tells all programs. Map `CONTROL`, one element.
+    pub struct Control {
+        /// `CLOCK_BOOTTIME` when the agent last said that it lives.
+        pub heartbeat_ns: u64,
+    }
+}
+
+/// A map that both sides know: what its pin must look like to be reused.
+#[derive(Clone, Copy, Debug)]
+pub struct MapSpec {
+    /// Name in the object, in the kernel and in bpffs.
+    pub name: &'static str,
+    /// `enum bpf_map_type` of the kernel's UAPI.
+    pub kind: u32,
+    /// Bytes of a key.
+    pub key_size: usize,
+    /// Bytes of a value.
+    pub value_size: usize,
+    /// How many entries it has room for.
+    pub size: MapSize,
+}
+
+/// Where a map's number of entries comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapSize {
+    /// Always this many.
+    Fixed(usize),
+    /// The pods of a node, times this.
+    PerPod(usize),
+    /// The destinations of the mesh.
+    Destinations,
+    /// The connections between `connect()` and the agent's `accept()`.
+    Flows,
+}
+
+const HASH: u32 = 1;
+const ARRAY: u32 = 2;
+const PERCPU_ARRAY: u32 = 6;
+const LRU_HASH: u32 = 9;
+const LPM_TRIE: u32 = 11;
+const SOCKHASH: u32 = 18;
+const SK_STORAGE: u32 = 24;
+
+/// Inbound listeners per address that fit.
+pub const MAX_SHARDS: usize = 16;
+/// Blocks of `skip-outbound-cidrs` per pod, on average, that fit.
+pub const SKIP_CIDRS_PER_POD: usize = 8;
+
+/// Every pinned map.
+pub const SPECS: [MapSpec; 10] = [
+    spec("POD_OUTBOUND", HASH, size_of::<u64>(), size_of::<PodOutbound>(), MapSize::PerPod(1)),
+    spec("POD_INBOUND", HASH, size_of::<WireIp>(), size_of::<PodInbound>(), MapSize::PerPod(2)),
+    spec("DESTINATIONS", HASH, size_of::<WireIp>(), size_of::<u32>(), MapSize::Destinations),
+    spec("SKIP_CIDRS", LPM_TRIE, 28, size_of::<u32>(), MapSize::PerPod(SKIP_CIDRS_PER_POD)),
+    spec("SOCK_META", SK_STORAGE, size_of::<u32>(), size_of::<SockMeta>(), MapSize::Fixed(0)),
+    spec("FLOWS", LRU_HASH, size_of::<FlowKey>(), size_of::<WireAddr>(), MapSize::Flows),
+    spec(
+        "DELIVERIES",
+        LRU_HASH,
+        size_of::<DeliveryKey>(),
+        size_of::<u32>(),
+        MapSize::Fixed(65_536),
+    ),
+    spec(
+        "INBOUND",
+        SOCKHASH,
+        size_of::<ListenerKey>(),
+        size_of::<u32>(),
+        MapSize::PerPod(2 * MAX_SHARDS),
+    ),
+    spec("CONTROL", ARRAY, size_of::<u32>(), size_of::<Control>(), MapSize::Fixed(1)),
+    spec(
+        "COUNTERS",
+        PERCPU_ARRAY,
+        size_of::<u32>(),
+        size_of::<u64>(),
+        MapSize::Fixed(Counter::ALL.len()),
+    ),
+];
+
+const fn spec(
+    name: &'static str,
+    kind: u32,
+    key_size: usize,
+    value_size: usize,
+    size: MapSize,
+) -> MapSpec {
+    MapSpec { name, kind, key_size, value_size, size }
+}
+
+/// Everything in this file and the order of the counters, in one number.
+pub(crate) const fn layout_hash(mut hash: u64) -> u64 {
+    let structs = [
+        WireAddr::HASH,
+        PortRange::HASH,
+        PortRanges::HASH,
+        PodOutbound::HASH,
+        PodInbound::HASH,
+        FlowKey::HASH,
+        DeliveryKey::HASH,
+        ListenerKey::HASH,
+        SkipCidr::HASH,
+        SockMeta::HASH,
+        Control::HASH,
+    ];
+    let mut i = 0;
+    while i < structs.len() {
+        hash = abi::bytes(hash, &structs[i].to_le_bytes());
+        i += 1;
+    }
+    i = 0;
+    while i < SPECS.len() {
+        let spec = SPECS[i];
+        hash = abi::text(hash, spec.name);
+        hash = abi::number(hash, spec.kind as usize);
+        hash = abi::number(hash, spec.key_size);
+        hash = abi::number(hash, spec.value_size);
+        i += 1;
+    }
+    i = 0;
+    while i < Counter::ALL.len() {
+        hash = abi::text(hash, Counter::ALL[i].name());
+        i += 1;
+    }
+    hash
+}
+
+impl SkipCidr {
+    /// Bits before those of the address.
+    pub const NETNS_BITS: u32 = 64;
+
+    /// The key for an address seen from a netns.
+    #[inline(always)]
+    pub const fn new(netns: u64, ip: WireIp) -> Self {
+        // Truncation is the point: the low word, then the high one.
+        #[expect(clippy::cast_possible_truncation, reason = "split into two words")]
+        let netns = [netns as u32, (netns >> 32) as u32];
+        Self { netns, ip }
+    }
+}
+
+impl PortRanges {
+    /// No ports.
+    pub const NONE: Self = Self { ranges: [PortRange { first: 0, last: 0 }; MAX_RANGES], len: 0 };
+
+    /// Whether `port` is in one of the ranges.
+    #[inline(always)]
+    pub fn contains(&self, port: u16) -> bool {
+        for (range, index) in self.ranges.iter().zip(0u32..) {
+            if index >= self.len {
+                return false;
+            }
+            if range.first <= port && port <= range.last {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// Whether `port` is among the first `len` of `ports`.
+#[inline(always)]
+pub(crate) fn has_port(ports: &[u16; MAX_PORTS], len: u32, port: u16) -> bool {
+    for (own, index) in ports.iter().zip(0u32..) {
+        if index >= len {
+            return false;
+        }
+        if *own == port {
+            return true;
+        }
+    }
+    false
+}

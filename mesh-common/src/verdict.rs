@@ -1,0 +1,476 @@
+//! The decisions of the programs, without a kernel: the same code runs there and in the tests below.
+//!
+//! What needs a map lookup is passed as a closure and asked only when it matters.
+
+use crate::addr::{WireAddr, WireIp, is_v4};
+use crate::counter::Counter;
+use crate::maps::{
+    FAIL_OPEN, HAS_SKIP_CIDRS, MAX_PORTS, OUTBOUND_ALL, PodInbound, PodOutbound, STRICT, has_port,
+};
+
+/// A silent agent is bypassed by pods that fail open after this long: five missed heartbeats.
+pub const STALE_NS: u64 = 5_000_000_000;
+
+/// An agent silent for a day was uninstalled without `detach`: the programs switch themselves off.
+pub const GONE_NS: u64 = 24 * 3_600 * 1_000_000_000;
+
+/// What the heartbeat says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Agent {
+    /// It lives.
+    Alive,
+    /// Silent for more than [`STALE_NS`].
+    Silent,
+    /// Silent for more than [`GONE_NS`], or never heard.
+    Gone,
+}
+
+impl Agent {
+    /// Both on `CLOCK_BOOTTIME`, so that a suspended machine's agent does not look alive.
+    #[inline(always)]
+    pub fn at(heartbeat_ns: u64, now_ns: u64) -> Self {
+        // A heartbeat written on another CPU after `now_ns` was read is younger than zero: alive.
+        let age_ns = now_ns.saturating_sub(heartbeat_ns);
+        if heartbeat_ns == 0 || age_ns > GONE_NS {
+            Self::Gone
+        } else if age_ns > STALE_NS {
+            Self::Silent
+        } else {
+            Self::Alive
+        }
+    }
+}
+
+/// What becomes of a `connect()`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connect {
+    /// Goes where the application said.
+    Pass(Counter),
+    /// `EPERM`.
+    Deny(Counter),
+    /// Goes to the agent's listener on the pod's own address.
+    Capture {
+        /// The pod's address of the destination's family.
+        ip: WireIp,
+        /// The listener's port.
+        port: u16,
+    },
+}
+
+/// Decides over an application's TCP `connect()` to `dst` in the pod.
+///
+/// Fails closed: what would be captured but has nowhere to go is denied.
+#[inline(always)]
+pub fn decide_connect(
+    pod: &PodOutbound,
+    dst: &WireAddr,
+    is_destination: impl FnOnce() -> bool,
+    is_skipped: impl FnOnce() -> bool,
+    agent: impl FnOnce() -> Agent,
+) -> Connect {
+    let v4 = is_v4(&dst.ip);
+    let (own_ip, ports) = if v4 { (&pod.ip4, &pod.ports4) } else { (&pod.ip6, &pod.ports6) };
+    let port = dst.port();
+    if is_local(&dst.ip) {
+        return Connect::Pass(Counter::ConnectLoopback);
+    }
+    if dst.ip == *own_ip {
+        // Nothing else can listen there, and an entry in `FLOWS` that an earlier connection from the
+        // same source port left behind must not be taken for this one.
+        if has_port(ports, pod.ports_len, port) {
+            return Connect::Deny(Counter::ConnectOwnListener);
+        }
+        return Connect::Pass(Counter::ConnectSelf);
+    }
+    if is_link_local(&dst.ip) {
+        return Connect::Pass(Counter::ConnectLinkLocal);
+    }
+    if pod.skip.contains(port) {
+        return Connect::Pass(Counter::ConnectSkippedPort);
+    }
+    if pod.flags & OUTBOUND_ALL == 0 && !is_destination() {
+        return Connect::Pass(Counter::ConnectNotMesh);
+    }
+    if pod.flags & HAS_SKIP_CIDRS != 0 && is_skipped() {
+        return Connect::Pass(Counter::ConnectSkippedCidr);
+    }
+    match agent() {
+        Agent::Gone => return Connect::Pass(Counter::ConnectDeadMan),
+        Agent::Silent if pod.flags & FAIL_OPEN != 0 => {
+            return Connect::Pass(Counter::ConnectFailOpen);
+        }
+        Agent::Silent | Agent::Alive => {}
+    }
+    if pod.ports_len == 0 || *own_ip == [0; 4] {
+        return Connect::Deny(Counter::ConnectNoListener);
+    }
+    // The mask is what the verifier understands; `ports_len` never exceeds it.
+    let index = (pod.turn % pod.ports_len) as usize & (MAX_PORTS - 1);
+    Connect::Capture { ip: *own_ip, port: ports[index] }
+}
+
+/// What becomes of a SYN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    /// The kernel's own lookup finds the listener.
+    Pass(Counter),
+    /// RST.
+    Drop(Counter),
+    /// Goes to this one of the agent's inbound listeners.
+    Steer {
+        /// Which.
+        shard: u32,
+    },
+}
+
+/// Decides over a SYN from `remote` to `local`, an address of an enrolled pod.
+#[inline(always)]
+pub fn decide_lookup(
+    pod: &PodInbound,
+    local: &WireAddr,
+    remote: &WireAddr,
+    is_delivery: impl FnOnce() -> bool,
+    agent: impl FnOnce() -> Agent,
+) -> Lookup {
+    let port = local.port();
+    // The interface cannot tell: for a pod that dials its own address the kernel reports `eth0`
+    // (Linux 6.18). This is also how captured connections reach the outbound listeners.
+    if remote.ip == local.ip {
+        return Lookup::Pass(Counter::LookupSelf);
+    }
+    if is_delivery() {
+        return Lookup::Pass(Counter::LookupDelivery);
+    }
+    if pod.skip.contains(port) {
+        return Lookup::Pass(Counter::LookupSkippedPort);
+    }
+    let agent = agent();
+    if agent == Agent::Gone {
+        return Lookup::Pass(Counter::LookupDeadMan);
+    }
+    if has_port(&pod.own_ports, pod.own_ports_len, port) {
+        return Lookup::Drop(Counter::LookupOwnListener);
+    }
+    // Before fail-open: who asked for "never in plain text" must not get it by crashing the agent.
+    if pod.flags & STRICT != 0 {
+        return Lookup::Drop(Counter::LookupStrict);
+    }
+    if agent == Agent::Silent && pod.flags & FAIL_OPEN != 0 {
+        return Lookup::Pass(Counter::LookupFailOpen);
+    }
+    if pod.listeners == 0 {
+        return Lookup::Drop(Counter::LookupListenerGone);
+    }
+    Lookup::Steer { shard: u32::from(remote.port()) % pod.listeners }
+}
+
+/// 127.0.0.0/8, 0.0.0.0, `::1`, `::`: never leaves the pod. Linux connects "unspecified" to loopback.
+#[inline(always)]
+fn is_local(ip: &WireIp) -> bool {
+    let last = u32::from_be(ip[3]);
+    if is_v4(ip) {
+        return last >> 24 == 127 || last == 0;
+    }
+    ip[0] == 0 && ip[1] == 0 && ip[2] == 0 && last <= 1
+}
+
+/// 169.254.0.0/16 and fe80::/10.
+#[inline(always)]
+fn is_link_local(ip: &WireIp) -> bool {
+    if is_v4(ip) {
+        return u32::from_be(ip[3]) >> 16 == 0xa9fe;
+    }
+    u32::from_be(ip[0]) >> 22 == 0xfe80 >> 6
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, SocketAddr};
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::addr::from_ip;
+    use crate::maps::{MAX_RANGES, PortRange, PortRanges};
+
+    const ALIVE: u64 = 100 * 3_600 * 1_000_000_000;
+
+    /// A pod in words that the programs do not use, so that the model below shares nothing with them.
+    #[derive(Clone, Debug)]
+    struct Pod {
+        ip4: Option<IpAddr>,
+        ip6: Option<IpAddr>,
+        ports: Vec<u16>,
+        skip: Vec<(u16, u16)>,
+        flags: u32,
+        turn: u32,
+    }
+
+    impl Pod {
+        fn outbound(&self) -> PodOutbound {
+            let (ports, ports_len) = self.own_ports();
+            PodOutbound {
+                ip4: self.ip4.map_or([0; 4], from_ip),
+                ip6: self.ip6.map_or([0; 4], from_ip),
+                ports4: ports,
+                ports6: ports,
+                skip: self.skip(),
+                ports_len,
+                flags: self.flags,
+                turn: self.turn,
+                pod: [0; 2],
+            }
+        }
+
+        fn inbound(&self, listeners: u32) -> PodInbound {
+            let (own_ports, own_ports_len) = self.own_ports();
+            let flags = self.flags;
+            PodInbound {
+                skip: self.skip(),
+                own_ports,
+                own_ports_len,
+                listeners,
+                flags,
+                pod: [0; 2],
+            }
+        }
+
+        fn own_ports(&self) -> ([u16; MAX_PORTS], u32) {
+            let mut ports = [0; MAX_PORTS];
+            ports[..self.ports.len()].copy_from_slice(&self.ports);
+            (ports, u32::try_from(self.ports.len()).unwrap())
+        }
+
+        fn skip(&self) -> PortRanges {
+            let mut ranges = PortRanges::NONE;
+            for (to, (first, last)) in ranges.ranges.iter_mut().zip(&self.skip) {
+                *to = PortRange { first: *first, last: *last };
+                ranges.len += 1;
+            }
+            ranges
+        }
+
+        fn skips(&self, port: u16) -> bool {
+            self.skip.iter().any(|(first, last)| (*first..=*last).contains(&port))
+        }
+    }
+
+    /// Few enough values that every rule is met often.
+    fn ip() -> impl Strategy<Value = IpAddr> {
+        let known = [
+            "10.1.0.2",
+            "10.1.0.3",
+            "10.96.0.1",
+            "127.0.0.1",
+            "127.255.0.9",
+            "0.0.0.0",
+            "0.0.0.1",
+            "169.254.169.254",
+            "169.255.0.1",
+            "::1",
+            "::",
+            "::2",
+            "fd00::2",
+            "fd00::3",
+            "fe80::1",
+            "febf::1",
+            "fec0::1",
+            "fd96::1",
+            "::ffff:10.1.0.2",
+            "::ffff:127.0.0.1",
+        ];
+        prop_oneof![
+            4 => proptest::sample::select(known.to_vec()).prop_map(|ip| ip.parse().unwrap()),
+            1 => any::<[u8; 4]>().prop_map(IpAddr::from),
+            1 => any::<[u8; 16]>().prop_map(IpAddr::from),
+        ]
+    }
+
+    fn port() -> impl Strategy<Value = u16> {
+        prop_oneof![3 => 1u16..40, 1 => any::<u16>()]
+    }
+
+    fn pod() -> impl Strategy<Value = Pod> {
+        (
+            proptest::option::of(Just("10.1.0.2".parse().unwrap())),
+            proptest::option::of(Just("fd00::2".parse().unwrap())),
+            vec(port(), 0..=MAX_PORTS),
+            vec((port(), port()), 0..=MAX_RANGES),
+            0u32..16,
+            any::<u32>(),
+        )
+            .prop_map(|(ip4, ip6, ports, skip, flags, turn)| Pod {
+                ip4,
+                ip6,
+                ports,
+                skip,
+                flags,
+                turn,
+            })
+    }
+
+    /// Heartbeats on both sides of every threshold.
+    fn silence_ns() -> impl Strategy<Value = u64> {
+        let second = 1_000_000_000;
+        let steps = vec![0, STALE_NS, STALE_NS + 1, GONE_NS, GONE_NS + 1, second];
+        prop_oneof![proptest::sample::select(steps), 0..2 * GONE_NS]
+    }
+
+    /// The rules of `connect`, from the documents and the standard library's notion of addresses.
+    fn connect_model(
+        pod: &Pod,
+        dst: SocketAddr,
+        destination: bool,
+        block: bool,
+        ns: u64,
+    ) -> Connect {
+        let ip = dst.ip().to_canonical();
+        let own = if ip.is_ipv4() { pod.ip4 } else { pod.ip6 };
+        if ip.is_loopback() || ip.is_unspecified() {
+            return Connect::Pass(Counter::ConnectLoopback);
+        }
+        if Some(ip) == own {
+            return if pod.ports.contains(&dst.port()) {
+                Connect::Deny(Counter::ConnectOwnListener)
+            } else {
+                Connect::Pass(Counter::ConnectSelf)
+            };
+        }
+        let link_local = match ip {
+            IpAddr::V4(ip) => ip.is_link_local(),
+            IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        };
+        if link_local {
+            return Connect::Pass(Counter::ConnectLinkLocal);
+        }
+        if pod.skips(dst.port()) {
+            return Connect::Pass(Counter::ConnectSkippedPort);
+        }
+        if !destination && pod.flags & OUTBOUND_ALL == 0 {
+            return Connect::Pass(Counter::ConnectNotMesh);
+        }
+        if block && pod.flags & HAS_SKIP_CIDRS != 0 {
+            return Connect::Pass(Counter::ConnectSkippedCidr);
+        }
+        if ns > GONE_NS {
+            return Connect::Pass(Counter::ConnectDeadMan);
+        }
+        if ns > STALE_NS && pod.flags & FAIL_OPEN != 0 {
+            return Connect::Pass(Counter::ConnectFailOpen);
+        }
+        match own {
+            Some(own) if !pod.ports.is_empty() => {
+                let turn = usize::try_from(pod.turn).unwrap() % pod.ports.len();
+                Connect::Capture { ip: from_ip(own), port: pod.ports[turn] }
+            }
+            _ => Connect::Deny(Counter::ConnectNoListener),
+        }
+    }
+
+    /// The rules of `sk_lookup`.
+    fn lookup_model(
+        pod: &Pod,
+        listeners: u32,
+        local: SocketAddr,
+        remote: SocketAddr,
+        delivery: bool,
+        ns: u64,
+    ) -> Lookup {
+        if local.ip().to_canonical() == remote.ip().to_canonical() {
+            return Lookup::Pass(Counter::LookupSelf);
+        }
+        if delivery {
+            return Lookup::Pass(Counter::LookupDelivery);
+        }
+        if pod.skips(local.port()) {
+            return Lookup::Pass(Counter::LookupSkippedPort);
+        }
+        if ns > GONE_NS {
+            return Lookup::Pass(Counter::LookupDeadMan);
+        }
+        if pod.ports.contains(&local.port()) {
+            return Lookup::Drop(Counter::LookupOwnListener);
+        }
+        if pod.flags & STRICT != 0 {
+            return Lookup::Drop(Counter::LookupStrict);
+        }
+        if ns > STALE_NS && pod.flags & FAIL_OPEN != 0 {
+            return Lookup::Pass(Counter::LookupFailOpen);
+        }
+        match listeners {
+            0 => Lookup::Drop(Counter::LookupListenerGone),
+            n => Lookup::Steer { shard: u32::from(remote.port()) % n },
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4096))]
+
+        #[test]
+        fn connect_does_what_the_rules_say(
+            pod in pod(),
+            (ip, port) in (ip(), port()),
+            destination: bool,
+            block: bool,
+            ns in silence_ns(),
+        ) {
+            let dst = SocketAddr::new(ip, port);
+            let verdict = decide_connect(
+                &pod.outbound(),
+                &dst.into(),
+                || destination,
+                || block,
+                || Agent::at(ALIVE - ns, ALIVE),
+            );
+            prop_assert_eq!(verdict, connect_model(&pod, dst, destination, block, ns));
+        }
+
+        #[test]
+        fn lookup_does_what_the_rules_say(
+            pod in pod(),
+            listeners in 0u32..4,
+            local in (ip(), port()),
+            remote in (ip(), port()),
+            delivery: bool,
+            ns in silence_ns(),
+        ) {
+            let (local, remote) = (SocketAddr::from(local), SocketAddr::from(remote));
+            let verdict = decide_lookup(
+                &pod.inbound(listeners),
+                &local.into(),
+                &remote.into(),
+                || delivery,
+                || Agent::at(ALIVE - ns, ALIVE),
+            );
+            prop_assert_eq!(verdict, lookup_model(&pod, listeners, local, remote, delivery, ns));
+        }
+    }
+
+    #[test]
+    fn agent_is_silent_after_five_seconds_and_gone_after_a_day() {
+        let at = |age_ns| Agent::at(ALIVE - age_ns, ALIVE);
+        assert_eq!(at(STALE_NS), Agent::Alive);
+        assert_eq!(at(STALE_NS + 1), Agent::Silent);
+        assert_eq!(at(GONE_NS), Agent::Silent);
+        assert_eq!(at(GONE_NS + 1), Agent::Gone);
+        assert_eq!(Agent::at(0, 1), Agent::Gone, "never heard");
+        assert_eq!(Agent::at(ALIVE + 1, ALIVE), Agent::Alive, "heard after the clock was read");
+    }
+
+    #[test]
+    fn strict_mode_outlives_a_silent_agent_that_fails_open() {
+        let pod = Pod {
+            ip4: None,
+            ip6: None,
+            ports: vec![],
+            skip: vec![],
+            flags: STRICT | FAIL_OPEN,
+            turn: 0,
+        };
+        let [local, remote] = ["10.1.0.2:80", "10.1.0.3:4000"]
+            .map(|addr| WireAddr::from(addr.parse::<SocketAddr>().unwrap()));
+        let verdict = decide_lookup(&pod.inbound(1), &local, &remote, || false, || Agent::Silent);
+        assert_eq!(verdict, Lookup::Drop(Counter::LookupStrict));
+    }
+}

@@ -1,0 +1,145 @@
+//! `cgroup/connect4` and `connect6`: send an enrolled pod's outbound TCP to its agent's listener.
+//!
+//! An `AF_INET6` socket that dials `::ffff:a.b.c.d` runs `connect6` alone and is sent to the
+//! v4-mapped form of the pod's IPv4 address.
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock_addr};
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_sk_storage_get, bpf_skc_to_mptcp_sock};
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::programs::SockAddrContext;
+use mesh_common::maps::{ROLE_APP, SkipCidr, SockMeta};
+use mesh_common::verdict::{Connect, decide_connect};
+use mesh_common::{Counter, WireAddr};
+
+use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
+use crate::maps::{DESTINATIONS, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count};
+
+const ALLOW: i32 = 1;
+/// `connect()` fails with `EPERM`.
+const DENY: i32 = 0;
+
+/// Bits of a netns cookie and a whole address.
+const FULL_PREFIX: u32 = SkipCidr::NETNS_BITS + 128;
+
+#[cgroup_sock_addr(connect4)]
+pub fn mesh_connect4(ctx: SockAddrContext) -> i32 {
+    capture(&ctx, dst4, set4)
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn mesh_connect6(ctx: SockAddrContext) -> i32 {
+    capture(&ctx, dst6, set6)
+}
+
+#[inline(always)]
+fn capture(
+    ctx: &SockAddrContext,
+    dst: impl FnOnce(*const bpf_sock_addr) -> WireAddr,
+    redirect: impl FnOnce(*mut bpf_sock_addr, &WireAddr),
+) -> i32 {
+    // An MPTCP socket arrives here as its first subflow, which is TCP.
+    if read!(ctx.sock_addr, protocol) != IPPROTO_TCP {
+        return ALLOW;
+    }
+    // SAFETY: the context is a `bpf_sock_addr` with a full socket; without `CREATE` the helper returns
+    // this socket's storage, which lives as long as the socket, or null.
+    let meta = unsafe { SOCK_META.get_ptr_mut(ctx) };
+    if !meta.is_null() {
+        // SAFETY: not null; see above. Only this socket's owner and this program write it.
+        let meta = unsafe { &mut *meta };
+        if meta.role != ROLE_APP {
+            count(Counter::ConnectAgent);
+            return ALLOW;
+        }
+        // The socket may be used a second time, `connect(AF_UNSPEC)` in between.
+        meta.captured = 0;
+    }
+
+    // SAFETY: the helper only reads the context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let Some(slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
+        return ALLOW;
+    };
+    // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
+    let pod = unsafe { &*slot };
+    let dst = dst(ctx.sock_addr);
+
+    let verdict = decide_connect(
+        pod,
+        &dst,
+        || DESTINATIONS.get_ptr(dst.ip).is_some(),
+        || {
+            let key = Key::new(FULL_PREFIX, SkipCidr::new(netns, dst.ip));
+            SKIP_CIDRS.get(key).is_some()
+        },
+        agent,
+    );
+    match verdict {
+        Connect::Pass(reason) => {
+            count(reason);
+            ALLOW
+        }
+        Connect::Deny(reason) => {
+            count(reason);
+            DENY
+        }
+        Connect::Capture { ip, port } => {
+            let mut meta = SockMeta { orig: dst, role: ROLE_APP, captured: 1, reserved: [0; 2] };
+            // Remember before rewriting: who accepts without it cannot know the destination.
+            // SAFETY: as for the first lookup; `meta` outlives the call, which copies it.
+            let stored = unsafe { SOCK_META.get_or_insert_ptr_mut(ctx, Some(&mut meta)) };
+            if stored.is_null() {
+                count(Counter::ConnectNoStorage);
+                return DENY;
+            }
+            // SAFETY: not null; this socket's storage. It may have existed before, with an older value.
+            unsafe { *stored = meta };
+            remember_on_mptcp(ctx, &mut meta);
+            // SAFETY: the slot stays mapped, see above. Not atomic: see `PodOutbound::turn`.
+            unsafe { (*slot).turn = (*slot).turn.wrapping_add(1) };
+            redirect(ctx.sock_addr, &WireAddr::new(ip, port));
+            count(Counter::Captured);
+            ALLOW
+        }
+    }
+}
+
+/// Whether the kernel has `bpf_skc_to_mptcp_sock` (Linux 5.19, with BTF). The loader says so before the
+/// verifier sees the program, which then never looks at the call where it cannot be made.
+#[unsafe(no_mangle)]
+static HAS_MPTCP: u8 = 0;
+
+/// `getpeername` of an MPTCP socket asks that socket, and not the subflow that `connect` saw.
+///
+/// Fails open: at worst the application sees the listener.
+#[inline(always)]
+fn remember_on_mptcp(ctx: &SockAddrContext, meta: &mut SockMeta) {
+    // SAFETY: a constant of this object; volatile, since the loader changes it after compilation.
+    if unsafe { core::ptr::read_volatile(&raw const HAS_MPTCP) } == 0 {
+        return;
+    }
+    let subflow = read!(ctx.sock_addr, __bindgen_anon_1.sk);
+    // SAFETY: the context's own socket; null comes back for one that is no MPTCP subflow.
+    let whole = unsafe { bpf_skc_to_mptcp_sock(subflow.cast()) };
+    if whole.is_null() {
+        return;
+    }
+    // The static's address is what the loader replaces with the map.
+    let map = (&raw const SOCK_META).cast_mut();
+    let value = core::ptr::from_mut(meta);
+    // SAFETY: not null; the helper copies `meta` into new storage.
+    let stored = unsafe {
+        bpf_sk_storage_get(
+            map.cast(),
+            whole.cast(),
+            value.cast(),
+            BPF_SK_STORAGE_GET_F_CREATE.into(),
+        )
+    };
+    if !stored.is_null() {
+        // SAFETY: not null; the map's values are `SockMeta`. It may have existed, with an older value.
+        unsafe { *stored.cast::<SockMeta>() = *meta };
+    }
+}

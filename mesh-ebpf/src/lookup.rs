@@ -1,0 +1,98 @@
+//! `sk_lookup`, linked to every enrolled pod's netns: who gets a new connection.
+//!
+//! Fails closed: without a listener of the agent a SYN is refused at once. No netns cookie and no mark
+//! exist here, so everything goes by the pod's address.
+
+use aya_ebpf::bindings::{BPF_SK_LOOKUP_F_REPLACE, sk_action};
+use aya_ebpf::macros::sk_lookup;
+use aya_ebpf::programs::SkLookupContext;
+use mesh_common::addr::{WireIp, v4_mapped};
+use mesh_common::maps::{DeliveryKey, ListenerKey};
+use mesh_common::verdict::{Lookup, decide_lookup};
+use mesh_common::{Counter, WireAddr};
+
+use crate::context::{AF_INET, AF_INET6, IPPROTO_TCP, read, read_ip6};
+use crate::log::tell;
+use crate::maps::{DELIVERIES, INBOUND, POD_INBOUND, agent, count, now_ns};
+
+const PASS: u32 = sk_action::SK_PASS;
+/// RST to the client.
+const DROP: u32 = sk_action::SK_DROP;
+
+#[sk_lookup]
+pub fn mesh_lookup(ctx: SkLookupContext) -> u32 {
+    if read!(ctx.lookup, protocol) != IPPROTO_TCP {
+        return PASS;
+    }
+    match read!(ctx.lookup, family) {
+        AF_INET => {
+            let local = v4_mapped(read!(ctx.lookup, local_ip4));
+            let remote = v4_mapped(read!(ctx.lookup, remote_ip4));
+            steer(&ctx, local, remote)
+        }
+        AF_INET6 => {
+            let local = read_ip6!(ctx.lookup, local_ip6);
+            let remote = read_ip6!(ctx.lookup, remote_ip6);
+            steer(&ctx, local, remote)
+        }
+        _ => PASS,
+    }
+}
+
+#[inline(always)]
+fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp) -> u32 {
+    // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
+    let Some(pod) = (unsafe { POD_INBOUND.get(local_ip) }) else {
+        return PASS;
+    };
+    // `local_port` is in host order, `remote_port` in network order.
+    let local = WireAddr::new(local_ip, read!(ctx.lookup, local_port) as u16);
+    let remote = WireAddr::new(remote_ip, u16::from_be(read!(ctx.lookup, remote_port)));
+
+    let is_delivery = || is_announced(&DeliveryKey { src: remote, dst: local });
+    let verdict = decide_lookup(pod, &local, &remote, is_delivery, agent);
+    match verdict {
+        Lookup::Pass(reason) => {
+            count(reason);
+            PASS
+        }
+        Lookup::Drop(reason) => refuse(reason, &remote, &local),
+        Lookup::Steer { shard } => {
+            let listener = ListenerKey { ip: local_ip, shard };
+            match INBOUND.redirect_sk_lookup(ctx, listener, BPF_SK_LOOKUP_F_REPLACE.into()) {
+                Ok(()) => {
+                    count(Counter::LookupSteered);
+                    PASS
+                }
+                Err(_errno) => refuse(Counter::LookupListenerGone, &remote, &local),
+            }
+        }
+    }
+}
+
+/// One function for all refusals: it is mostly the lines of the log.
+#[inline(never)]
+fn refuse(reason: Counter, remote: &WireAddr, local: &WireAddr) -> u32 {
+    count(reason);
+    match reason {
+        Counter::LookupStrict => {
+            tell!("plain text to a strict pod: [{:i}]:{} to [{:i}]:{}", remote, local)
+        }
+        Counter::LookupListenerGone => {
+            tell!("no listener of the agent: [{:i}]:{} to [{:i}]:{}", remote, local)
+        }
+        _ => {}
+    }
+    DROP
+}
+
+#[inline(always)]
+fn is_announced(tuple: &DeliveryKey) -> bool {
+    // SAFETY: four bytes, read at once; a recycled element holds another delivery's time.
+    match unsafe { DELIVERIES.get(tuple) }.copied() {
+        None => false,
+        Some(0) => true,
+        // Wraps after 52 days like the clock that it is compared with.
+        Some(until) => until.wrapping_sub((now_ns() >> 20) as u32) as i32 > 0,
+    }
+}

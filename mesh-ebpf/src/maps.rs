@@ -1,0 +1,81 @@
+//! The maps. Sizes are defaults: the loader sets them, and [`mesh_common::maps::SPECS`] is what it
+//! checks them against.
+
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
+use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockHash};
+use mesh_common::addr::WireIp;
+use mesh_common::maps::{
+    Control, DeliveryKey, FlowKey, ListenerKey, PodInbound, PodOutbound, SkipCidr, SockMeta,
+};
+use mesh_common::verdict::Agent;
+use mesh_common::{Counter, WireAddr};
+
+/// Read in place: a copy of its 180 bytes is a call and a loop. An element may be recycled for another
+/// pod under a program that reads it; what that can mix up is the configuration of a pod that is going
+/// away, and the worst outcome one connection refused by a port that nobody listens on.
+#[map]
+pub(crate) static POD_OUTBOUND: HashMap<u64, PodOutbound> = HashMap::with_max_entries(1024, 0);
+
+#[map]
+pub(crate) static POD_INBOUND: HashMap<WireIp, PodInbound> = HashMap::with_max_entries(2048, 0);
+
+/// Every address that belongs to the mesh.
+#[map]
+pub(crate) static DESTINATIONS: HashMap<WireIp, u32> =
+    HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+#[map]
+pub(crate) static SKIP_CIDRS: LpmTrie<SkipCidr, u32> = LpmTrie::with_max_entries(8192, 0);
+
+#[btf_map]
+pub(crate) static SOCK_META: SkStorage<SockMeta> = SkStorage::new();
+
+/// Least recently used first out: a connect flood cannot fill it, and a flow that it pushes out is
+/// reset by the agent.
+#[map]
+pub(crate) static FLOWS: LruHashMap<FlowKey, WireAddr> = LruHashMap::with_max_entries(131_072, 0);
+
+/// The value: until when the tuple passes, on `CLOCK_BOOTTIME` in units of 2^20 ns (about 1 ms), or
+/// zero while the SYN is unanswered.
+#[map]
+pub(crate) static DELIVERIES: LruHashMap<DeliveryKey, u32> =
+    LruHashMap::with_max_entries(131_072, 0);
+
+#[map]
+pub(crate) static INBOUND: SockHash<ListenerKey> = SockHash::with_max_entries(32_768, 0);
+
+#[map]
+pub(crate) static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
+
+#[map]
+pub(crate) static COUNTERS: PerCpuArray<u64> =
+    PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
+
+/// Adds one to `counter`.
+#[inline(always)]
+pub(crate) fn count(counter: Counter) {
+    if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the slot is this CPU's. A program that preempts us here can lose one of the two
+        // increments: statistics may, a quota may not (the BPF target has no `fetch_add`).
+        unsafe { *slot += 1 };
+    }
+}
+
+/// Nanoseconds on `CLOCK_BOOTTIME`.
+#[inline(always)]
+pub(crate) fn now_ns() -> u64 {
+    // SAFETY: the helper has no arguments and only reads a clock.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// What the heartbeat says now.
+#[inline(always)]
+pub(crate) fn agent() -> Agent {
+    let now_ns = now_ns();
+    // An array of one element has its element: `None` is for the verifier.
+    let heartbeat_ns = CONTROL.get(0).map_or(0, |control| control.heartbeat_ns);
+    Agent::at(heartbeat_ns, now_ns)
+}
