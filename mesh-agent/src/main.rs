@@ -1,2 +1,125 @@
-//! `mesh-agent`: the command line.
-fn main() {}
+//! `mesh-agent`: the command line, and its exit codes.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{CommandFactory as _, Parser as _};
+use mesh_agent::capture::{Capture, Detached};
+use mesh_agent::cli::ask::{Answered, AskError};
+use mesh_agent::cli::check::{Category, Report};
+use mesh_agent::cli::output::{self, Format};
+use mesh_agent::cli::{Ca, Check, Cli, Command, Question, Run, ask, parts};
+
+/// A problem was found.
+const PROBLEM: u8 = 1;
+/// Wrong usage; clap uses the same.
+const USAGE: u8 = 2;
+/// No agent answered.
+const UNREACHABLE: u8 = 3;
+
+fn main() -> ExitCode {
+    let Cli { command } = Cli::parse();
+    let out = &mut io::stdout();
+    match dispatch(command, out) {
+        Ok(code) => code,
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            tell(format_args!("error: {error:#}"));
+            let asked = error.downcast_ref::<AskError>();
+            let is_unreachable = asked.is_some_and(AskError::is_unreachable);
+            ExitCode::from(if is_unreachable { UNREACHABLE } else { PROBLEM })
+        }
+    }
+}
+
+fn dispatch(command: Command, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run(run) => return start(*run),
+        Command::Check(check) => return report(&check, out),
+        Command::Detach(detach) => {
+            return detached(&Capture::detach(&detach.bpffs)?, out);
+        }
+        Command::Ca(ca) => authority(ca, out)?,
+        Command::Completion { shell } => {
+            // Into memory first: the generator panics when its output is closed.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "mesh-agent", &mut script);
+            out.write_all(&script)?;
+        }
+        Command::Question(question) => return answer(&question, out),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says what was removed; something left in place is a problem.
+fn detached(report: &Detached, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
+    for path in &report.removed {
+        writeln!(out, "√ removed {}", path.display())?;
+    }
+    for path in &report.namespaces {
+        writeln!(out, "√ removed the routes for client addresses in {}", path.display())?;
+    }
+    if report.removed.is_empty() && report.namespaces.is_empty() {
+        writeln!(out, "√ nothing was attached")?;
+    }
+    for path in &report.left {
+        writeln!(out, "‼ left {}: not ours", path.display())?;
+    }
+    Ok(if report.left.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(PROBLEM) })
+}
+
+/// Starts the agent, unless a flag cannot work.
+fn start(run: Run) -> anyhow::Result<ExitCode> {
+    let problems = run.problems();
+    if problems.is_empty() {
+        mesh_agent::agent::run(run)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for problem in problems {
+        tell(format_args!("error: {problem}"));
+    }
+    Ok(ExitCode::from(USAGE))
+}
+
+fn report(check: &Check, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
+    let checks = parts::kernel_features(&check.cgroup, &check.bpffs);
+    let report = Report::new(vec![Category { category_name: "kernel", checks }]);
+    report.print(out, check.output)?;
+    Ok(if report.success { ExitCode::SUCCESS } else { ExitCode::from(PROBLEM) })
+}
+
+fn authority(ca: Ca, out: &mut dyn Write) -> anyhow::Result<()> {
+    let (report, format) = match ca {
+        Ca::Init { dir, trust_domain } => (parts::ca_init(&dir, &trust_domain), Format::Table),
+        Ca::Show { dir, output } => (parts::ca_show(&dir), output),
+    };
+    output::print(out, format, &report?)?;
+    Ok(())
+}
+
+/// The commands that ask a running agent. One connection, so a runtime of one thread.
+fn answer(question: &Question, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start a runtime")?;
+    let answered = runtime.block_on(ask::answer(question, out))?;
+    Ok(match answered {
+        Answered::Ok => ExitCode::SUCCESS,
+        Answered::Problem => ExitCode::from(PROBLEM),
+    })
+}
+
+/// `mesh-agent workloads | head` is no failure.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Writes a line to standard error; that nobody reads it is no further error.
+fn tell(line: std::fmt::Arguments<'_>) {
+    writeln!(io::stderr(), "{line}").ok();
+}

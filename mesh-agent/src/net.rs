@@ -1,1 +1,346 @@
-//! net.
+//! Sockets that are made in another network namespace, and what they need to behave there.
+//!
+//! A socket belongs for ever to the namespace of the thread that created it, so a thread enters a
+//! pod's namespace, calls `socket()`, `bind()` and `connect()`, and comes back; from then on any
+//! thread may use the descriptor.
+//!
+//! Guarantees: no thread ever stays in a foreign namespace (the process aborts rather than go on
+//! there), nothing here blocks while inside, and no future of this module holds a namespace across an
+//! `.await`.
+//!
+//! Not here: who may connect where, and the programs that would capture these sockets (`exempt`).
+
+mod deliver;
+mod netlink;
+mod own;
+mod routes;
+mod source_port;
+mod sysctl;
+
+use std::cell::OnceCell;
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::TcpStream;
+
+pub use deliver::deliver;
+pub use own::{any_address, listen_shared, raise_file_limit, udp_socket};
+pub use routes::{add_client_address_routes, raise_loopback, remove_client_address_routes};
+
+/// The mark of deliveries that keep the client's address. `routes` sends marked replies back over
+/// loopback. The value is only ever seen inside a pod's namespace, by that namespace's rules.
+pub const DELIVERY_MARK: u32 = 0x6d61_6c6c;
+
+/// Connections that may wait for `accept()`: a worker that is busy for 50 ms must not refuse anybody
+/// at 80,000 connections per second. The kernel lowers it to `net.core.somaxconn` (4096 since 5.4).
+pub const BACKLOG: i32 = 4096;
+
+/// A relayed connection that is silent for this long is asked whether its peer still exists: less
+/// than the idle limits of usual load balancers and NATs (350 s and more).
+const KEEPALIVE: Duration = Duration::from_secs(180);
+/// `SO_NETNS_COOKIE` of `asm-generic/socket.h`, since Linux 5.14.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+/// `NS_GET_NSTYPE` of `linux/nsfs.h`, since Linux 4.11.
+const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+
+/// A network namespace that is held open: it, its cookie and its inode live as long as this value.
+#[derive(Debug)]
+pub struct Netns {
+    fd: OwnedFd,
+    inode: u64,
+    cookie: u64,
+    /// Whether [`add_client_address_routes`] has prepared it, through whichever handle.
+    shows_clients: Arc<AtomicBool>,
+}
+
+thread_local! {
+    /// The namespace that this thread returns to. A thread keeps the namespace of the one that
+    /// started it, so this is the agent's, and costs one look into `/proc` per thread.
+    static HOME: OnceCell<File> = const { OnceCell::new() };
+}
+
+impl Netns {
+    /// Opens `/run/netns/NAME` or `/proc/PID/ns/net`.
+    ///
+    /// # Errors
+    ///
+    /// The path cannot be opened, is not a network namespace, or may not be entered.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Self::new(File::open(path)?)
+    }
+
+    /// The namespace of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// `/proc` is not mounted.
+    pub fn current() -> io::Result<Self> {
+        Self::open(Path::new("/proc/thread-self/ns/net"))
+    }
+
+    fn new(file: File) -> io::Result<Self> {
+        // SAFETY: `NS_GET_NSTYPE` takes no argument; on anything but a namespace it fails with ENOTTY.
+        let kind = unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) };
+        if kind != libc::CLONE_NEWNET {
+            let error = "not a network namespace (is it mounted? see `ip netns`)";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, error));
+        }
+        let inode = file.metadata()?.ino();
+        let shows_clients = Arc::default();
+        let mut netns = Self { fd: file.into(), inode, cookie: 0, shows_clients };
+        netns.cookie = netns.run(|| cookie(&stream_socket(Domain::IPV4)?))??;
+        Ok(netns)
+    }
+
+    /// Another handle to the same namespace.
+    ///
+    /// # Errors
+    ///
+    /// No file descriptor is left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let fd = self.fd.try_clone()?;
+        let shows_clients = Arc::clone(&self.shows_clients);
+        Ok(Self { fd, inode: self.inode, cookie: self.cookie, shows_clients })
+    }
+
+    /// The kernel's number for this namespace: unique since boot, never used again, and not to be
+    /// forged from inside.
+    pub fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    /// The inode, as `readlink /proc/PID/ns/net` shows it.
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// Runs `inside` on this thread in the namespace, and comes back, also from a panic.
+    ///
+    /// Not to be nested: the inner call would leave the outer closure at home. `inside` must not
+    /// block: a worker's other connections wait. Aborts the process if the thread cannot come back,
+    /// since whatever ran next would speak for the pod.
+    ///
+    /// # Errors
+    ///
+    /// The namespace cannot be entered (`CAP_SYS_ADMIN`); `inside` has not run then.
+    pub fn run<T>(&self, inside: impl FnOnce() -> T) -> io::Result<T> {
+        HOME.with(|home| {
+            let home = match home.get() {
+                Some(home) => home,
+                None => {
+                    let opened = File::open("/proc/thread-self/ns/net")?;
+                    home.get_or_init(|| opened)
+                }
+            };
+            enter(self.fd.as_fd())?;
+            let _on_the_way_out = Return(home);
+            Ok(inside())
+        })
+    }
+
+    /// Whether an application here can be shown a client's address.
+    fn shows_clients(&self) -> bool {
+        self.shows_clients.load(Ordering::Acquire)
+    }
+
+    fn set_shows_clients(&self, prepared: bool) {
+        self.shows_clients.store(prepared, Ordering::Release);
+    }
+}
+
+/// Goes home when dropped.
+struct Return<'a>(&'a File);
+
+impl Drop for Return<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = enter(self.0.as_fd()) {
+            tracing::error!(%error, "cannot leave a pod's network namespace: aborting");
+            std::process::abort();
+        }
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn enter(netns: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: changes only the calling thread's network namespace; the descriptor is open.
+    check(unsafe { libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) })
+}
+
+fn cookie(socket: &Socket) -> io::Result<u64> {
+    let mut cookie = 0u64;
+    #[expect(clippy::cast_possible_truncation, reason = "eight")]
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, the size of `cookie`, and the new length to `len`.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    })?;
+    Ok(cookie)
+}
+
+/// Where a listening socket is bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bind {
+    /// To this address, at a port of the kernel's choice.
+    To(IpAddr),
+    /// To an address of this one's family that nobody can dial: the socket is reached only because a
+    /// program steers connections to it. 192.0.2.1 (RFC 5737) or 100::1 (RFC 6666).
+    Unreachable(IpAddr),
+}
+
+/// Opens a non-blocking listener in the calling thread's namespace; see [`Netns::run`].
+///
+/// # Errors
+///
+/// Of `socket()`, `bind()` and `listen()`; no port is left.
+pub fn listen(bind: Bind) -> io::Result<TcpListener> {
+    let ip = match bind {
+        Bind::To(ip) => ip,
+        Bind::Unreachable(IpAddr::V4(_)) => Ipv4Addr::new(192, 0, 2, 1).into(),
+        Bind::Unreachable(IpAddr::V6(_)) => Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1).into(),
+    };
+    let socket = relayed_socket(domain(ip))?;
+    // Also for a pod's own IPv6 address, which cannot be bound while it is tentative.
+    match ip {
+        IpAddr::V4(_) => socket.set_freebind_v4(true)?,
+        IpAddr::V6(_) => {
+            socket.set_only_v6(true)?;
+            socket.set_freebind_v6(true)?;
+        }
+    }
+    socket.bind(&SocketAddr::new(ip, 0).into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Connects from inside `netns` to a destination outside of the mesh, as the application would have.
+///
+/// Cancel-safe: dropping the future closes the socket.
+///
+/// # Errors
+///
+/// Of the socket calls and of `connect()`. No time limit here.
+pub async fn pass_through(
+    netns: &Netns,
+    to: SocketAddr,
+    exempt: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+) -> io::Result<TcpStream> {
+    let socket = netns.run(|| relayed_socket(domain(to.ip())))??;
+    exempt(socket.as_fd())?;
+    start_connect(&socket, to)?;
+    connected(socket).await
+}
+
+fn start_connect(socket: &Socket, to: SocketAddr) -> io::Result<()> {
+    match socket.connect(&to.into()) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
+        other => other,
+    }
+}
+
+async fn connected(socket: Socket) -> io::Result<TcpStream> {
+    let stream = TcpStream::from_std(socket.into())?;
+    stream.writable().await?;
+    match stream.take_error()? {
+        Some(error) => Err(error),
+        None => Ok(stream),
+    }
+}
+
+/// What closing without `shutdown()` does: `true` sends RST, at once and also when this process is
+/// killed, so that a crash never looks like a clean end.
+///
+/// # Errors
+///
+/// Of `setsockopt(SO_LINGER)`.
+pub fn set_abortive_close(stream: &TcpStream, abortive: bool) -> io::Result<()> {
+    SockRef::from(stream).set_linger(abortive.then_some(Duration::ZERO))
+}
+
+/// Sends small writes at once: the application already decided when to write.
+///
+/// # Errors
+///
+/// Of `setsockopt(TCP_NODELAY)`.
+pub fn set_nodelay(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)
+}
+
+/// Probes an idle connection after `idle`, and gives it up after three probes without an answer.
+///
+/// # Errors
+///
+/// Of `setsockopt`.
+pub fn set_keepalive(stream: &TcpStream, idle: Duration) -> io::Result<()> {
+    let keepalive =
+        TcpKeepalive::new().with_time(idle).with_interval(idle.div_f32(3.0)).with_retries(3);
+    SockRef::from(stream).set_tcp_keepalive(&keepalive)
+}
+
+/// Prepares a socket that will be relayed: small writes go at once, a peer whose machine is gone is
+/// noticed, and whatever goes wrong from here on, a killed agent included, is RST and never a clean
+/// end. The relay turns the latter off when both directions have ended.
+pub fn prepare_relayed(stream: &TcpStream) {
+    let prepared = set_abortive_close(stream, true)
+        .and_then(|()| set_nodelay(stream))
+        .and_then(|()| set_keepalive(stream, KEEPALIVE));
+    // It fails only on a socket that the other side has already reset: the relay will see that.
+    if let Err(error) = prepared {
+        tracing::debug!(%error, "a socket was gone before it was relayed");
+    }
+}
+
+/// `connecting`, or [`io::ErrorKind::TimedOut`] after `limit`.
+///
+/// # Errors
+///
+/// As `connecting`.
+pub async fn within<T>(
+    limit: Duration,
+    connecting: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    match tokio::time::timeout(limit, connecting).await {
+        Ok(connected) => connected,
+        Err(_elapsed) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+fn domain(ip: IpAddr) -> Domain {
+    if ip.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 }
+}
+
+fn stream_socket(domain: Domain) -> io::Result<Socket> {
+    Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
+}
+
+/// A socket that is going to be relayed, or whose accepted ones are: they inherit the option. Closing it
+/// is RST from its first moment on; between the handshake and [`prepare_relayed`] a killed agent would
+/// else be a clean end.
+fn relayed_socket(domain: Domain) -> io::Result<Socket> {
+    let socket = stream_socket(domain)?;
+    socket.set_linger(Some(Duration::ZERO))?;
+    Ok(socket)
+}
+
+/// `-1` means that `errno` says why.
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

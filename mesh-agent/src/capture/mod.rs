@@ -1,1 +1,405 @@
-//! capture.
+//! Capture: the eBPF programs, their maps, and which pods they act upon.
+//!
+//! ```text
+//! connect4/6 ──► listener in the pod ──► accept ──► OrigDstTable::take     outbound
+//! sk_lookup  ──► listener in the pod ──► accept ──► local address          inbound
+//! ```
+//!
+//! # Guarantees
+//!
+//! - *No gap.* Programs and maps are pinned; a new agent replaces programs in place. While no agent
+//!   runs, an enrolled pod's connections are refused at once, or bypass the mesh if it fails open.
+//! - *Nothing reused blindly.* A pin that is not what this agent would have made is an error that
+//!   names it.
+//! - *No fixed ports.* The kernel chooses those of the listeners.
+//! - *Nothing left.* [`Capture::detach`] needs no agent and removes all of it.
+//!
+//! # Not here
+//!
+//! What becomes of a connection (`outbound`, `inbound`), and the decisions of the programs
+//! ([`mesh_common::verdict`]).
+
+mod attach;
+mod error;
+mod log;
+mod maps;
+mod orig_dst;
+mod pins;
+mod pods;
+pub mod probe;
+mod sys;
+
+use std::collections::HashSet;
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use aya::EbpfLoader;
+use aya::maps::MapData;
+use aya::programs::ProgramType;
+use aya::sys::{BpfHelper, is_helper_supported};
+use mesh_common::WireAddr;
+use mesh_common::maps::{Control, ROLE_AGENT, ROLE_DELIVER, SPECS, SockMeta};
+use mesh_core::settings::Settings;
+
+pub use error::CaptureError;
+pub use log::KernelLog;
+pub use orig_dst::OrigDstTable;
+
+use crate::net::{Netns, remove_client_address_routes};
+use attach::Programs;
+use pins::Pins;
+use pods::Pods;
+
+/// The programs, built from `mesh-ebpf` by the build script.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
+
+/// Where capture attaches, where it pins, and how much it has room for.
+///
+/// A change of a size is a change of layout: the next start moves everything to new maps.
+#[derive(Clone, Debug)]
+pub struct CaptureConfig {
+    /// Directory of the cgroup v2 hierarchy whose processes are captured. Must be above every pod.
+    pub cgroup: PathBuf,
+    /// Directory of pins, on a bpffs. Must be the same for every start, and no other agent's.
+    pub bpffs: PathBuf,
+    /// Enrolled pods. Default 1024; the kubelet's is 110 per node.
+    pub max_pods: u32,
+    /// Addresses of services and pods in the mesh. Default 65536; one takes about 100 bytes, when used.
+    pub max_destinations: u32,
+    /// Connections between `connect()` and the agent's `accept()`. Default 65536, 7 MiB of the kernel's
+    /// memory. Too small and a flood of connections pushes out, and so resets, others.
+    pub max_flows: u32,
+}
+
+impl Default for CaptureConfig {
+    fn default() -> Self {
+        Self {
+            cgroup: "/sys/fs/cgroup".into(),
+            bpffs: "/sys/fs/bpf/malla".into(),
+            max_pods: 1024,
+            max_destinations: 65_536,
+            max_flows: 65_536,
+        }
+    }
+}
+
+/// A pod to capture.
+#[derive(Clone, Copy, Debug)]
+pub struct PodCapture<'a> {
+    /// The pod's UID: letters, digits, `-`, `.`.
+    pub uid: &'a str,
+    /// Its addresses: one, or one of each family.
+    pub ips: &'a [IpAddr],
+    /// Its network namespace.
+    pub netns: &'a Netns,
+    /// How it takes part.
+    pub settings: &'a Settings,
+    /// Outbound listeners per address, 1 to 16. Connections take turns: give every worker the same
+    /// number.
+    pub outbound_listeners: usize,
+    /// Inbound listeners per address, 1 to 16: one per worker.
+    pub inbound_listeners: usize,
+}
+
+/// Non-blocking listeners in a pod's namespace. In both lists all addresses of the pod come first with
+/// their first listener, then all with their second, and so on.
+#[derive(Debug)]
+pub struct Listeners {
+    /// Captured connections arrive here: ask [`OrigDstTable::take`] whither.
+    pub outbound: Vec<TcpListener>,
+    /// Connections to the pod arrive here: `local_addr()` is what the client dialled.
+    pub inbound: Vec<TcpListener>,
+}
+
+/// What decides whether a pod's connection is captured, where its settings do not ask for everything.
+#[derive(Debug)]
+pub enum Destinations {
+    /// The addresses that were set: all of them are in the kernel.
+    Listed,
+    /// Nothing: there was no room for all addresses, for this reason, and a connection to one that is
+    /// missing would leave in plain text. So everything is captured; the agent knows every address, and
+    /// passes on what is not of the mesh.
+    Everything(CaptureError),
+}
+
+/// What a socket of the agent is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It leaves as it is.
+    Agent,
+    /// It delivers to an application of an enrolled pod: the lookup program lets it through.
+    Deliver,
+}
+
+/// What [`Capture::detach`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Detached {
+    /// Pins and directories that were removed.
+    pub removed: Vec<PathBuf>,
+    /// Namespaces whose routes for client addresses were removed.
+    pub namespaces: Vec<PathBuf>,
+    /// What lies in the directory and is not ours.
+    pub left: Vec<PathBuf>,
+}
+
+impl fmt::Display for Detached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.removed.is_empty() {
+            f.write_str("nothing was attached")?;
+        } else {
+            let (pins, namespaces) = (self.removed.len(), self.namespaces.len());
+            write!(f, "removed {pins} pins and the routes of {namespaces} namespaces")?;
+        }
+        for path in self.removed.iter().chain(&self.namespaces) {
+            write!(f, "\n  {}", path.display())?;
+        }
+        for path in &self.left {
+            write!(f, "\nleft alone, not ours: {}", path.display())?;
+        }
+        Ok(())
+    }
+}
+
+/// Programs and maps in the kernel. They stay when this value is dropped.
+#[derive(Debug)]
+pub struct Capture {
+    pods: Mutex<Pods>,
+    programs: Programs,
+    pins: Pins,
+    control: OwnedFd,
+    sock_meta: OwnedFd,
+    flows: Arc<OwnedFd>,
+    log: Mutex<Option<KernelLog>>,
+}
+
+impl Capture {
+    /// Loads the programs and attaches them, in place of an earlier agent's if there was one.
+    ///
+    /// Pods that it had enrolled stay captured (and refused, since their listeners are gone) until
+    /// [`Self::enrol`] gives them new ones or [`Self::retain`] lets them go.
+    ///
+    /// # Errors
+    ///
+    /// Something is missing (`mesh-agent check` tells), or lies in the way.
+    pub fn start(config: &CaptureConfig) -> Result<Self, CaptureError> {
+        pins::check_cgroup2(&config.cgroup)?;
+        let open = |source| CaptureError::Pin { what: "open", path: config.cgroup.clone(), source };
+        let cgroup = File::open(&config.cgroup).map_err(open)?;
+        // The kernel's ID of a cgroup is its inode.
+        let cgroup_id = cgroup.metadata().map_err(open)?.ino();
+        let (pins, older) = Pins::open(config)?;
+
+        let mut loader = loader();
+        for spec in &SPECS {
+            loader.map_pin_path(spec.name, pins.map(spec.name));
+            loader.map_max_entries(spec.name, pins::entries(spec, config));
+        }
+        let mut ebpf = loader
+            .load(OBJECT)
+            .map_err(|error| CaptureError::Load { what: "the maps", source: error.into() })?;
+        let control = open_map(&pins, "CONTROL")?;
+        let sock_meta = open_map(&pins, "SOCK_META")?;
+        let flows = Arc::new(open_map(&pins, "FLOWS")?);
+        let programs = Programs::load(&mut ebpf, cgroup.into(), cgroup_id, older)?;
+        let log = Mutex::new(Some(KernelLog::take(&mut ebpf)?));
+        let pods = Mutex::new(Pods::new(maps::Maps::take(&mut ebpf, config)?)?);
+
+        let capture = Self { pods, programs, pins, control, sock_meta, flows, log };
+        capture.beat();
+        capture.programs.attach_hooks(&capture.pins)?;
+        attach::remove_dead_lookups(capture.pins.dir())?;
+        Ok(capture)
+    }
+
+    /// Makes these the addresses of the mesh, whose connections are captured. Additions come first: an
+    /// address that moves from one service to another is never missing. If they do not fit, enrolled
+    /// pods capture everything until they do.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses a change, and it is not certain that all of them are captured: call it again.
+    pub fn set_destinations(&self, wanted: &HashSet<IpAddr>) -> Result<Destinations, CaptureError> {
+        lock(&self.pods).set_destinations(wanted)
+    }
+
+    /// Opens listeners in the pod's namespace and captures its connections, in both directions. Where
+    /// the pod keeps client addresses, its namespace gets the routes that this needs.
+    ///
+    /// A pod that is enrolled already moves to the new listeners without a gap; what is queued on the
+    /// old ones is the caller's to accept. After an error nothing is promised but that enrolling again
+    /// or [`Self::leave`] puts it right.
+    ///
+    /// # Errors
+    ///
+    /// Another pod has the address, the namespace cannot be entered, a map is full.
+    pub fn enrol(&self, pod: &PodCapture<'_>) -> Result<Listeners, CaptureError> {
+        lock(&self.pods).enrol(pod, || {
+            self.programs.attach_lookup(&self.pins, pod.uid, pod.netns, pod.netns.inode())
+        })
+    }
+
+    /// Changes how an enrolled pod takes part, for connections from now on.
+    ///
+    /// # Errors
+    ///
+    /// The pod is not enrolled, a map is full.
+    pub fn update(&self, uid: &str, settings: &Settings) -> Result<(), CaptureError> {
+        lock(&self.pods).update(uid, settings)
+    }
+
+    /// Stops capturing the pod's connections. Established ones and the listeners are the caller's: keep
+    /// accepting for a moment, since a SYN may be under way. The routes for client addresses stay, since
+    /// established deliveries need them; [`remove_client_address_routes`] is for when those have ended.
+    ///
+    /// # Errors
+    ///
+    /// The pod is not enrolled.
+    pub fn leave(&self, uid: &str) -> Result<(), CaptureError> {
+        lock(&self.pods).leave(uid, || {
+            let path = self.pins.lookup(uid);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                other => other.map_err(pins::failed("remove", &path)),
+            }
+        })
+    }
+
+    /// Ends what an earlier agent left: call it once, when the pods of this node are known and those
+    /// that could be have been enrolled. Lets go of pods that are neither enrolled nor in `uids`, and
+    /// after an upgrade moves the programs of the older agent to this one.
+    ///
+    /// # Errors
+    ///
+    /// Something in the older agent's directory is not ours.
+    pub fn retain(&self, uids: &HashSet<String>) -> Result<(), CaptureError> {
+        let mut pods = lock(&self.pods);
+        pods.retain(uids)?;
+        let enrolled: HashSet<String> = pods.uids().map(str::to_owned).collect();
+        for (uid, path) in self.pins.lookups()? {
+            if !uids.contains(&uid) && !enrolled.contains(&uid) {
+                fs::remove_file(&path).map_err(pins::failed("remove", &path))?;
+            }
+        }
+        attach::remove_dead_lookups(self.pins.dir())?;
+        self.programs.take_over(&self.pins)
+    }
+
+    /// Keeps a socket of the agent out of capture. Before `connect()`; it may be forgotten for sockets
+    /// of the agent's own namespace, where nothing is enrolled.
+    ///
+    /// # Errors
+    ///
+    /// The kernel has no memory left for the socket's storage.
+    pub fn exempt(&self, socket: BorrowedFd<'_>, role: Role) -> io::Result<()> {
+        let role = match role {
+            Role::Agent => ROLE_AGENT,
+            Role::Deliver => ROLE_DELIVER,
+        };
+        let meta = SockMeta { orig: WireAddr::new([0; 4], 0), role, captured: 0, reserved: [0; 2] };
+        sys::update(self.sock_meta.as_fd(), &socket.as_raw_fd(), &meta)
+    }
+
+    /// A worker's own handle to the table of original destinations.
+    pub fn orig_dst_table(&self) -> OrigDstTable {
+        OrigDstTable::new(Arc::clone(&self.flows))
+    }
+
+    /// Tells the programs that the agent lives. Once a second: after 5 s of silence pods that fail open
+    /// bypass it, after a day all do.
+    pub fn beat(&self) {
+        let control = Control { heartbeat_ns: sys::boot_ns() };
+        // Writing the one element of an array cannot fail; were it to, silence is what it means.
+        drop(sys::update(self.control.as_fd(), &0u32, &control));
+    }
+
+    /// What the programs counted since the maps were made, by reason. One that cannot be read is left
+    /// out.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        lock(&self.pods).maps.counters()
+    }
+
+    /// What the programs tell, for one reader: `None` after the first call.
+    pub fn take_log(&self) -> Option<KernelLog> {
+        lock(&self.log).take()
+    }
+
+    /// Detaches every program and removes every pin under `bpffs`, of this and of older agents, and the
+    /// routes for client addresses in the namespaces that were enrolled. For when no agent runs; a
+    /// running one captures nothing any more and must be stopped.
+    ///
+    /// # Errors
+    ///
+    /// A pin cannot be removed.
+    pub fn detach(bpffs: &Path) -> Result<Detached, CaptureError> {
+        let (layouts, left) = pins::layouts(bpffs)?;
+        let mut detached = Detached { left, ..Detached::default() };
+        let mut inodes = HashSet::new();
+        for layout in &layouts {
+            inodes.extend(attach::lookup_namespaces(layout)?);
+        }
+        for layout in &layouts {
+            detached.removed.extend(pins::remove_layout(layout)?);
+        }
+        for path in namespaces() {
+            // The same namespace is found by several names, and most are no pod's: look before entering.
+            if !fs::metadata(&path).is_ok_and(|found| inodes.remove(&found.ino())) {
+                continue;
+            }
+            if Netns::open(&path).is_ok_and(|netns| remove_client_address_routes(&netns).is_ok()) {
+                detached.namespaces.push(path);
+            }
+        }
+        // Fails when something else lies there, or a bpffs is mounted there: both are not ours.
+        if fs::remove_dir(bpffs).is_ok() {
+            detached.removed.push(bpffs.to_owned());
+        }
+        Ok(detached)
+    }
+}
+
+/// Whether a connection on an inbound listener was steered there: nobody can dial the address that the
+/// listener is bound to, so this is only false for what a pod with its own routes makes up.
+pub fn was_steered(local: SocketAddr, pod_ips: &[IpAddr]) -> bool {
+    pod_ips.contains(&local.ip().to_canonical())
+}
+
+/// Prepares loading for what this kernel has beyond what is needed.
+fn loader() -> EbpfLoader<'static> {
+    static ON: u8 = 1;
+    let mptcp =
+        is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_skc_to_mptcp_sock);
+    let mut loader = EbpfLoader::new();
+    // Without it an application that uses MPTCP sees the listener as its peer.
+    if mptcp.unwrap_or(false) && Path::new("/sys/kernel/btf/vmlinux").exists() {
+        loader.override_global("HAS_MPTCP", &ON, true);
+    }
+    loader
+}
+
+fn open_map(pins: &Pins, name: &'static str) -> Result<OwnedFd, CaptureError> {
+    let refused = |source: Box<dyn std::error::Error + Send + Sync>| CaptureError::Load {
+        what: name,
+        source,
+    };
+    let map = MapData::from_pin(pins.map(name)).map_err(|error| refused(error.into()))?;
+    map.fd().as_fd().try_clone_to_owned().map_err(|error| refused(error.into()))
+}
+
+/// Every place where a network namespace can be found by name or by process.
+fn namespaces() -> impl Iterator<Item = PathBuf> {
+    let list = |dir| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let named = list("/run/netns");
+    let processes = list("/proc").map(|process| process.join("ns/net"));
+    named.chain(processes)
+}
+
+/// A lock whose holder panicked protects maps that every operation leaves usable: go on.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,1 +1,96 @@
-//! discovery.
+//! Discovery: what there is in the mesh, from ordinary Kubernetes objects.
+//!
+//! ```text
+//! *.yaml ──► manifest ──► Objects ──► translate ──► Snapshot ──► watch channel
+//!  file       parse        typed       pure          immutable    every reader
+//! ```
+//!
+//! | file | what it does |
+//! |---|---|
+//! | [`manifest`] | YAML or JSON text into typed objects; the errors name document, line and field |
+//! | [`objects`] | the set of objects that a snapshot is made from |
+//! | [`enrol`] | who takes part, and how: the `malla.dev/…` annotations |
+//! | [`translate`] | objects into a snapshot, and what is wrong with them |
+//! | [`mod@file`] | a directory of manifests, followed |
+//!
+//! # Guarantees
+//!
+//! - A state that is wrong never becomes a snapshot: a file that does not parse leaves its last good
+//!   objects in force, a value that is not understood leaves the safe default.
+//! - Nothing is wrong in silence: each problem names the object, the field and what to do.
+//! - [`translate`] reads no clock, file or socket, and does not care in which order objects came: any
+//!   source may feed it.
+
+pub mod enrol;
+pub mod file;
+pub mod manifest;
+pub mod objects;
+mod pods;
+mod services;
+pub mod translate;
+
+use std::fmt;
+
+/// Something in a manifest that does not mean what its author wanted.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Problem {
+    /// Where it was read: file and document. Empty if the source has no files.
+    pub at: String,
+    /// `Pod default/web`; empty if the text did not get as far as being an object.
+    pub object: String,
+    /// The path of the field, as `kubectl explain` writes it.
+    pub field: String,
+    /// What is wrong, and what holds instead.
+    pub message: String,
+    /// What to do about it.
+    pub remedy: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for part in [&self.at, &self.object, &self.field] {
+            if !part.is_empty() {
+                write!(f, "{part}: ")?;
+            }
+        }
+        write!(f, "{}; {}", self.message, self.remedy)
+    }
+}
+
+/// Collects the problems of one object.
+#[derive(Debug)]
+struct Report<'a> {
+    object: String,
+    problems: &'a mut Vec<Problem>,
+}
+
+impl<'a> Report<'a> {
+    fn of(object: String, problems: &'a mut Vec<Problem>) -> Self {
+        Self { object, problems }
+    }
+
+    fn say(
+        &mut self,
+        field: impl Into<String>,
+        message: impl Into<String>,
+        remedy: impl Into<String>,
+    ) {
+        self.problems.push(Problem {
+            at: String::new(),
+            object: self.object.clone(),
+            field: field.into(),
+            message: message.into(),
+            remedy: remedy.into(),
+        });
+    }
+}
+
+/// At most the first 64 characters: what an annotation says may be 256 KiB long.
+fn shown(text: &str) -> String {
+    text.chars().take(64).collect()
+}
+
+/// At most the first 300 characters: a parser may quote what it read.
+fn shown_long(text: &str) -> String {
+    text.chars().take(300).collect()
+}

@@ -1,1 +1,395 @@
-//! outbound.
+//! Outbound: carries a captured connection from the client's pod to an endpoint.
+//!
+//! ```text
+//! stage    accept ──► orig_dst ──► route ──► balance ──► tunnel ──► relay
+//! module   serve      capture      core      core        tunnel     relay
+//! effect   socket     map read     pure      pure        network    network
+//! ```
+//!
+//! One task per connection walks this line and owns all that it opens: dropping the task releases
+//! everything, so there is no clean-up path to forget.
+//!
+//! # Guarantees
+//!
+//! - *Never in clear.* A destination in the mesh is tunnelled, handed over on this node, or refused.
+//! - *At most once.* Another endpoint is tried only while no payload can have reached an application.
+//! - *At once.* What cannot be carried is reset: the application sees an error, not a time-out.
+//! - *Half-close survives*, a crash is an error: see [`crate::relay`].
+//! - *Bounded.* At most [`Limits::attempts`](crate::node::Limits::attempts) endpoints, each within
+//!   its connect timeout; where the last one only seems not to know its pod *yet*, all of that again
+//!   after each of [`SETTLE`].
+//!
+//! # Not here
+//!
+//! Why an endpoint was chosen ([`mesh_core::balance`]), how a tunnel is built ([`crate::tunnel`]),
+//! and what the destination's agent allows ([`crate::inbound`]): this module puts them in order.
+
+mod error;
+
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_core::addr::{EndpointAddr, OrigDst};
+use mesh_core::authorize::Via;
+use mesh_core::route::{self, Candidates, Route, RouteRefusal};
+use mesh_core::snapshot::{Endpoint, Snapshot, Workload};
+use mesh_core::stage::Stage;
+use mesh_core::wire;
+use tokio::net::TcpStream;
+
+pub use self::error::OutboundError;
+use crate::capture::Role;
+use crate::inbound::{self, Arrival};
+use crate::net;
+use crate::node::{LocalPod, Node, Worker};
+use crate::relay;
+use crate::telemetry::{
+    Carrier, ConnectionFacts, Direction, Outcome, Party, SecurityPolicy, Tracked, Way,
+};
+use crate::tunnel::{self, Flow, Held, Peer};
+
+/// How long to wait before everything is tried again, while a pod that has just been enrolled is not
+/// known everywhere: 750 ms in all. Agents learn of a pod within tens of milliseconds of each other, and
+/// a certificate is issued in as many; who asks in vain is refused within a second.
+const SETTLE: [Duration; 4] = [
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+];
+
+/// A flow to the endpoint that took the connection.
+struct Carried {
+    flow: Flow,
+    /// What the application sent before the flow was accepted.
+    held: Held,
+    picked: Picked,
+    /// The destination's own record, if it is a pod of this node.
+    arrival: Option<Tracked>,
+}
+
+/// One connection of an enrolled pod, from accept to end. `client` is the socket that called.
+pub async fn carry(worker: &Worker, pod: &Arc<LocalPod>, app: TcpStream, client: SocketAddr) {
+    let node = &worker.node;
+    let client = mesh_core::addr::canonical(client);
+    let snapshot = node.snapshot.load_full();
+    let source = snapshot.workload(&pod.uid);
+    let party = match source {
+        Some(workload) => Party::proven(client, workload),
+        None => Party::unproven(client, None),
+    };
+    let mut tracked = node.telemetry.open(ConnectionFacts::new(Direction::Outbound, party));
+    // From here on whatever goes wrong, a killed agent included, is a reset and never a clean end.
+    net::prepare_relayed(&app);
+
+    let connection = Connection { worker, pod, snapshot: &snapshot, app: &app, client };
+    // Boxed: what reaching needs is given back before the long part begins.
+    let carried = match Box::pin(connection.reach(source, &mut tracked)).await {
+        Ok(carried) => carried,
+        Err(error) => {
+            drop(app);
+            return tracked.finish(Outcome::Failed(error.failure()));
+        }
+    };
+
+    tracked.established();
+    let live = Arc::clone(tracked.live());
+    let end = relay::relay(app, carried.flow, carried.held, &live).await;
+    drop(carried.picked);
+    let outcome = Outcome::from(end);
+    if let Some(arrival) = carried.arrival {
+        arrival.finish(outcome.clone());
+    }
+    tracked.finish(outcome);
+}
+
+/// What stays the same while endpoints are tried.
+struct Connection<'a> {
+    worker: &'a Worker,
+    pod: &'a Arc<LocalPod>,
+    snapshot: &'a Snapshot,
+    app: &'a TcpStream,
+    client: SocketAddr,
+}
+
+/// Where a connection may go.
+enum Targets {
+    Service(Candidates),
+    One(Endpoint),
+}
+
+impl Targets {
+    fn as_slice(&self) -> &[Endpoint] {
+        match self {
+            Self::Service(candidates) => candidates.as_slice(),
+            Self::One(endpoint) => std::slice::from_ref(endpoint),
+        }
+    }
+}
+
+impl Connection<'_> {
+    /// All stages up to a flow that an endpoint has accepted.
+    async fn reach(
+        &self,
+        source: Option<&Arc<Workload>>,
+        tracked: &mut Tracked,
+    ) -> Result<Carried, OutboundError> {
+        let dst = self.orig_dst()?;
+        tracked.update(|facts| facts.orig_dst = Some(dst));
+        tracked.lap(Stage::OrigDst);
+
+        let source = source.ok_or(OutboundError::UnknownSource)?;
+        let targets = self.route(dst, tracked)?;
+        tracked.lap(Stage::Route);
+
+        let mut held = Held::default();
+        for wait in SETTLE {
+            match self.try_endpoints(source, dst, &targets, &mut held, tracked).await {
+                Err(error) if error.may_settle() => {
+                    tracing::debug!(
+                        error = %crate::telemetry::chain(&error),
+                        stage = error.stage().as_str(),
+                        "not known everywhere yet: trying again"
+                    );
+                    tokio::time::sleep(wait).await;
+                }
+                Ok((flow, picked, arrival)) => return Ok(Carried { flow, held, picked, arrival }),
+                Err(error) => return Err(error),
+            }
+        }
+        let (flow, picked, arrival) =
+            self.try_endpoints(source, dst, &targets, &mut held, tracked).await?;
+        Ok(Carried { flow, held, picked, arrival })
+    }
+
+    /// One endpoint after the other, while nothing can have been delivered.
+    async fn try_endpoints(
+        &self,
+        source: &Arc<Workload>,
+        dst: OrigDst,
+        targets: &Targets,
+        held: &mut Held,
+        tracked: &mut Tracked,
+    ) -> Result<(Flow, Picked, Option<Tracked>), OutboundError> {
+        let node = &self.worker.node;
+        let mut tried = Vec::new();
+        loop {
+            let asked = Instant::now();
+            let index =
+                node.loads().pick(node.limits.balance, targets.as_slice(), &tried, asked, |n| {
+                    fastrand::usize(..n)
+                });
+            // The first pick always finds one: a route has at least one endpoint.
+            let Some(index) = index else {
+                let refusal = RouteRefusal::NoEndpoints;
+                return Err(OutboundError::Route { dst, refusal });
+            };
+            let endpoint = &targets.as_slice()[index];
+            tracked.lap(Stage::Balance);
+
+            let picked =
+                Picked { node: Arc::clone(node), endpoint: endpoint.addr, asked, failed: false };
+            match self.attempt(source, endpoint, held, tracked).await {
+                Ok((flow, arrival)) => {
+                    picked.accepted();
+                    return Ok((flow, picked, arrival));
+                }
+                Err(error) => {
+                    picked.failed();
+                    tried.push(endpoint.addr);
+                    let is_last = tried.len() >= node.limits.attempts.min(targets.as_slice().len());
+                    if is_last || !error.may_retry() {
+                        return Err(error);
+                    }
+                    tracing::debug!(
+                        error = %crate::telemetry::chain(&error),
+                        endpoint = %endpoint.addr,
+                        stage = error.stage().as_str(),
+                        "trying another endpoint"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Where the application meant to go, as the kernel noted it before the SYN left.
+    fn orig_dst(&self) -> Result<OrigDst, OutboundError> {
+        // The address of a socket that was reset before it was accepted is gone, as is its connection.
+        let listener = self.app.local_addr().map_or(0, |own| own.port());
+        let cookie = self.pod.netns.cookie();
+        let found = self.worker.orig_dst().take(cookie, self.client, listener);
+        found.ok_or(OutboundError::NotCaptured { peer: self.client })
+    }
+
+    fn route(&self, dst: OrigDst, tracked: &Tracked) -> Result<Targets, OutboundError> {
+        match route::route(self.snapshot, dst) {
+            Route::Service { service, candidates } => {
+                tracked.update(|facts| facts.service = Some(service));
+                Ok(Targets::Service(candidates))
+            }
+            Route::Workload { workload, addr } => {
+                Ok(Targets::One(Endpoint { addr, workload: Some(workload) }))
+            }
+            Route::Passthrough => {
+                let addr = EndpointAddr(mesh_core::addr::canonical(dst.0));
+                Ok(Targets::One(Endpoint { addr, workload: None }))
+            }
+            Route::Refuse(refusal) => Err(OutboundError::Route { dst, refusal }),
+        }
+    }
+
+    /// One endpoint, by the way that leads there.
+    async fn attempt(
+        &self,
+        source: &Arc<Workload>,
+        endpoint: &Endpoint,
+        held: &mut Held,
+        tracked: &mut Tracked,
+    ) -> Result<(Flow, Option<Tracked>), OutboundError> {
+        let to = endpoint.addr;
+        match route::way(self.snapshot, endpoint.workload.as_ref()) {
+            route::Way::Tunnel { workload, peers } => {
+                let trace = fastrand::u128(..);
+                tracked.update(|facts| {
+                    facts.way = Some(Way::Tunnel);
+                    facts.destination = Party::unproven(to.0, Some(&workload));
+                    facts.peer_node = Some(Arc::clone(&workload.node));
+                    facts.trace_id = trace;
+                });
+                let flow = self.tunnel(source, &workload, &peers, to, trace, held, tracked).await?;
+                let carrier = carrier_of(&flow);
+                tracked.update(|facts| {
+                    facts.carrier = Some(carrier);
+                    facts.destination = Party::proven(to.0, &workload);
+                    facts.security = SecurityPolicy::MutualTls;
+                });
+                Ok((flow, None))
+            }
+            route::Way::Local { workload } => {
+                tracked.update(|facts| {
+                    facts.way = Some(Way::Local);
+                    facts.carrier = Some(Carrier::Local);
+                    facts.destination = Party::proven(to.0, &workload);
+                    facts.peer_node = Some(Arc::clone(&workload.node));
+                    // Both identities are this agent's own issuing, and nothing leaves the machine.
+                    facts.security = SecurityPolicy::MutualTls;
+                });
+                let arrival = Arrival {
+                    to,
+                    client: self.client,
+                    via: Via::Local { caller: &source.identity },
+                    source: Party::proven(self.client, source),
+                    carrier: Carrier::Local,
+                    trace_id: 0,
+                };
+                let admitted =
+                    inbound::admit_local(self.worker, self.snapshot, arrival, tracked.live()).await;
+                let (stream, arrival) = admitted.map_err(OutboundError::Local)?;
+                tracked.lap(Stage::Deliver);
+                Ok((Flow::Local(stream), Some(arrival)))
+            }
+            route::Way::Plain => {
+                tracked.update(|facts| {
+                    facts.way = Some(Way::Passthrough);
+                    facts.carrier = Some(Carrier::Passthrough);
+                    facts.destination = Party::unproven(to.0, endpoint.workload.as_ref());
+                });
+                let stream = self.plain(to).await;
+                let stream =
+                    stream.map_err(|source| OutboundError::Passthrough { endpoint: to, source })?;
+                tracked.lap(Stage::Deliver);
+                Ok((Flow::Local(stream), None))
+            }
+            route::Way::NoNode => {
+                let node = endpoint.workload.as_ref().map(|w| w.node.to_string());
+                Err(OutboundError::UnknownNode { endpoint: to, node: node.unwrap_or_default() })
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the facts of one flow, used once")]
+    async fn tunnel(
+        &self,
+        source: &Arc<Workload>,
+        workload: &Arc<Workload>,
+        peers: &[mesh_core::addr::PeerAddr],
+        to: EndpointAddr,
+        trace: u128,
+        held: &mut Held,
+        tracked: &mut Tracked,
+    ) -> Result<Flow, OutboundError> {
+        let open = wire::Open {
+            flow: tracked.id(),
+            trace: trace.to_be_bytes(),
+            destination: to,
+            source: self.client,
+        };
+        let mut last = None;
+        // A node with an address of each family is tried at the second if the first is unreachable.
+        for peer in peers {
+            let peer =
+                Peer { from: source.identity.clone(), to: workload.identity.clone(), node: *peer };
+            match self.worker.tunnels.open(&peer, &open, self.app, held).await {
+                Ok(flow) => {
+                    tracked.lap(Stage::Tunnel);
+                    return Ok(flow);
+                }
+                Err(error) => {
+                    let try_next = error.is_unreachable();
+                    last = Some(error);
+                    if !try_next {
+                        break;
+                    }
+                }
+            }
+        }
+        let source = last.unwrap_or(tunnel::OpenError::NoCertificate);
+        Err(OutboundError::Tunnel { endpoint: to, source })
+    }
+
+    /// A plain connection from inside the client's pod, as if the mesh were not there.
+    async fn plain(&self, to: EndpointAddr) -> std::io::Result<TcpStream> {
+        let node = &self.worker.node;
+        let exempt = |socket: BorrowedFd<'_>| node.capture.exempt(socket, Role::Agent);
+        let connecting = net::pass_through(&self.pod.netns, to.0, exempt);
+        net::within(node.limits.connect_timeout, connecting).await
+    }
+}
+
+fn carrier_of(flow: &Flow) -> Carrier {
+    match flow.carrier() {
+        tunnel::Carrier::Lane => Carrier::Lane,
+        tunnel::Carrier::Quic => Carrier::Quic,
+        tunnel::Carrier::Local => Carrier::Local,
+    }
+}
+
+/// An endpoint that was picked: until this is dropped it counts as one connection more.
+struct Picked {
+    node: Arc<Node>,
+    endpoint: EndpointAddr,
+    asked: Instant,
+    failed: bool,
+}
+
+impl Picked {
+    fn accepted(&self) {
+        let now = Instant::now();
+        self.node.loads().accepted(self.endpoint, now, now.saturating_duration_since(self.asked));
+    }
+
+    fn failed(mut self) {
+        self.failed = true;
+        self.node.loads().failed(self.endpoint, Instant::now());
+    }
+}
+
+impl Drop for Picked {
+    fn drop(&mut self) {
+        if !self.failed {
+            self.node.loads().finished(self.endpoint);
+        }
+    }
+}

@@ -1,0 +1,452 @@
+//! Wires the agent together, runs it, and ends it.
+//!
+//! ```text
+//! control thread                                 worker threads
+//! manifests ─► snapshot ─► pods ─► capture       pod listeners ─► outbound, inbound
+//! CA ─► identities                               tunnel port   ─► inbound
+//! metrics, probes, admin socket, signals
+//! ```
+//!
+//! Every task that outlives a connection is started here, and joined or dropped here.
+
+mod pods;
+mod views;
+
+use std::collections::{HashMap, HashSet};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroUsize;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context as _, Result, bail};
+use arc_swap::ArcSwap;
+use mesh_core::addr::EndpointAddr;
+use mesh_core::balance::Loads;
+use mesh_core::snapshot::Snapshot;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tracing::{error, info, warn};
+
+use self::pods::Pods;
+use self::views::Views;
+use crate::admin::{self, AdminSocket};
+use crate::capture::{Capture, CaptureConfig};
+use crate::cli::Run;
+use crate::discovery::Problem;
+use crate::discovery::file::{FileSource, Settings};
+use crate::identity::store::{Identities, Issuer, Lifetimes};
+use crate::identity::verify::verify_peer;
+use crate::identity::{bundle, ca};
+use crate::node::{Limits, Node, Worker};
+use crate::telemetry::{self, LogLevel, Telemetry};
+use crate::tunnel::{Credentials, TicketKeys, TunnelConfig, TunnelStats, Tunnels};
+use crate::workers::Workers;
+use crate::{inbound, net};
+
+/// The programs take the agent for gone when its heartbeat is 5 s old.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How often a pod that could not be enrolled is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Tells the programs that this agent lives, until dropped. A thread of its own: the control thread
+/// may be busy for seconds with manifests, and that must not open pods that fail open.
+struct Heart {
+    stop: Option<mpsc::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Heart {
+    fn start(capture: Arc<Capture>) -> std::io::Result<Self> {
+        let (stop, stopped) = mpsc::channel::<()>();
+        let thread = thread::Builder::new().name("heartbeat".into()).spawn(move || {
+            while stopped.recv_timeout(HEARTBEAT) == Err(RecvTimeoutError::Timeout) {
+                capture.beat();
+            }
+        })?;
+        Ok(Self { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for Heart {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(Err(_panic)) = self.thread.take().map(thread::JoinHandle::join) {
+            error!("the heartbeat panicked");
+        }
+    }
+}
+
+/// Runs the agent until SIGTERM or SIGINT, then drains.
+///
+/// # Errors
+///
+/// What keeps it from starting; once it runs, nothing short of a signal ends it.
+pub fn run(options: Run) -> Result<()> {
+    let log = telemetry::init_logging(options.log_format, &options.log).context("start logging")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let agent = runtime.block_on(Agent::start(options, log))?;
+    runtime.block_on(agent.carry_on())
+}
+
+struct Agent {
+    options: Run,
+    node: Arc<Node>,
+    workers: Arc<Workers>,
+    contexts: Vec<Arc<Worker>>,
+    pods: Pods,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    views: Arc<Views>,
+    drain: watch::Sender<bool>,
+    heart: Heart,
+    /// Tunnel listeners, one a worker and carrier.
+    tunnels: JoinSet<()>,
+    /// Everything else; dropped at the end.
+    control: JoinSet<()>,
+}
+
+impl Agent {
+    async fn start(options: Run, log: LogLevel) -> Result<Self> {
+        let started = Instant::now();
+        if let Err(error) = net::raise_file_limit() {
+            warn!(%error, "the limit of open files stays as it is");
+        }
+        let telemetry = Telemetry::new(&telemetry::Options {
+            access_log: options.access_log,
+            series_limit: options.metrics_series_limit,
+            drop_labels: options.metrics_drop_labels.clone(),
+            ..telemetry::Options::default()
+        })?;
+        let mut control = JoinSet::new();
+
+        let identities = start_identities(&options, &mut control)?;
+        let (source, snapshots, problems) = open_manifests(&options)?;
+        let capture = Arc::new(Capture::start(&CaptureConfig {
+            cgroup: options.cgroup.clone(),
+            bpffs: options.bpffs.clone(),
+            max_pods: options.max_pods,
+            max_destinations: options.max_destinations,
+            max_flows: options.max_flows,
+        })?);
+        capture.beat();
+        if let Some(log) = capture.take_log() {
+            control.spawn(async move {
+                if let Err(error) = log.follow().await {
+                    error!(%error, stage = "capture", "what the programs tell is not followed");
+                }
+            });
+        }
+
+        let (drain, draining) = watch::channel(false);
+        let node = Arc::new(Node {
+            snapshot: ArcSwap::new(Arc::clone(&snapshots.borrow())),
+            pods: ArcSwap::new(Arc::new(HashMap::new())),
+            loads: Mutex::new(Loads::default()),
+            capture: Arc::clone(&capture),
+            telemetry: telemetry.clone(),
+            limits: Limits {
+                connect_timeout: options.connect_timeout,
+                attempts: Limits::ATTEMPTS,
+                balance: options.balance.into(),
+            },
+            connections: Arc::new(Semaphore::new(options.max_connections.get())),
+            draining,
+        });
+
+        let count = options.workers.map_or_else(available_cores, NonZeroUsize::get);
+        let workers = Arc::new(Workers::start(count).context("start worker threads")?);
+        let stats = Arc::new(TunnelStats::default());
+        let contexts = start_tunnels(&options, &workers, &node, &identities, &stats).await?;
+        let mut tunnels = JoinSet::new();
+        serve_tunnels(&options, &workers, &contexts, &node, &mut tunnels)?;
+
+        let pods = Pods::new(Arc::clone(&workers), contexts.clone(), Arc::clone(&identities));
+        let views = Arc::new(Views {
+            started,
+            options: options.clone(),
+            node: Arc::clone(&node),
+            identities,
+            contexts: contexts.clone(),
+            stats,
+            problems,
+            shortfall: pods.shortfall(),
+            is_applied: AtomicBool::new(false),
+            applied_at: Mutex::new(started),
+        });
+        telemetry.set_sources(Arc::clone(&views).telemetry_sources());
+        serve_http(&options, &telemetry, &views, log, &mut control).await?;
+        control.spawn(source.run());
+        let heart = Heart::start(capture).context("start the heartbeat")?;
+        info!(
+            node = %options.node,
+            version = env!("CARGO_PKG_VERSION"),
+            workers = count,
+            carrier = options.carrier.as_str(),
+            "started"
+        );
+        Ok(Self {
+            options,
+            node,
+            workers,
+            contexts,
+            pods,
+            snapshots,
+            views,
+            drain,
+            heart,
+            tunnels,
+            control,
+        })
+    }
+
+    /// Follows the snapshots until told to end.
+    async fn carry_on(mut self) -> Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        loop {
+            let snapshot = Arc::clone(&self.snapshots.borrow_and_update());
+            self.apply(snapshot).await;
+            let retry = async {
+                if self.pods.has_failing() {
+                    tokio::time::sleep(RETRY).await;
+                } else {
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                changed = self.snapshots.changed() => {
+                    if changed.is_err() {
+                        bail!("the manifests are not followed any more");
+                    }
+                }
+                () = retry => {}
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+            }
+        }
+        self.end().await;
+        Ok(())
+    }
+
+    async fn apply(&mut self, snapshot: Arc<Snapshot>) {
+        let is_new = !Arc::ptr_eq(&self.node.snapshot.load(), &snapshot);
+        self.node.snapshot.store(Arc::clone(&snapshot));
+        self.pods.follow(&snapshot).await;
+        let endpoints: HashSet<_> = snapshot.endpoints().map(|endpoint| endpoint.addr).collect();
+        let is_live = |addr: &EndpointAddr| {
+            endpoints.contains(addr) || snapshot.workload_at(addr.0.ip()).is_some()
+        };
+        self.node.loads().retain(is_live);
+        self.node.telemetry.retain(&snapshot);
+        self.views.applied(is_new);
+    }
+
+    /// Takes no new connection, lets those that are open end, and leaves the programs in the kernel:
+    /// what they capture is refused until a successor is there.
+    async fn end(mut self) {
+        let open = || {
+            let permits = self.node.connections.available_permits();
+            self.options.max_connections.get().saturating_sub(permits)
+        };
+        info!(open = open(), within_s = self.options.drain.as_secs(), "draining");
+        self.drain.send_replace(true);
+        let pods = self.pods.close();
+        let contexts = self.contexts;
+        let mut tunnels = self.tunnels;
+        let all = async move {
+            // Together: what one connection still needs must not keep the idle tunnels of others.
+            let drained = contexts.iter().map(|context| {
+                let tunnels = Arc::clone(&context.tunnels);
+                async move { tunnels.drain().await }
+            });
+            let mut drains: JoinSet<()> = drained.collect();
+            pods.await;
+            while drains.join_next().await.is_some() {}
+            while tunnels.join_next().await.is_some() {}
+        };
+        if tokio::time::timeout(self.options.drain, all).await.is_err() {
+            warn!(cut = open(), "the time to drain is over");
+        }
+        self.control.shutdown().await;
+        drop(self.workers);
+        drop(self.heart);
+        self.node.telemetry.flush();
+        info!("ended");
+    }
+}
+
+fn available_cores() -> usize {
+    thread::available_parallelism().map_or(1, NonZeroUsize::get)
+}
+
+fn start_identities(options: &Run, control: &mut JoinSet<()>) -> Result<Arc<Identities>> {
+    let root = ca::DirectoryCa::open(&options.ca_dir)?;
+    if *root.trust_domain() != options.trust_domain {
+        bail!(
+            "the CA in {} is for trust domain {}, not {}: set --trust-domain, or make another CA",
+            options.ca_dir.display(),
+            root.trust_domain(),
+            options.trust_domain
+        );
+    }
+    let path = options.ca_dir.join("bundle.pem");
+    let bundles = bundle::TrustBundles::load(&path, &options.trust_domain)?;
+    let identities = Arc::new(Identities::new(bundles));
+    let lifetimes = Lifetimes { lifetime: options.cert_lifetime, ..Lifetimes::default() };
+    control.spawn(Arc::clone(&identities).maintain(
+        Issuer::Directory(root),
+        lifetimes,
+        SystemTime::now,
+    ));
+    let following = bundle::follow(Arc::clone(&identities), path, options.trust_domain.clone());
+    control.spawn(async move {
+        if let Err(error) = following.await {
+            error!(%error, stage = "tunnel", "the trust bundle is not followed");
+        }
+    });
+    Ok(identities)
+}
+
+type Manifests = (FileSource, watch::Receiver<Arc<Snapshot>>, watch::Receiver<Arc<[Problem]>>);
+
+fn open_manifests(options: &Run) -> Result<Manifests> {
+    let settings = Settings {
+        node: options.node.as_str().into(),
+        trust_domain: options.trust_domain.clone(),
+        tunnel_port: options.tunnel_port.get(),
+    };
+    let (source, snapshots) = FileSource::open(&options.manifests, settings)?;
+    let problems = source.problems();
+    Ok((source, snapshots, problems))
+}
+
+/// Each worker's tunnels, made on that worker: its sockets belong to its runtime.
+async fn start_tunnels(
+    options: &Run,
+    workers: &Workers,
+    node: &Arc<Node>,
+    identities: &Arc<Identities>,
+    stats: &Arc<TunnelStats>,
+) -> Result<Vec<Arc<Worker>>> {
+    let credentials = Arc::new(credentials(identities));
+    let tickets = TicketKeys::new().context("make session ticket keys")?;
+    let config = TunnelConfig {
+        carrier: options.carrier,
+        connect_timeout: options.connect_timeout,
+        // The far side may use up its own timeout before it answers why.
+        answer_timeout: options.connect_timeout * 2,
+        ..TunnelConfig::default()
+    };
+    let mut contexts = Vec::new();
+    for index in 0..workers.len() {
+        let (config, tickets) = (config.clone(), tickets.clone());
+        let (credentials, stats) = (Arc::clone(&credentials), Arc::clone(stats));
+        let made =
+            workers.spawn(index, async move { Tunnels::new(config, tickets, credentials, stats) });
+        let tunnels = made.await?.context("start tunnels")?;
+        contexts.push(Arc::new(Worker::new(Arc::clone(node), tunnels)));
+    }
+    Ok(contexts)
+}
+
+fn credentials(identities: &Arc<Identities>) -> Credentials {
+    let (certified, served, verify) =
+        (Arc::clone(identities), Arc::clone(identities), Arc::clone(identities));
+    Credentials {
+        certified: Box::new(move |id| certified.certified(id)),
+        served: Box::new(move |name| served.served(name)),
+        verify: Box::new(move |chain, role, now| verify_peer(&verify.trust(), chain, role, now)),
+    }
+}
+
+/// Listens for tunnels: a TCP listener on every worker (the kernel spreads connections over them)
+/// and the QUIC endpoint on the first, since one socket must see all packets of a connection.
+fn serve_tunnels(
+    options: &Run,
+    workers: &Workers,
+    contexts: &[Arc<Worker>],
+    node: &Arc<Node>,
+    tunnels: &mut JoinSet<()>,
+) -> Result<()> {
+    let port = options.tunnel_port.get();
+    let any = net::any_address();
+    for (index, context) in contexts.iter().enumerate() {
+        let listener = net::listen_shared(SocketAddr::new(any, port))
+            .with_context(|| format!("listen for tunnels on TCP port {port}"))?;
+        let (context, drain) = (Arc::clone(context), node.draining.clone());
+        let serving = workers.spawn(index, async move {
+            let listener = match TcpListener::from_std(listener) {
+                Ok(listener) => listener,
+                Err(error) => return error!(%error, stage = "tunnel", "lanes are not served"),
+            };
+            let tunnels = Arc::clone(&context.tunnels);
+            let handler = move |request| {
+                let context = Arc::clone(&context);
+                async move { inbound::serve_request(&context, request).await }
+            };
+            if let Err(error) = tunnels.serve_lanes(listener, drain, handler).await {
+                error!(%error, stage = "tunnel", "lanes are not served");
+            }
+        });
+        tunnels.spawn(joined(serving));
+    }
+    let socket = net::udp_socket(SocketAddr::new(any, port))
+        .with_context(|| format!("listen for tunnels on UDP port {port}"))?;
+    let (context, drain) = (Arc::clone(&contexts[0]), node.draining.clone());
+    let serving = workers.spawn(0, async move {
+        let tunnels = Arc::clone(&context.tunnels);
+        let handler = move |request| {
+            let context = Arc::clone(&context);
+            async move { inbound::serve_request(&context, request).await }
+        };
+        if let Err(error) = tunnels.serve_quic(socket, drain, handler).await {
+            error!(%error, stage = "tunnel", "QUIC is not served");
+        }
+    });
+    tunnels.spawn(joined(serving));
+    Ok(())
+}
+
+async fn joined(task: tokio::task::JoinHandle<()>) {
+    if let Err(error) = task.await
+        && error.is_panic()
+    {
+        error!(%error, stage = "tunnel", "a tunnel listener panicked");
+    }
+}
+
+async fn serve_http(
+    options: &Run,
+    telemetry: &Telemetry,
+    views: &Arc<Views>,
+    log: LogLevel,
+    control: &mut JoinSet<()>,
+) -> Result<()> {
+    let metrics = listen(options.metrics_addr).await.context("--metrics-addr")?;
+    let probes = listen(options.ready_addr).await.context("--ready-addr")?;
+    let socket = AdminSocket::bind(&options.admin.socket).context("--admin-socket")?;
+    let telemetry_for_metrics = telemetry.clone();
+    control.spawn(async move {
+        match telemetry::serve_metrics(metrics, telemetry_for_metrics).await {}
+    });
+    let readiness = Arc::clone(views).readiness();
+    control.spawn(async move { match telemetry::serve_probes(probes, readiness).await {} });
+    let sources = Arc::clone(views).admin_sources(telemetry.clone(), log);
+    control.spawn(async move { match admin::serve(socket, sources).await {} });
+    Ok(())
+}
+
+/// `addr`, or its IPv4 counterpart where the node has no IPv6.
+async fn listen(addr: SocketAddr) -> Result<TcpListener> {
+    let addr = match addr {
+        SocketAddr::V6(v6) if v6.ip() == &Ipv6Addr::UNSPECIFIED && net::any_address().is_ipv4() => {
+            SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), v6.port())
+        }
+        addr => addr,
+    };
+    TcpListener::bind(addr).await.with_context(|| format!("listen on {addr}"))
+}

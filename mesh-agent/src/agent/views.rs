@@ -1,0 +1,261 @@
+//! What the agent tells of itself: to the admin socket, to the probes, to Prometheus.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Instant, SystemTime};
+
+use serde_json::json;
+use tokio::sync::watch;
+
+use super::pods::Shortfall;
+use crate::admin::{self, view};
+use crate::cli::Run;
+use crate::discovery::Problem;
+use crate::identity::store::Identities;
+use crate::node::{Node, Worker};
+use crate::telemetry::{self, Direction, LogLevel, Readiness, Telemetry, TunnelNumbers};
+use crate::tunnel::{self, TunnelStats};
+
+/// Where answers are taken from.
+#[derive(Debug)]
+pub(super) struct Views {
+    pub(super) started: Instant,
+    pub(super) options: Run,
+    pub(super) node: Arc<Node>,
+    pub(super) identities: Arc<Identities>,
+    pub(super) contexts: Vec<Arc<Worker>>,
+    pub(super) stats: Arc<TunnelStats>,
+    pub(super) problems: watch::Receiver<Arc<[Problem]>>,
+    pub(super) shortfall: watch::Receiver<Shortfall>,
+    pub(super) is_applied: AtomicBool,
+    pub(super) applied_at: Mutex<Instant>,
+}
+
+impl Views {
+    /// A snapshot has taken effect in kernel and listeners. The same one may again, when something is
+    /// tried another time: it does not get younger by that.
+    pub(super) fn applied(&self, is_new: bool) {
+        if is_new {
+            *self.applied_at.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        }
+        self.is_applied.store(true, Ordering::Release);
+    }
+
+    pub(super) fn readiness(self: Arc<Self>) -> Readiness {
+        Arc::new(move || self.ready())
+    }
+
+    pub(super) fn telemetry_sources(self: Arc<Self>) -> telemetry::Sources {
+        let [capture, tunnels, certificates, snapshot] = std::array::from_fn(|_| Arc::clone(&self));
+        telemetry::Sources {
+            capture: Box::new(move || capture.node.capture.counters()),
+            tunnels: Box::new(move || tunnels.tunnel_numbers()),
+            certificates: Box::new(move || {
+                let held = certificates.identities.view(SystemTime::now());
+                held.into_iter().filter_map(|cert| Some((cert.identity, cert.not_after?))).collect()
+            }),
+            snapshot: Box::new(move || telemetry::SnapshotState {
+                age: snapshot.snapshot_age(),
+                problems: snapshot.problem_count(),
+            }),
+        }
+    }
+
+    pub(super) fn admin_sources(
+        self: Arc<Self>,
+        telemetry: Telemetry,
+        log: LogLevel,
+    ) -> admin::Sources {
+        let [status, snapshot, certificates, tunnels, config] =
+            std::array::from_fn(|_| Arc::clone(&self));
+        admin::Sources {
+            status: Box::new(move || status.status()),
+            snapshot: Box::new(move || snapshot.node.snapshot.load_full()),
+            certificates: Box::new(move || certificates.certificates()),
+            tunnels: Box::new(move || tunnels.tunnels()),
+            config: Box::new(move || config.config()),
+            telemetry,
+            log,
+        }
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        if self.node.is_draining() {
+            return Err("draining".into());
+        }
+        if !self.is_applied.load(Ordering::Acquire) {
+            return Err("the manifests have not taken effect yet".into());
+        }
+        if !self.identities.ready(SystemTime::now()) {
+            return Err("a workload has no certificate".into());
+        }
+        let shortfall = self.shortfall.borrow();
+        if let Some(why) = &shortfall.uncaptured {
+            return Err(format!("destinations of the mesh may not be captured: {why}"));
+        }
+        match shortfall.not_enrolled.first() {
+            Some(pod) => {
+                Err(format!("{}/{} is not enrolled: {}", pod.namespace, pod.name, pod.why))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn status(&self) -> view::StatusView {
+        let snapshot = self.node.snapshot.load_full();
+        let ready = self.ready();
+        let mut problems: Vec<_> = self.problems.borrow().iter().map(problem).collect();
+        problems.extend(self.shortfall.borrow().problems());
+        if let Some(error) = self.identities.trust_problem() {
+            problems.push(view::ProblemView {
+                place: self.options.ca_dir.join("bundle.pem").display().to_string(),
+                field: String::new(),
+                message: telemetry::chain(&*error),
+                remedy: "the last good roots stay in force until the file is corrected".into(),
+            });
+        }
+        let mut carriers = BTreeMap::new();
+        for tunnel in self.all_tunnels() {
+            let node = self.node_name(tunnel.peer.node);
+            carriers.insert(node, tunnel.carrier.as_str().to_owned());
+        }
+        view::StatusView {
+            version: env!("CARGO_PKG_VERSION").into(),
+            node: snapshot.node.to_string(),
+            trust_domain: snapshot.trust_domain.to_string(),
+            uptime_s: self.started.elapsed().as_secs(),
+            ready: ready.is_ok(),
+            not_ready_reason: ready.err(),
+            snapshot: view::snapshot(&snapshot, self.snapshot_age().as_secs()),
+            problems,
+            connections: view::ConnectionCounts {
+                outbound: self.node.telemetry.open_count(Direction::Outbound),
+                inbound: self.node.telemetry.open_count(Direction::Inbound),
+            },
+            workers: self.contexts.len(),
+            carrier: self.options.carrier.as_str().into(),
+            carriers,
+            kernel: self
+                .node
+                .capture
+                .counters()
+                .into_iter()
+                .map(|(event, count)| (event.to_owned(), count))
+                .collect(),
+        }
+    }
+
+    fn snapshot_age(&self) -> std::time::Duration {
+        self.applied_at.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    fn problem_count(&self) -> u64 {
+        let count = self.problems.borrow().len() + self.shortfall.borrow().problems().count();
+        u64::try_from(count).unwrap_or(u64::MAX)
+    }
+
+    fn certificates(&self) -> Vec<view::CertificateView> {
+        let now = SystemTime::now();
+        let leaves = self.identities.view(now).into_iter().map(|cert| view::leaf(&cert));
+        let roots = self.identities.roots().into_iter().map(|root| view::root(&root, now));
+        leaves.chain(roots).collect()
+    }
+
+    fn all_tunnels(&self) -> impl Iterator<Item = tunnel::TunnelView> {
+        self.contexts.iter().flat_map(|context| context.tunnels.view())
+    }
+
+    fn tunnels(&self) -> Vec<view::TunnelView> {
+        let shown = self.all_tunnels().map(|tunnel| view::TunnelView {
+            node: self.node_name(tunnel.peer.node),
+            from: tunnel.peer.from.to_string(),
+            to: tunnel.peer.to.to_string(),
+            carrier: tunnel.carrier.as_str().into(),
+            state: match (tunnel.failing, tunnel.busy) {
+                (Some(reason), _) => format!("failing: {reason}"),
+                (None, 0) => "idle".into(),
+                (None, _) => "busy".into(),
+            },
+            flows: u64::try_from(tunnel.busy).unwrap_or(u64::MAX),
+            age_s: tunnel.since_s,
+        });
+        shown.collect()
+    }
+
+    fn tunnel_numbers(&self) -> TunnelNumbers {
+        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let stats = &self.stats;
+        let idle = read(&stats.lanes_idle);
+        TunnelNumbers {
+            tunnels: vec![
+                ("lane", "idle", idle),
+                ("lane", "busy", read(&stats.lanes_open).saturating_sub(idle)),
+                ("quic", "open", read(&stats.quic_connections)),
+            ],
+            handshakes: stats
+                .all_handshakes()
+                .map(|(side, kind, count)| (side.as_str(), kind.as_str(), count))
+                .collect(),
+            refusals: stats
+                .refusals()
+                .map(|(side, reason, count)| (side.as_str(), reason, count))
+                .collect(),
+            events: vec![
+                ("dial", read(&stats.dials)),
+                ("flow", read(&stats.flows)),
+                ("flow_refused", read(&stats.flows_refused)),
+                ("fallback", read(&stats.fallbacks)),
+            ],
+        }
+    }
+
+    /// The name of the node with this tunnel address, or the address.
+    fn node_name(&self, peer: mesh_core::addr::PeerAddr) -> String {
+        let snapshot = self.node.snapshot.load();
+        let found = snapshot.nodes().find(|(_, node)| node.peers.contains(&peer));
+        found.map_or_else(|| peer.to_string(), |(name, _)| name.to_string())
+    }
+
+    /// The effective configuration. Nothing in it is secret.
+    fn config(&self) -> serde_json::Value {
+        let options = &self.options;
+        json!({
+            "node": options.node,
+            "manifests": options.manifests,
+            "ca_dir": options.ca_dir,
+            "trust_domain": options.trust_domain.as_str(),
+            "cgroup": options.cgroup,
+            "bpffs": options.bpffs,
+            "tunnel_port": options.tunnel_port,
+            "metrics_addr": options.metrics_addr,
+            "ready_addr": options.ready_addr,
+            "admin_socket": options.admin.socket,
+            "carrier": options.carrier.as_str(),
+            "balance": options.balance.as_str(),
+            "workers": self.contexts.len(),
+            "max_connections": options.max_connections,
+            "max_pods": options.max_pods,
+            "max_destinations": options.max_destinations,
+            "max_flows": options.max_flows,
+            "connect_timeout_s": options.connect_timeout.as_secs(),
+            "drain_s": options.drain.as_secs(),
+            "cert_lifetime_s": options.cert_lifetime.as_secs(),
+            "metrics_series_limit": options.metrics_series_limit,
+        })
+    }
+}
+
+fn problem(problem: &Problem) -> view::ProblemView {
+    let place = match (problem.at.as_str(), problem.object.as_str()) {
+        ("", object) => object.to_owned(),
+        (at, "") => at.to_owned(),
+        (at, object) => format!("{at}: {object}"),
+    };
+    view::ProblemView {
+        place,
+        field: problem.field.clone(),
+        message: problem.message.clone(),
+        remedy: problem.remedy.clone(),
+    }
+}

@@ -1,0 +1,204 @@
+//! Attaching programs so that a restart leaves no gap: links are pinned, and a new agent moves them to
+//! its programs (`BPF_LINK_UPDATE`) instead of making its own.
+//!
+//! After an upgrade that changed a layout, the old programs go on with the old maps until the new maps
+//! know every pod ([`Programs::take_over`]): until then pods see what they see while an agent is down,
+//! never a moment without capture.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use aya::Ebpf;
+use aya::programs::{CgroupSockAddr, ProgramError, ProgramFd, SkLookup, SockOps};
+
+use super::CaptureError;
+use super::lock;
+use super::pins::{Pins, failed, lookups, open_link, remove_layout};
+use super::sys::{self, AttachType, Target};
+
+/// A program that hangs on the cgroup.
+struct Hook {
+    program: &'static str,
+    /// Also the name of its pin.
+    what: &'static str,
+    attach_type: AttachType,
+}
+
+/// Readers before the writer: whoever is captured by `connect` finds the others in place.
+const HOOKS: [Hook; 5] = [
+    Hook { program: "mesh_peername4", what: "getpeername4", attach_type: AttachType::Peername4 },
+    Hook { program: "mesh_peername6", what: "getpeername6", attach_type: AttachType::Peername6 },
+    Hook { program: "mesh_sockops", what: "sockops", attach_type: AttachType::SockOps },
+    Hook { program: "mesh_connect4", what: "connect4", attach_type: AttachType::Connect4 },
+    Hook { program: "mesh_connect6", what: "connect6", attach_type: AttachType::Connect6 },
+];
+
+/// The loaded programs, and where older agents left links.
+#[derive(Debug)]
+pub(super) struct Programs {
+    hooks: Vec<OwnedFd>,
+    lookup: OwnedFd,
+    cgroup: OwnedFd,
+    cgroup_id: u64,
+    /// Directories of other layouts, until [`Self::take_over`].
+    older: Mutex<Vec<PathBuf>>,
+}
+
+impl Programs {
+    pub(super) fn load(
+        ebpf: &mut Ebpf,
+        cgroup: OwnedFd,
+        cgroup_id: u64,
+        older: Vec<PathBuf>,
+    ) -> Result<Self, CaptureError> {
+        let mut hooks = Vec::new();
+        for hook in &HOOKS {
+            let fd = if hook.attach_type == AttachType::SockOps {
+                load(ebpf, hook.program, SockOps::load, SockOps::fd)?
+            } else {
+                load(ebpf, hook.program, CgroupSockAddr::load, CgroupSockAddr::fd)?
+            };
+            hooks.push(fd);
+        }
+        let lookup = load(ebpf, "mesh_lookup", SkLookup::load, SkLookup::fd)?;
+        Ok(Self { hooks, lookup, cgroup, cgroup_id, older: Mutex::new(older) })
+    }
+
+    /// Puts every hook in place, or leaves it to [`Self::take_over`] when an older agent's is there.
+    pub(super) fn attach_hooks(&self, pins: &Pins) -> Result<(), CaptureError> {
+        for (hook, program) in HOOKS.iter().zip(&self.hooks) {
+            let path = pins.link(hook.what);
+            if self.older_link(hook.what).is_some() && !path.exists() {
+                continue;
+            }
+            self.attach_hook(hook, program, &path)?;
+        }
+        Ok(())
+    }
+
+    /// Moves what an older agent of another layout left to our programs, and removes its pins.
+    ///
+    /// For when all pods of the node are enrolled here. Crash-safe: what was not moved is found again.
+    pub(super) fn take_over(&self, pins: &Pins) -> Result<(), CaptureError> {
+        let mut older = lock(&self.older);
+        for (hook, program) in HOOKS.iter().zip(&self.hooks) {
+            let path = pins.link(hook.what);
+            for layout in older.iter() {
+                adopt(&layout.join("links").join(hook.what), &path, hook.attach_type)?;
+            }
+            self.attach_hook(hook, program, &path)?;
+        }
+        for layout in older.drain(..) {
+            remove_layout(&layout)?;
+        }
+        Ok(())
+    }
+
+    fn attach_hook(&self, hook: &Hook, program: &OwnedFd, path: &Path) -> Result<(), CaptureError> {
+        let attach = |source| CaptureError::Attach { what: hook.what, source };
+        if let Some((link, info)) = open_link(path, hook.attach_type)? {
+            if info.target == (Target::Cgroup { id: self.cgroup_id }) {
+                return sys::update_link(link.as_fd(), program.as_fd()).map_err(attach);
+            }
+            // Another `--cgroup` than before: a link cannot move, so a short gap there is.
+            fs::remove_file(path).map_err(failed("remove", path))?;
+        }
+        let link = sys::create_link(program.as_fd(), self.cgroup.as_fd(), hook.attach_type)
+            .map_err(attach)?;
+        sys::pin(link.as_fd(), path).map_err(failed("pin", path))
+    }
+
+    /// Links the lookup program to a pod's namespace, or moves the link that is there.
+    pub(super) fn attach_lookup(
+        &self,
+        pins: &Pins,
+        uid: &str,
+        netns: impl AsFd,
+        inode: u64,
+    ) -> Result<(), CaptureError> {
+        let what = "sk_lookup";
+        let path = pins.lookup(uid);
+        if !path.exists()
+            && let Some(old) = self.older_link(&format!("lookup_{uid}"))
+        {
+            adopt(&old, &path, AttachType::SkLookup)?;
+        }
+        let attach = |source| CaptureError::Attach { what, source };
+        if let Some((link, info)) = open_link(&path, AttachType::SkLookup)? {
+            if matches!(info.target, Target::Netns { inode: at } if u64::from(at) == inode) {
+                return sys::update_link(link.as_fd(), self.lookup.as_fd()).map_err(attach);
+            }
+            // The pod's sandbox was made anew: the link is dead, or of the one before.
+            fs::remove_file(&path).map_err(failed("remove", &path))?;
+        }
+        let link = sys::create_link(self.lookup.as_fd(), netns.as_fd(), AttachType::SkLookup)
+            .map_err(attach)?;
+        sys::pin(link.as_fd(), &path).map_err(failed("pin", &path))
+    }
+
+    /// Where an older agent pinned the link of this name.
+    fn older_link(&self, name: &str) -> Option<PathBuf> {
+        lock(&self.older).iter().map(|dir| dir.join("links").join(name)).find(|path| path.exists())
+    }
+}
+
+/// Removes the pins of links whose namespace is gone: the kernel keeps such a link for ever.
+pub(super) fn remove_dead_lookups(layout: &Path) -> Result<(), CaptureError> {
+    for (_uid, path) in lookups(layout)? {
+        let dead = open_link(&path, AttachType::SkLookup)?
+            .is_some_and(|(_link, info)| info.target == Target::Netns { inode: 0 });
+        if dead {
+            fs::remove_file(&path).map_err(failed("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// The inodes of the live namespaces that a layout's lookup links hang on.
+pub(super) fn lookup_namespaces(layout: &Path) -> Result<Vec<u64>, CaptureError> {
+    let mut inodes = Vec::new();
+    for (_uid, path) in lookups(layout)? {
+        if let Some((_link, info)) = open_link(&path, AttachType::SkLookup)?
+            && let Target::Netns { inode: inode @ 1.. } = info.target
+        {
+            inodes.push(u64::from(inode));
+        }
+    }
+    Ok(inodes)
+}
+
+/// Gives a link of an older agent its place among ours; its program is still the old one.
+fn adopt(old: &Path, new: &Path, attach_type: AttachType) -> Result<(), CaptureError> {
+    let Some((link, _info)) = open_link(old, attach_type)? else {
+        return Ok(());
+    };
+    if !new.exists() {
+        sys::pin(link.as_fd(), new).map_err(failed("pin", new))?;
+    }
+    fs::remove_file(old).map_err(failed("remove", old))
+}
+
+fn load<'a, P>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+    load: impl FnOnce(&mut P) -> Result<(), ProgramError>,
+    fd: impl FnOnce(&P) -> Result<&ProgramFd, ProgramError>,
+) -> Result<OwnedFd, CaptureError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+    P: 'a,
+{
+    let refused = |source: Box<dyn std::error::Error + Send + Sync>| CaptureError::Load {
+        what: name,
+        source,
+    };
+    let program =
+        ebpf.program_mut(name).ok_or_else(|| refused("the object has no such program".into()))?;
+    let program: &mut P =
+        program.try_into().map_err(|error: ProgramError| refused(error.into()))?;
+    load(program).map_err(|error| refused(error.into()))?;
+    let fd = fd(program).map_err(|error| refused(error.into()))?;
+    fd.as_fd().try_clone_to_owned().map_err(|error| refused(error.into()))
+}

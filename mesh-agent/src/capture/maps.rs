@@ -1,0 +1,288 @@
+//! The maps as the agent holds them, and the translation of a pod's settings into their values.
+
+use std::borrow::Borrow;
+use std::collections::HashSet;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, TcpListener};
+use std::os::fd::AsRawFd as _;
+
+use aya::Ebpf;
+use aya::maps::lpm_trie::Key;
+use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash};
+use mesh_common::addr::{V4_MAPPED_BITS, WireIp, from_ip};
+use mesh_common::maps::{
+    FAIL_OPEN, HAS_SKIP_CIDRS, ListenerKey, MAX_PORTS, OUTBOUND_ALL, PodInbound, PodOutbound,
+    PortRange, PortRanges, SPECS, STRICT, SkipCidr,
+};
+use mesh_common::{Counter, abi};
+use mesh_core::addr::Cidr;
+use mesh_core::settings::{Mode, Outbound, PortList, Settings};
+
+use super::{CaptureConfig, CaptureError, pins};
+
+/// Writable from one place at a time: [`super::Capture`] keeps it behind a lock.
+pub(super) struct Maps {
+    pub(super) outbound: HashMap<MapData, u64, PodOutbound>,
+    pub(super) inbound: HashMap<MapData, WireIp, PodInbound>,
+    pub(super) skip: LpmTrie<MapData, SkipCidr, u32>,
+    pub(super) listeners: SockHash<MapData, ListenerKey>,
+    pub(super) destinations: HashMap<MapData, WireIp, u32>,
+    pub(super) counters: PerCpuArray<MapData, u64>,
+    config: CaptureConfig,
+}
+
+// Some of aya's maps have no `Debug`.
+impl fmt::Debug for Maps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Maps").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Maps {
+    pub(super) fn take(ebpf: &mut Ebpf, config: &CaptureConfig) -> Result<Self, CaptureError> {
+        Ok(Self {
+            outbound: typed(ebpf, "POD_OUTBOUND")?,
+            inbound: typed(ebpf, "POD_INBOUND")?,
+            skip: typed(ebpf, "SKIP_CIDRS")?,
+            listeners: typed(ebpf, "INBOUND")?,
+            destinations: typed(ebpf, "DESTINATIONS")?,
+            counters: typed(ebpf, "COUNTERS")?,
+            config: config.clone(),
+        })
+    }
+
+    /// Says that a map is full in words that help, and leaves other errors as they are.
+    pub(super) fn failed(&self, map: &'static str) -> impl Fn(MapError) -> CaptureError + use<> {
+        let spec = SPECS.iter().find(|spec| spec.name == map);
+        let limit = spec.map_or(0, |spec| pins::entries(spec, &self.config));
+        let remedy = if map == "DESTINATIONS" {
+            "raise --max-destinations"
+        } else if map == "SKIP_CIDRS" {
+            "raise --max-pods, or name fewer blocks in skip-outbound-cidrs"
+        } else {
+            "raise --max-pods"
+        };
+        move |error| {
+            let source = io_error(error);
+            match source.raw_os_error() {
+                Some(libc::E2BIG | libc::ENOSPC) => CaptureError::Full { map, limit, remedy },
+                _ => CaptureError::Map { map, source },
+            }
+        }
+    }
+
+    pub(super) fn set_outbound(
+        &mut self,
+        netns: u64,
+        pod: &PodOutbound,
+    ) -> Result<(), CaptureError> {
+        let failed = self.failed("POD_OUTBOUND");
+        self.outbound.insert(netns, pod, 0).map_err(failed)
+    }
+
+    pub(super) fn remove_outbound(&mut self, netns: u64) -> Result<(), CaptureError> {
+        let failed = self.failed("POD_OUTBOUND");
+        absent_is_ok(self.outbound.remove(&netns)).map_err(failed)
+    }
+
+    pub(super) fn set_inbound(&mut self, ip: IpAddr, pod: &PodInbound) -> Result<(), CaptureError> {
+        let failed = self.failed("POD_INBOUND");
+        self.inbound.insert(from_ip(ip), pod, 0).map_err(failed)
+    }
+
+    pub(super) fn remove_inbound(&mut self, ip: WireIp) -> Result<(), CaptureError> {
+        let failed = self.failed("POD_INBOUND");
+        absent_is_ok(self.inbound.remove(&ip)).map_err(failed)
+    }
+
+    pub(super) fn set_listener(
+        &mut self,
+        ip: IpAddr,
+        shard: u32,
+        listener: &TcpListener,
+    ) -> Result<(), CaptureError> {
+        let failed = self.failed("INBOUND");
+        let key = ListenerKey { ip: from_ip(ip), shard };
+        self.listeners.insert(key, listener.as_raw_fd(), 0).map_err(failed)
+    }
+
+    pub(super) fn remove_listener(&mut self, ip: IpAddr, shard: u32) -> Result<(), CaptureError> {
+        let failed = self.failed("INBOUND");
+        let key = ListenerKey { ip: from_ip(ip), shard };
+        absent_is_ok(self.listeners.remove(&key)).map_err(failed)
+    }
+
+    pub(super) fn add_skip(&mut self, netns: u64, block: &Cidr) -> Result<(), CaptureError> {
+        let failed = self.failed("SKIP_CIDRS");
+        self.skip.insert(&skip_key(netns, block), 1, 0).map_err(failed)
+    }
+
+    pub(super) fn remove_skip(&mut self, netns: u64, block: &Cidr) -> Result<(), CaptureError> {
+        let failed = self.failed("SKIP_CIDRS");
+        absent_is_ok(self.skip.remove(&skip_key(netns, block))).map_err(failed)
+    }
+
+    /// Removes all blocks of namespaces other than `netns`.
+    pub(super) fn keep_skips(&mut self, netns: &HashSet<u64>) -> Result<(), CaptureError> {
+        let failed = self.failed("SKIP_CIDRS");
+        let keys: Vec<_> = self.skip.keys().collect::<Result<_, _>>().map_err(&failed)?;
+        for key in keys {
+            let [low, high] = key.data().netns;
+            if !netns.contains(&(u64::from(low) | u64::from(high) << 32)) {
+                absent_is_ok(self.skip.remove(&key)).map_err(&failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn add_destination(&mut self, ip: WireIp) -> Result<(), CaptureError> {
+        let failed = self.failed("DESTINATIONS");
+        self.destinations.insert(ip, 1, 0).map_err(failed)
+    }
+
+    pub(super) fn remove_destination(&mut self, ip: WireIp) -> Result<(), CaptureError> {
+        let failed = self.failed("DESTINATIONS");
+        absent_is_ok(self.destinations.remove(&ip)).map_err(failed)
+    }
+
+    /// Each counter's sum over all CPUs; one that cannot be read is left out.
+    pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
+        (0u32..)
+            .zip(Counter::ALL)
+            .filter_map(|(index, counter)| {
+                let per_cpu = self.counters.get(&index, 0).ok()?;
+                Some((counter.name(), per_cpu.iter().sum()))
+            })
+            .collect()
+    }
+}
+
+/// Takes a map out of the loaded object.
+pub(super) fn map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, CaptureError> {
+    ebpf.take_map(name).ok_or_else(|| CaptureError::Load {
+        what: name,
+        source: "the object has no map of this name".into(),
+    })
+}
+
+fn typed<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, CaptureError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    T::try_from(map(ebpf, name)?)
+        .map_err(|error| CaptureError::Load { what: name, source: error.into() })
+}
+
+/// The error of the system call, which is what an operator can look up.
+fn io_error(error: MapError) -> io::Error {
+    match error {
+        MapError::SyscallError(error) => error.io_error,
+        MapError::KeyNotFound | MapError::ElementNotFound => {
+            io::Error::from_raw_os_error(libc::ENOENT)
+        }
+        other => io::Error::other(other),
+    }
+}
+
+fn absent_is_ok(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if matches!(error.io_error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) =>
+        {
+            // A sockhash answers EINVAL for a socket that closed meanwhile.
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+fn skip_key(netns: u64, block: &Cidr) -> Key<SkipCidr> {
+    let before = SkipCidr::NETNS_BITS + if block.ip().is_ipv4() { V4_MAPPED_BITS } else { 0 };
+    let prefix_len = before + u32::from(block.prefix_len());
+    Key::new(prefix_len, SkipCidr::new(netns, from_ip(block.ip())))
+}
+
+/// A pod's UID as its entries carry it.
+pub(super) fn pod_hash(uid: &str) -> [u32; 2] {
+    let hash = abi::text(abi::SEED, uid);
+    #[expect(clippy::cast_possible_truncation, reason = "split into two words")]
+    let words = [hash as u32, (hash >> 32) as u32];
+    words
+}
+
+/// The value of `POD_OUTBOUND` for a pod: `outbound` is what it captures, whatever its settings say,
+/// and `ports` are those of its outbound listeners.
+pub(super) fn outbound(
+    uid: &str,
+    settings: &Settings,
+    outbound: Outbound,
+    ports: &[(IpAddr, Vec<u16>)],
+) -> PodOutbound {
+    let mut pod = PodOutbound {
+        ip4: [0; 4],
+        ip6: [0; 4],
+        ports4: [0; MAX_PORTS],
+        ports6: [0; MAX_PORTS],
+        skip: ranges(&settings.skip_outbound_ports),
+        ports_len: 0,
+        flags: flag(outbound == Outbound::All, OUTBOUND_ALL)
+            | flag(settings.fail_open, FAIL_OPEN)
+            | flag(!settings.skip_outbound_cidrs.is_empty(), HAS_SKIP_CIDRS),
+        turn: 0,
+        pod: pod_hash(uid),
+    };
+    for (ip, ports) in ports {
+        let (own_ip, own_ports) = match ip {
+            IpAddr::V4(_) => (&mut pod.ip4, &mut pod.ports4),
+            IpAddr::V6(_) => (&mut pod.ip6, &mut pod.ports6),
+        };
+        *own_ip = from_ip(*ip);
+        pod.ports_len = copy_ports(own_ports, ports);
+    }
+    pod
+}
+
+/// The value of `POD_INBOUND` for one of a pod's addresses.
+pub(super) fn inbound(uid: &str, settings: &Settings, ports: &[u16], listeners: u32) -> PodInbound {
+    let mut own_ports = [0; MAX_PORTS];
+    PodInbound {
+        skip: ranges(&settings.skip_inbound_ports),
+        own_ports_len: copy_ports(&mut own_ports, ports),
+        own_ports,
+        listeners,
+        flags: flag(settings.mode == Mode::Strict, STRICT) | flag(settings.fail_open, FAIL_OPEN),
+        pod: pod_hash(uid),
+    }
+}
+
+fn flag(on: bool, flag: u32) -> u32 {
+    if on { flag } else { 0 }
+}
+
+/// Copies as many as fit; the caller opened no more.
+fn copy_ports(to: &mut [u16; MAX_PORTS], from: &[u16]) -> u32 {
+    let mut len = 0;
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = *from;
+        len += 1;
+    }
+    len
+}
+
+fn ranges(list: &PortList) -> PortRanges {
+    let mut ranges = PortRanges::NONE;
+    for (to, from) in ranges.ranges.iter_mut().zip(list.ranges()) {
+        *to = PortRange { first: *from.start(), last: *from.end() };
+        ranges.len += 1;
+    }
+    ranges
+}
+
+/// All of a hash map.
+pub(super) fn pairs<K: aya::Pod, V: aya::Pod, T: Borrow<MapData>>(
+    map: &HashMap<T, K, V>,
+) -> Result<Vec<(K, V)>, MapError> {
+    map.iter().collect()
+}

@@ -1,0 +1,314 @@
+//! What is enrolled, and the order in which a pod goes in and out.
+//!
+//! In: listeners, then the inbound side, then `connect`: nothing is captured before somebody listens.
+//! Out: the other way round. Every step may be repeated, so an enrolment that failed half-way is
+//! completed, or undone, by the next one.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::{IpAddr, TcpListener};
+use std::sync::Arc;
+
+use mesh_common::addr::{WireIp, from_ip};
+use mesh_common::maps::PodOutbound;
+use mesh_common::maps::{MAX_PORTS, MAX_SHARDS};
+use mesh_core::settings::{Outbound, Settings};
+
+use super::maps::{self, Maps};
+use super::{CaptureError, Destinations, Listeners, PodCapture};
+use crate::net::{self, Bind, Netns};
+
+/// A pod as the kernel knows it from us.
+#[derive(Clone, Debug)]
+struct Enrolled {
+    /// Kept open: the cookie stays this pod's, and settings that need routes can come later.
+    namespace: Arc<Netns>,
+    netns: u64,
+    /// Its addresses, and the ports of the outbound listeners on each.
+    ports: Vec<(IpAddr, Vec<u16>)>,
+    /// Inbound listeners per address.
+    shards: u32,
+    settings: Settings,
+}
+
+/// All enrolled pods, by UID.
+#[derive(Debug)]
+pub(super) struct Pods {
+    pub(super) maps: Maps,
+    enrolled: BTreeMap<String, Enrolled>,
+    destinations: HashSet<WireIp>,
+    /// There was no room for all destinations: every pod captures everything.
+    everything: bool,
+}
+
+impl Pods {
+    /// Begins with what an earlier agent left in the maps.
+    pub(super) fn new(maps: Maps) -> Result<Self, CaptureError> {
+        let failed = maps.failed("DESTINATIONS");
+        let destinations = maps.destinations.keys().collect::<Result<_, _>>().map_err(failed)?;
+        Ok(Self { maps, enrolled: BTreeMap::new(), destinations, everything: false })
+    }
+
+    pub(super) fn set_destinations(
+        &mut self,
+        wanted: &HashSet<IpAddr>,
+    ) -> Result<Destinations, CaptureError> {
+        let wanted: HashSet<WireIp> = wanted.iter().map(|ip| from_ip(*ip)).collect();
+        let mut added = self.add_destinations(&wanted);
+        if added.is_err() {
+            // Before anything is removed: what has no place must not leave in plain text.
+            self.capture_everything(true)?;
+        }
+        for ip in self.destinations.clone().difference(&wanted) {
+            self.maps.remove_destination(*ip)?;
+            self.destinations.remove(ip);
+        }
+        if added.is_err() {
+            added = self.add_destinations(&wanted);
+        }
+        match added {
+            Ok(()) => {
+                self.capture_everything(false)?;
+                Ok(Destinations::Listed)
+            }
+            Err(why) => Ok(Destinations::Everything(why)),
+        }
+    }
+
+    fn add_destinations(&mut self, wanted: &HashSet<WireIp>) -> Result<(), CaptureError> {
+        for ip in wanted.difference(&self.destinations.clone()) {
+            self.maps.add_destination(*ip)?;
+            self.destinations.insert(*ip);
+        }
+        Ok(())
+    }
+
+    /// Makes pods capture everything, or again what their settings say.
+    fn capture_everything(&mut self, everything: bool) -> Result<(), CaptureError> {
+        if !everything && !self.everything {
+            return Ok(());
+        }
+        self.everything = everything;
+        let written = self.enrolled.iter().try_for_each(|(uid, pod)| {
+            self.maps.set_outbound(pod.netns, &outbound_entry(uid, pod, everything))
+        });
+        // In case of doubt too much is captured, and written again with the next change.
+        self.everything |= written.is_err();
+        written
+    }
+
+    /// Everything but the link to the namespace, which `attach` makes between the two sides.
+    pub(super) fn enrol(
+        &mut self,
+        pod: &PodCapture<'_>,
+        attach: impl FnOnce() -> Result<(), CaptureError>,
+    ) -> Result<Listeners, CaptureError> {
+        self.check(pod)?;
+        let enter = |source| CaptureError::Netns { uid: pod.uid.to_owned(), source };
+        let namespace = Arc::new(pod.netns.try_clone().map_err(enter)?);
+        prepare_routes(pod.uid, &namespace, pod.ips, pod.settings)?;
+        let (listeners, ports) = open_listeners(pod)?;
+        let shards = u32::try_from(shards(pod)).unwrap_or(u32::MAX);
+        let now = Enrolled {
+            namespace,
+            netns: pod.netns.cookie(),
+            ports,
+            shards,
+            settings: pod.settings.clone(),
+        };
+        let before = self.enrolled.insert(pod.uid.to_owned(), now.clone());
+
+        for (listener, (ip, shard)) in listeners.inbound.iter().zip(inbound_order(pod)) {
+            self.maps.set_listener(ip, u32::try_from(shard).unwrap_or(u32::MAX), listener)?;
+        }
+        self.write_inbound(pod.uid, &now)?;
+        attach()?;
+        self.write_outbound(pod.uid, &now)?;
+        if let Some(before) = before {
+            self.remove_remains(&before, &now)?;
+        }
+        Ok(listeners)
+    }
+
+    pub(super) fn update(&mut self, uid: &str, settings: &Settings) -> Result<(), CaptureError> {
+        let before = self.enrolled.get(uid).cloned();
+        let before = before.ok_or_else(|| CaptureError::NotEnrolled { uid: uid.to_owned() })?;
+        let now = Enrolled { settings: settings.clone(), ..before.clone() };
+        let ips: Vec<_> = now.ports.iter().map(|(ip, _ports)| *ip).collect();
+        prepare_routes(uid, &now.namespace, &ips, settings)?;
+        self.write_inbound(uid, &now)?;
+        self.write_outbound(uid, &now)?;
+        self.remove_remains(&before, &now)?;
+        self.enrolled.insert(uid.to_owned(), now);
+        Ok(())
+    }
+
+    /// `detach` removes the link to the namespace, between the two sides.
+    pub(super) fn leave(
+        &mut self,
+        uid: &str,
+        detach: impl FnOnce() -> Result<(), CaptureError>,
+    ) -> Result<(), CaptureError> {
+        let Some(pod) = self.enrolled.get(uid).cloned() else {
+            return Err(CaptureError::NotEnrolled { uid: uid.to_owned() });
+        };
+        self.maps.remove_outbound(pod.netns)?;
+        for (ip, _ports) in &pod.ports {
+            self.maps.remove_inbound(from_ip(*ip))?;
+        }
+        detach()?;
+        for block in &pod.settings.skip_outbound_cidrs {
+            self.maps.remove_skip(pod.netns, block)?;
+        }
+        for (ip, _ports) in &pod.ports {
+            for shard in 0..pod.shards {
+                self.maps.remove_listener(*ip, shard)?;
+            }
+        }
+        self.enrolled.remove(uid);
+        Ok(())
+    }
+
+    /// Removes the entries of pods that are neither enrolled nor in `uids`.
+    pub(super) fn retain(&mut self, uids: &HashSet<String>) -> Result<(), CaptureError> {
+        let keep: HashSet<[u32; 2]> =
+            uids.iter().chain(self.enrolled.keys()).map(|uid| maps::pod_hash(uid)).collect();
+        let outbound =
+            maps::pairs(&self.maps.outbound).map_err(self.maps.failed("POD_OUTBOUND"))?;
+        let mut netns = HashSet::new();
+        for (cookie, pod) in outbound {
+            if keep.contains(&pod.pod) {
+                netns.insert(cookie);
+            } else {
+                self.maps.remove_outbound(cookie)?;
+            }
+        }
+        let inbound = maps::pairs(&self.maps.inbound).map_err(self.maps.failed("POD_INBOUND"))?;
+        for (ip, pod) in inbound {
+            if !keep.contains(&pod.pod) {
+                self.maps.remove_inbound(ip)?;
+            }
+        }
+        self.maps.keep_skips(&netns)
+    }
+
+    pub(super) fn uids(&self) -> impl Iterator<Item = &str> {
+        self.enrolled.keys().map(String::as_str)
+    }
+
+    fn write_inbound(&mut self, uid: &str, pod: &Enrolled) -> Result<(), CaptureError> {
+        for (ip, ports) in &pod.ports {
+            self.maps.set_inbound(*ip, &maps::inbound(uid, &pod.settings, ports, pod.shards))?;
+        }
+        Ok(())
+    }
+
+    /// The exceptions first: without them too much would be captured for a moment.
+    fn write_outbound(&mut self, uid: &str, pod: &Enrolled) -> Result<(), CaptureError> {
+        for block in &pod.settings.skip_outbound_cidrs {
+            self.maps.add_skip(pod.netns, block)?;
+        }
+        self.maps.set_outbound(pod.netns, &outbound_entry(uid, pod, self.everything))
+    }
+
+    /// Removes what `before` had in the maps and `now` has not.
+    fn remove_remains(&mut self, before: &Enrolled, now: &Enrolled) -> Result<(), CaptureError> {
+        if before.netns != now.netns {
+            self.maps.remove_outbound(before.netns)?;
+        }
+        for (ip, _ports) in &before.ports {
+            let stays = now.ports.iter().any(|(still, _)| still == ip);
+            if !stays {
+                self.maps.remove_inbound(from_ip(*ip))?;
+            }
+            for shard in if stays { now.shards } else { 0 }..before.shards {
+                self.maps.remove_listener(*ip, shard)?;
+            }
+        }
+        for block in &before.settings.skip_outbound_cidrs {
+            let stays = now.settings.skip_outbound_cidrs.contains(block);
+            if before.netns != now.netns || !stays {
+                self.maps.remove_skip(before.netns, block)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, pod: &PodCapture<'_>) -> Result<(), CaptureError> {
+        let uid = || pod.uid.to_owned();
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
+        if pod.uid.is_empty() || pod.uid.len() > 200 || !pod.uid.bytes().all(plain) {
+            return Err(CaptureError::Uid { uid: pod.uid.chars().take(200).collect() });
+        }
+        let v4 = pod.ips.iter().filter(|ip| ip.is_ipv4()).count();
+        if pod.ips.is_empty() || v4 > 1 || pod.ips.len() - v4 > 1 {
+            return Err(CaptureError::Addresses { uid: uid() });
+        }
+        for (other, enrolled) in &self.enrolled {
+            let shares_ip = enrolled.ports.iter().any(|(ip, _)| pod.ips.contains(ip));
+            if other != pod.uid && (shares_ip || enrolled.netns == pod.netns.cookie()) {
+                return Err(CaptureError::Shared { uid: uid(), other: other.clone() });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The value of `POD_OUTBOUND` for a pod.
+fn outbound_entry(uid: &str, pod: &Enrolled, everything: bool) -> PodOutbound {
+    let outbound = if everything { Outbound::All } else { pod.settings.outbound };
+    maps::outbound(uid, &pod.settings, outbound, &pod.ports)
+}
+
+/// Before the first delivery that could need them. They are left when the setting is turned off or the
+/// pod leaves: deliveries that began with them still live by them.
+fn prepare_routes(
+    uid: &str,
+    netns: &Netns,
+    ips: &[IpAddr],
+    settings: &Settings,
+) -> Result<(), CaptureError> {
+    if !settings.preserve_client_address {
+        return Ok(());
+    }
+    net::add_client_address_routes(netns, ips)
+        .map_err(|source| CaptureError::Routes { uid: uid.to_owned(), source })
+}
+
+fn shards(pod: &PodCapture<'_>) -> usize {
+    pod.inbound_listeners.clamp(1, MAX_SHARDS)
+}
+
+/// The inbound listeners' order: every address with shard 0, then every address with shard 1, ...
+fn inbound_order(pod: &PodCapture<'_>) -> impl Iterator<Item = (IpAddr, usize)> {
+    (0..shards(pod)).flat_map(|shard| pod.ips.iter().map(move |ip| (*ip, shard)))
+}
+
+/// Ports of the outbound listeners per address.
+type Ports = Vec<(IpAddr, Vec<u16>)>;
+
+fn open_listeners(pod: &PodCapture<'_>) -> Result<(Listeners, Ports), CaptureError> {
+    let listen = |ip: IpAddr, bind: Bind| {
+        let failed = |source| CaptureError::Listen { uid: pod.uid.to_owned(), ip, source };
+        let listener = net::listen(bind).map_err(failed)?;
+        let port = listener.local_addr().map_err(failed)?.port();
+        Ok((listener, port))
+    };
+    let per_family = pod.outbound_listeners.clamp(1, MAX_PORTS);
+    let open = || {
+        let mut outbound: Vec<TcpListener> = Vec::new();
+        let mut ports: Ports = pod.ips.iter().map(|ip| (*ip, Vec::new())).collect();
+        for _ in 0..per_family {
+            for (ip, ports) in &mut ports {
+                let (listener, port) = listen(*ip, Bind::To(*ip))?;
+                outbound.push(listener);
+                ports.push(port);
+            }
+        }
+        let mut inbound = Vec::new();
+        for (ip, _shard) in inbound_order(pod) {
+            inbound.push(listen(ip, Bind::Unreachable(ip))?.0);
+        }
+        Ok((Listeners { outbound, inbound }, ports))
+    };
+    pod.netns.run(open).map_err(|source| CaptureError::Netns { uid: pod.uid.to_owned(), source })?
+}

@@ -1,0 +1,163 @@
+//! The commands that ask a running agent.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use thiserror::Error;
+
+use super::output::{Table, Tabular, print};
+use super::{Ask, Log, Question};
+use crate::admin::view::{
+    CertificateView, ConnectionView, ServiceView, StatusView, TunnelView, WorkloadView,
+};
+use crate::admin::{self, ClientError};
+
+/// Why a question was not answered.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum AskError {
+    /// The agent did not answer as asked.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The answer has other keys than this program knows.
+    #[error("the agent's answer is not understood: it is of another version than this program")]
+    Answer(#[from] serde_json::Error),
+    /// The answer could not be printed.
+    #[error("print the answer")]
+    Print(#[from] io::Error),
+}
+
+impl AskError {
+    /// Whether there was no agent to ask: exit code 3.
+    pub fn is_unreachable(&self) -> bool {
+        matches!(self, Self::Client(error) if error.is_unreachable())
+    }
+}
+
+/// What was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answered {
+    /// All is well.
+    Ok,
+    /// The agent told of a problem: exit code 1.
+    Problem,
+}
+
+/// A view that belongs to a namespace, or to several.
+trait Scoped {
+    fn is_in(&self, namespace: &str) -> bool;
+}
+
+impl Scoped for WorkloadView {
+    fn is_in(&self, namespace: &str) -> bool {
+        self.namespace == namespace
+    }
+}
+
+impl Scoped for ServiceView {
+    fn is_in(&self, namespace: &str) -> bool {
+        self.namespace == namespace
+    }
+}
+
+impl Scoped for ConnectionView {
+    fn is_in(&self, namespace: &str) -> bool {
+        self.namespace == namespace
+    }
+}
+
+impl Scoped for CertificateView {
+    fn is_in(&self, namespace: &str) -> bool {
+        is_identity_in(&self.name, namespace)
+    }
+}
+
+impl Scoped for TunnelView {
+    fn is_in(&self, namespace: &str) -> bool {
+        [&self.from, &self.to].into_iter().any(|identity| is_identity_in(identity, namespace))
+    }
+}
+
+fn is_identity_in(identity: &str, namespace: &str) -> bool {
+    identity.split_once("/ns/").is_some_and(|(_, rest)| {
+        rest.strip_prefix(namespace).is_some_and(|rest| rest.starts_with('/'))
+    })
+}
+
+/// Asks the agent and prints what it answers.
+///
+/// # Errors
+///
+/// If it does not answer, or refuses.
+pub async fn answer(question: &Question, out: &mut dyn Write) -> Result<Answered, AskError> {
+    match question {
+        Question::Status(ask) => return status(ask, out).await,
+        Question::Workloads(ask) => list::<WorkloadView>(ask, "/workloads", out).await?,
+        Question::Services(ask) => list::<ServiceView>(ask, "/services", out).await?,
+        Question::Certs(ask) => list::<CertificateView>(ask, "/certs", out).await?,
+        Question::Connections(ask) => list::<ConnectionView>(ask, "/connections", out).await?,
+        Question::Tunnels(ask) => list::<TunnelView>(ask, "/tunnels", out).await?,
+        Question::Log(asked) => log(asked, out).await?,
+        Question::Version(ask) => version(ask, out).await?,
+    }
+    Ok(Answered::Ok)
+}
+
+async fn status(ask: &Ask, out: &mut dyn Write) -> Result<Answered, AskError> {
+    let status: StatusView = serde_json::from_value(read(ask, "/status").await?)?;
+    print(out, ask.output, &status)?;
+    let is_well = status.ready && status.problems.is_empty();
+    Ok(if is_well { Answered::Ok } else { Answered::Problem })
+}
+
+async fn log(log: &Log, out: &mut dyn Write) -> Result<(), AskError> {
+    let socket = &log.admin.socket;
+    let answer = match &log.level {
+        // Checked when it was parsed: it holds nothing that a URI may not.
+        Some(level) => admin::ask_to_change(socket, &format!("/log?level={level}")).await?,
+        None => admin::ask(socket, "/log").await?,
+    };
+    let level = answer.get("level").and_then(Value::as_str).unwrap_or_default();
+    Ok(writeln!(out, "{level}")?)
+}
+
+/// An agent that does not run is no error here.
+async fn version(ask: &Ask, out: &mut dyn Write) -> Result<(), AskError> {
+    let answer = admin::ask(&ask.admin.socket, "/version").await.ok();
+    let agent = answer.and_then(|answer| Some(answer.get("version")?.as_str()?.to_owned()));
+    let versions = Versions { program: env!("CARGO_PKG_VERSION").into(), agent };
+    Ok(print(out, ask.output, &versions)?)
+}
+
+#[derive(Debug, Serialize)]
+struct Versions {
+    program: String,
+    agent: Option<String>,
+}
+
+impl Tabular for Versions {
+    fn table(&self) -> Table {
+        let mut table = Table::new(["PROGRAM", "AGENT"]);
+        let agent = self.agent.clone().unwrap_or_else(|| "not running".into());
+        table.row([self.program.clone(), agent]);
+        table
+    }
+}
+
+async fn list<V>(ask: &Ask, path: &str, out: &mut dyn Write) -> Result<(), AskError>
+where
+    V: DeserializeOwned + Scoped,
+    Vec<V>: Tabular,
+{
+    let mut views: Vec<V> = serde_json::from_value(read(ask, path).await?)?;
+    if let Some(namespace) = &ask.namespace {
+        views.retain(|view| view.is_in(namespace));
+    }
+    Ok(print(out, ask.output, &views)?)
+}
+
+async fn read(ask: &Ask, path: &str) -> Result<Value, ClientError> {
+    admin::ask(&ask.admin.socket, path).await
+}

@@ -1,0 +1,160 @@
+//! `mesh-agent check`: what this machine has, category by category, in the form of `linkerd check`.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use super::output::{Format, print_data};
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it should be.
+    Success,
+    /// Works, but not as well as it could.
+    Warning,
+    /// The mesh cannot work like this.
+    Error,
+}
+
+/// One check.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// What is checked.
+    pub description: String,
+    /// How it ended.
+    pub result: Verdict,
+    /// What was found; empty if there is nothing to say.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub detail: String,
+    /// What to do, if it did not succeed.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub hint: String,
+}
+
+/// Checks that belong together.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Category {
+    /// Its title.
+    pub category_name: &'static str,
+    /// Its checks, in order.
+    pub checks: Vec<Finding>,
+}
+
+/// All checks.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Whether no check ended with [`Verdict::Error`]; warnings do not count.
+    pub success: bool,
+    /// The categories, in order.
+    pub categories: Vec<Category>,
+}
+
+impl Report {
+    /// Sums up `categories`.
+    pub fn new(categories: Vec<Category>) -> Self {
+        let mut checks = categories.iter().flat_map(|category| &category.checks);
+        let success = checks.all(|check| check.result != Verdict::Error);
+        Self { success, categories }
+    }
+
+    /// Prints it.
+    ///
+    /// # Errors
+    ///
+    /// If `out` cannot be written.
+    pub fn print(&self, out: &mut dyn Write, format: Format) -> io::Result<()> {
+        match format {
+            Format::Table => self.print_text(out),
+            Format::Json | Format::Yaml => print_data(out, format, self),
+        }
+    }
+
+    fn print_text(&self, out: &mut dyn Write) -> io::Result<()> {
+        for category in &self.categories {
+            let title = category.category_name;
+            writeln!(out, "{title}\n{}", "-".repeat(title.chars().count()))?;
+            for check in &category.checks {
+                let mark = match check.result {
+                    Verdict::Success => '√',
+                    Verdict::Warning => '‼',
+                    Verdict::Error => '×',
+                };
+                writeln!(out, "{mark} {}", check.description)?;
+                if check.result != Verdict::Success {
+                    for line in [&check.detail, &check.hint] {
+                        if !line.is_empty() {
+                            writeln!(out, "    {line}")?;
+                        }
+                    }
+                }
+            }
+            writeln!(out)?;
+        }
+        writeln!(out, "Status check results are {}", if self.success { '√' } else { '×' })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn finding(description: &str, result: Verdict, detail: &str, hint: &str) -> Finding {
+        Finding {
+            description: description.into(),
+            result,
+            detail: detail.into(),
+            hint: hint.into(),
+        }
+    }
+
+    fn report(last: Verdict) -> Report {
+        Report::new(vec![Category {
+            category_name: "kernel",
+            checks: vec![
+                finding("cgroup/connect4 (4.17)", Verdict::Success, "attached", ""),
+                finding("sk_lookup (5.9)", last, "EINVAL", "use a kernel of 5.9 or later"),
+            ],
+        }])
+    }
+
+    fn text(report: &Report, format: Format) -> String {
+        let mut out = Vec::new();
+        report.print(&mut out, format).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn failure_shows_reason_and_remedy() {
+        let expected = "\
+kernel
+------
+√ cgroup/connect4 (4.17)
+× sk_lookup (5.9)
+    EINVAL
+    use a kernel of 5.9 or later
+
+Status check results are ×
+";
+        assert_eq!(text(&report(Verdict::Error), Format::Table), expected);
+    }
+
+    #[test]
+    fn warning_does_not_change_the_result() {
+        assert!(report(Verdict::Warning).success);
+        assert!(!report(Verdict::Error).success);
+    }
+
+    #[test]
+    fn json_has_the_keys_of_linkerd() {
+        let json: serde_json::Value =
+            serde_json::from_str(&text(&report(Verdict::Warning), Format::Json)).unwrap();
+        assert_eq!(json["success"], true);
+        assert_eq!(json["categories"][0]["categoryName"], "kernel");
+        assert_eq!(json["categories"][0]["checks"][0]["result"], "success");
+        assert_eq!(json["categories"][0]["checks"][1]["result"], "warning");
+        assert_eq!(json["categories"][0]["checks"][1]["hint"], "use a kernel of 5.9 or later");
+    }
+}

@@ -1,0 +1,76 @@
+//! What the one-shot commands need of the other modules, in the form in which it is printed.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use mesh_core::spiffe::TrustDomain;
+use serde::Serialize;
+
+use super::check::{Finding, Verdict};
+use super::output::{Table, Tabular};
+use crate::admin::view::{self, CertificateView};
+use crate::capture::probe::{self, Feature, FeatureState};
+use crate::identity::ca::{self, CaError, CaView};
+
+/// What `ca init` and `ca show` print.
+#[derive(Clone, Debug, Serialize)]
+pub struct CaReport {
+    /// The trust domain that the CA issues for.
+    pub trust_domain: String,
+    /// The root that signs, and then every trusted root.
+    pub roots: Vec<CertificateView>,
+}
+
+impl Tabular for CaReport {
+    fn table(&self) -> Table {
+        self.roots.table()
+    }
+}
+
+impl From<CaView> for CaReport {
+    fn from(ca: CaView) -> Self {
+        let now = SystemTime::now();
+        let roots = std::iter::once(&ca.root).chain(ca.bundle.iter().filter(|r| **r != ca.root));
+        Self {
+            trust_domain: ca.trust_domain.to_string(),
+            roots: roots.map(|root| view::root(root, now)).collect(),
+        }
+    }
+}
+
+/// What the kernel has of what the mesh needs.
+pub fn kernel_features(cgroup: &Path, bpffs: &Path) -> Vec<Finding> {
+    let features = probe::run(cgroup, bpffs);
+    features.into_iter().map(finding).collect()
+}
+
+fn finding(feature: Feature) -> Finding {
+    Finding {
+        description: format!("{} ({})", feature.name, feature.since),
+        result: match feature.state {
+            FeatureState::Ok => Verdict::Success,
+            FeatureState::Warning => Verdict::Warning,
+            FeatureState::Missing => Verdict::Error,
+        },
+        detail: feature.detail,
+        hint: feature.remedy.to_owned(),
+    }
+}
+
+/// Makes a CA in `dir`.
+///
+/// # Errors
+///
+/// If there is one, or it cannot be written.
+pub fn ca_init(dir: &Path, trust_domain: &TrustDomain) -> Result<CaReport, CaError> {
+    ca::init(dir, trust_domain, SystemTime::now()).map(CaReport::from)
+}
+
+/// Reads the CA in `dir`.
+///
+/// # Errors
+///
+/// If there is none, or it cannot be read.
+pub fn ca_show(dir: &Path) -> Result<CaReport, CaError> {
+    ca::show(dir).map(CaReport::from)
+}

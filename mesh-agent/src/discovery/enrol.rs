@@ -1,0 +1,414 @@
+//! Who takes part in the mesh, and how: the meaning of `malla.dev/…` on a namespace and a pod.
+//!
+//! A pod's own word goes before its namespace's. A value that is not understood is reported and
+//! counts as not given, so that what holds is the namespace's value or the safe default.
+
+use std::str::FromStr;
+
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use mesh_core::addr::Cidr;
+use mesh_core::settings::{Mode, Outbound, PortList, Settings};
+use mesh_core::snapshot::Enrolment;
+
+use super::{Report, shown};
+
+/// `enabled` or `disabled`; the only key that also counts as a label.
+pub const MESH: &str = "malla.dev/mesh";
+/// `permissive` or `strict`.
+pub const MODE: &str = "malla.dev/mode";
+/// `mesh` or `all`.
+pub const OUTBOUND: &str = "malla.dev/outbound";
+/// Ports, such as `4567,8000-8100`.
+pub const SKIP_INBOUND_PORTS: &str = "malla.dev/skip-inbound-ports";
+/// Ports.
+pub const SKIP_OUTBOUND_PORTS: &str = "malla.dev/skip-outbound-ports";
+/// Blocks of addresses, such as `10.0.0.0/8,fd00::/8`.
+pub const SKIP_OUTBOUND_CIDRS: &str = "malla.dev/skip-outbound-cidrs";
+/// `true` or `false`.
+pub const FAIL_OPEN: &str = "malla.dev/fail-open";
+/// `true` or `false`.
+pub const PRESERVE_CLIENT_ADDRESS: &str = "malla.dev/preserve-client-address";
+/// On a pod, standalone: where its network namespace is.
+pub const NETNS: &str = "malla.dev/netns";
+/// On a node: the port of its agent, if not everybody's.
+pub const TUNNEL_PORT: &str = "malla.dev/tunnel-port";
+
+const PREFIX: &str = "malla.dev/";
+
+const OF_NAMESPACE: &[&str] = &[
+    MESH,
+    MODE,
+    OUTBOUND,
+    SKIP_INBOUND_PORTS,
+    SKIP_OUTBOUND_PORTS,
+    SKIP_OUTBOUND_CIDRS,
+    FAIL_OPEN,
+    PRESERVE_CLIENT_ADDRESS,
+];
+
+/// Namespaces whose pods the mesh itself may need to start.
+const SYSTEM_NAMESPACES: &[&str] = &["kube-system", "malla-system"];
+
+/// Why a pod is left alone: what `workloads` shows.
+pub mod left_alone {
+    /// Nobody asked.
+    pub const NOT_ENROLLED: &str = "not enrolled";
+    /// The pod or its namespace says `disabled`.
+    pub const DISABLED: &str = "disabled";
+    /// `hostNetwork: true`: it has no namespace of its own to capture in.
+    pub const HOST_NETWORK: &str = "shares the node's network";
+    /// Succeeded or failed: its address may be another pod's by now.
+    pub const COMPLETED: &str = "completed";
+    /// A namespace that a cluster cannot do without.
+    pub const SYSTEM: &str = "system namespace";
+    /// It has an Istio sidecar.
+    pub const ISTIO_SIDECAR: &str = "has an Istio sidecar";
+    /// Istio's ambient mode redirects it.
+    pub const ISTIO_AMBIENT: &str = "in Istio's ambient mesh";
+    /// It has a Linkerd proxy.
+    pub const LINKERD: &str = "has a Linkerd proxy";
+    /// Not scheduled, or no sandbox yet.
+    pub const NO_ADDRESS: &str = "has no address yet";
+    /// Two pods claim one address, and another keeps it.
+    pub const ADDRESS_TAKEN: &str = "its address is another pod's";
+    /// Standalone: nothing says where its network namespace is.
+    pub const NO_NETNS: &str = "no network namespace named";
+}
+
+/// What one object says. `None`: nothing, or nothing that is understood.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    mesh: Option<bool>,
+    mode: Option<Mode>,
+    outbound: Option<Outbound>,
+    skip_inbound_ports: Option<PortList>,
+    skip_outbound_ports: Option<PortList>,
+    skip_outbound_cidrs: Option<Vec<Cidr>>,
+    fail_open: Option<bool>,
+    preserve_client_address: Option<bool>,
+}
+
+impl Wishes {
+    pub(super) fn of_namespace(meta: &ObjectMeta, report: &mut Report<'_>) -> Self {
+        Self::read(meta, &[], report)
+    }
+
+    pub(super) fn of_pod(meta: &ObjectMeta, report: &mut Report<'_>) -> Self {
+        Self::read(meta, &[NETNS], report)
+    }
+
+    fn read(meta: &ObjectMeta, also: &[&str], report: &mut Report<'_>) -> Self {
+        // What the agent itself writes to say how enrolling went is no wish.
+        let ours = |key: &&String| key.starts_with(PREFIX) && *key != "malla.dev/redirection";
+        let keys = meta.annotations.iter().flat_map(|map| map.keys()).filter(ours);
+        for key in keys {
+            if !OF_NAMESPACE.contains(&key.as_str()) && !also.contains(&key.as_str()) {
+                report.say(
+                    annotation(&shown(key)),
+                    "is no setting of this version here, and has no effect",
+                    format!("the settings are {}", OF_NAMESPACE.join(", ")),
+                );
+            }
+        }
+        Self {
+            mesh: mesh(meta, report),
+            mode: value(meta, MODE, "permissive or strict", report, |text| match text {
+                "permissive" => Some(Mode::Permissive),
+                "strict" => Some(Mode::Strict),
+                _ => None,
+            }),
+            outbound: value(meta, OUTBOUND, "mesh or all", report, |text| match text {
+                "mesh" => Some(Outbound::Mesh),
+                "all" => Some(Outbound::All),
+                _ => None,
+            }),
+            skip_inbound_ports: value(meta, SKIP_INBOUND_PORTS, PORTS, report, parsed),
+            skip_outbound_ports: value(meta, SKIP_OUTBOUND_PORTS, PORTS, report, parsed),
+            skip_outbound_cidrs: value(meta, SKIP_OUTBOUND_CIDRS, CIDRS, report, |text| {
+                let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+                items.map(parsed).collect()
+            }),
+            fail_open: value(meta, FAIL_OPEN, "true or false", report, parsed),
+            preserve_client_address: value(
+                meta,
+                PRESERVE_CLIENT_ADDRESS,
+                "true or false",
+                report,
+                parsed,
+            ),
+        }
+    }
+
+    /// How a pod with these wishes, in a namespace with those, takes part.
+    pub(super) fn settings(&self, namespace: &Self) -> Settings {
+        let default = Settings::default();
+        Settings {
+            mode: self.mode.or(namespace.mode).unwrap_or(default.mode),
+            outbound: self.outbound.or(namespace.outbound).unwrap_or(default.outbound),
+            skip_inbound_ports: first(&self.skip_inbound_ports, &namespace.skip_inbound_ports),
+            skip_outbound_ports: first(&self.skip_outbound_ports, &namespace.skip_outbound_ports),
+            skip_outbound_cidrs: first(&self.skip_outbound_cidrs, &namespace.skip_outbound_cidrs),
+            fail_open: self.fail_open.or(namespace.fail_open).unwrap_or(default.fail_open),
+            preserve_client_address: self
+                .preserve_client_address
+                .or(namespace.preserve_client_address)
+                .unwrap_or(default.preserve_client_address),
+        }
+    }
+
+    /// Whether `pod`, in a namespace with the wishes `namespace`, is to be carried. Its addresses
+    /// are looked at by the caller.
+    pub(super) fn enrolment(&self, namespace: &Self, name: &str, pod: &Pod) -> Enrolment {
+        let asked = match self.mesh.or(namespace.mesh) {
+            None => Err(left_alone::NOT_ENROLLED),
+            Some(false) => Err(left_alone::DISABLED),
+            Some(true) => Ok(()),
+        };
+        match asked.and_then(|()| unfit(name, pod).map_or(Ok(()), Err)) {
+            Ok(()) => Enrolment::Enrolled,
+            Err(reason) => Enrolment::LeftAlone(reason),
+        }
+    }
+}
+
+/// Why a pod that asked cannot be carried.
+fn unfit(namespace: &str, pod: &Pod) -> Option<&'static str> {
+    let annotation = |key: &str| pod.metadata.annotations.as_ref().and_then(|map| map.get(key));
+    if SYSTEM_NAMESPACES.contains(&namespace) {
+        Some(left_alone::SYSTEM)
+    } else if shares_the_nodes_network(pod) {
+        Some(left_alone::HOST_NETWORK)
+    } else if has_completed(pod) {
+        Some(left_alone::COMPLETED)
+    } else if annotation("sidecar.istio.io/status").is_some() {
+        Some(left_alone::ISTIO_SIDECAR)
+    } else if annotation("ambient.istio.io/redirection").is_some_and(|v| v == "enabled") {
+        Some(left_alone::ISTIO_AMBIENT)
+    } else if annotation("linkerd.io/proxy-version").is_some()
+        || has_container(pod, "linkerd-proxy")
+    {
+        Some(left_alone::LINKERD)
+    } else {
+        None
+    }
+}
+
+pub(super) fn shares_the_nodes_network(pod: &Pod) -> bool {
+    pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false)
+}
+
+pub(super) fn has_completed(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+fn has_container(pod: &Pod, name: &str) -> bool {
+    let Some(spec) = &pod.spec else { return false };
+    let init = spec.init_containers.iter().flatten();
+    spec.containers.iter().chain(init).any(|container| container.name == name)
+}
+
+/// The annotation goes before the label of the same key, which selectors need.
+fn mesh(meta: &ObjectMeta, report: &mut Report<'_>) -> Option<bool> {
+    let meaning = |text: &str| match text {
+        "enabled" => Some(true),
+        "disabled" => Some(false),
+        _ => None,
+    };
+    let annotated = value(meta, MESH, "enabled or disabled", report, meaning);
+    if annotated.is_some() {
+        return annotated;
+    }
+    let text = meta.labels.as_ref()?.get(MESH)?;
+    let labelled = meaning(text);
+    if labelled.is_none() {
+        not_understood(format!("metadata.labels[\"{MESH}\"]"), text, "enabled or disabled", report);
+    }
+    labelled
+}
+
+const PORTS: &str = "ports and ranges such as 4567,8000-8100, at most 16";
+const CIDRS: &str = "blocks of addresses such as 10.0.0.0/8,fd00::/8";
+
+/// The annotation `key`, if it is there and understood.
+pub(super) fn value<T>(
+    meta: &ObjectMeta,
+    key: &str,
+    expected: &str,
+    report: &mut Report<'_>,
+    meaning: impl FnOnce(&str) -> Option<T>,
+) -> Option<T> {
+    let text = meta.annotations.as_ref()?.get(key)?;
+    let value = meaning(text.trim());
+    if value.is_none() {
+        not_understood(annotation(key), text, expected, report);
+    }
+    value
+}
+
+fn not_understood(field: String, text: &str, expected: &str, report: &mut Report<'_>) {
+    let message = format!("`{}` is not understood and counts as not given", shown(text));
+    report.say(field, message, format!("write {expected}"));
+}
+
+pub(super) fn annotation(key: &str) -> String {
+    format!("metadata.annotations[\"{key}\"]")
+}
+
+pub(super) fn parsed<T: FromStr>(text: &str) -> Option<T> {
+    text.parse().ok()
+}
+
+fn first<T: Clone + Default>(own: &Option<T>, inherited: &Option<T>) -> T {
+    own.as_ref().or(inherited.as_ref()).cloned().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::{Container, PodSpec, PodStatus};
+
+    use super::*;
+    use crate::discovery::Problem;
+
+    fn meta(annotations: &[(&str, &str)], labels: &[(&str, &str)]) -> ObjectMeta {
+        let map = |pairs: &[(&str, &str)]| {
+            Some(pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
+        };
+        ObjectMeta { annotations: map(annotations), labels: map(labels), ..Default::default() }
+    }
+
+    fn wishes(meta: &ObjectMeta) -> (Wishes, Vec<Problem>) {
+        let mut problems = Vec::new();
+        let wishes = Wishes::of_pod(meta, &mut Report::of("Pod default/web".into(), &mut problems));
+        (wishes, problems)
+    }
+
+    fn enrolment(pod: &Pod) -> Enrolment {
+        let (own, problems) = wishes(&pod.metadata);
+        assert_eq!(problems, []);
+        own.enrolment(&Wishes::default(), "default", pod)
+    }
+
+    fn enrolled_pod() -> Pod {
+        Pod { metadata: meta(&[(MESH, "enabled")], &[]), ..Default::default() }
+    }
+
+    #[test]
+    fn pod_goes_before_namespace_and_annotation_before_label() {
+        let on = wishes(&meta(&[(MESH, "enabled")], &[])).0;
+        let off = wishes(&meta(&[(MESH, "disabled")], &[])).0;
+        let label = wishes(&meta(&[], &[(MESH, "enabled")])).0;
+        let both = wishes(&meta(&[(MESH, "disabled")], &[(MESH, "enabled")])).0;
+        let nothing = Wishes::default();
+        let pod = Pod::default();
+        let left = Enrolment::LeftAlone;
+        for (own, namespace, expected) in [
+            (&nothing, &nothing, left(left_alone::NOT_ENROLLED)),
+            (&nothing, &on, Enrolment::Enrolled),
+            (&nothing, &label, Enrolment::Enrolled),
+            (&label, &nothing, Enrolment::Enrolled),
+            (&off, &on, left(left_alone::DISABLED)),
+            (&on, &off, Enrolment::Enrolled),
+            (&both, &nothing, left(left_alone::DISABLED)),
+        ] {
+            assert_eq!(own.enrolment(namespace, "default", &pod), expected);
+        }
+    }
+
+    #[test]
+    fn pod_that_cannot_be_carried_is_left_alone_with_the_reason() {
+        assert_eq!(enrolment(&enrolled_pod()), Enrolment::Enrolled);
+        let with = |change: &dyn Fn(&mut Pod)| {
+            let mut pod = enrolled_pod();
+            change(&mut pod);
+            enrolment(&pod)
+        };
+        let annotated = |key: &str, value: &str| {
+            with(&|pod| {
+                let map = pod.metadata.annotations.get_or_insert_default();
+                map.insert(key.into(), value.into());
+            })
+        };
+        let container = |name: &str| Container { name: name.into(), ..Default::default() };
+        let host = PodSpec { host_network: Some(true), ..Default::default() };
+        let linkerd = PodSpec {
+            init_containers: Some(vec![container("linkerd-proxy")]),
+            ..Default::default()
+        };
+        let phase = |phase: &str| PodStatus { phase: Some(phase.into()), ..Default::default() };
+        for (found, reason) in [
+            (with(&|pod| pod.spec = Some(host.clone())), left_alone::HOST_NETWORK),
+            (with(&|pod| pod.status = Some(phase("Succeeded"))), left_alone::COMPLETED),
+            (with(&|pod| pod.status = Some(phase("Failed"))), left_alone::COMPLETED),
+            (annotated("sidecar.istio.io/status", "{}"), left_alone::ISTIO_SIDECAR),
+            (annotated("ambient.istio.io/redirection", "enabled"), left_alone::ISTIO_AMBIENT),
+            (annotated("linkerd.io/proxy-version", "2.20"), left_alone::LINKERD),
+            (with(&|pod| pod.spec = Some(linkerd.clone())), left_alone::LINKERD),
+        ] {
+            assert_eq!(found, Enrolment::LeftAlone(reason));
+        }
+        assert_eq!(with(&|pod| pod.status = Some(phase("Running"))), Enrolment::Enrolled);
+        let (own, _) = wishes(&enrolled_pod().metadata);
+        let system = own.enrolment(&Wishes::default(), "kube-system", &enrolled_pod());
+        assert_eq!(system, Enrolment::LeftAlone(left_alone::SYSTEM));
+    }
+
+    #[test]
+    fn settings_of_the_pod_go_before_those_of_the_namespace() {
+        let namespace = meta(
+            &[
+                (MODE, "strict"),
+                (SKIP_OUTBOUND_PORTS, "25"),
+                (FAIL_OPEN, "true"),
+                (OUTBOUND, "all"),
+            ],
+            &[],
+        );
+        let pod = meta(&[(MODE, "permissive"), (SKIP_OUTBOUND_CIDRS, "10.0.0.0/8, fd00::/8")], &[]);
+        let (namespace, none) = wishes(&namespace);
+        assert_eq!(none, []);
+        let settings = wishes(&pod).0.settings(&namespace);
+        assert_eq!(settings.mode, Mode::Permissive);
+        assert_eq!(settings.outbound, Outbound::All);
+        assert!(settings.fail_open && settings.preserve_client_address);
+        assert!(settings.skip_outbound_ports.contains(25));
+        assert_eq!(settings.skip_outbound_cidrs.len(), 2);
+        assert_eq!(Wishes::default().settings(&Wishes::default()), Settings::default());
+    }
+
+    #[test]
+    fn value_that_is_not_understood_is_reported_and_counts_as_not_given() {
+        let strict = wishes(&meta(&[(MODE, "strict")], &[])).0;
+        let wrong = [
+            (MESH, "yes"),
+            (MODE, "STRICT"),
+            (OUTBOUND, ""),
+            (SKIP_INBOUND_PORTS, "0"),
+            (SKIP_OUTBOUND_PORTS, "90000"),
+            (SKIP_OUTBOUND_CIDRS, "10.0.0.0/8,x"),
+            (FAIL_OPEN, "1"),
+            (PRESERVE_CLIENT_ADDRESS, "no"),
+        ];
+        let (own, problems) = wishes(&meta(&wrong, &[]));
+        assert_eq!(own, Wishes::default());
+        assert_eq!(own.settings(&strict).mode, Mode::Strict);
+        let mut fields: Vec<_> = problems.iter().map(|problem| problem.field.clone()).collect();
+        let mut expected: Vec<_> = wrong.iter().map(|(key, _)| annotation(key)).collect();
+        fields.sort();
+        expected.sort();
+        assert_eq!(fields, expected);
+        let (_, problems) = wishes(&meta(&[], &[(MESH, "on")]));
+        assert_eq!(problems[0].field, "metadata.labels[\"malla.dev/mesh\"]");
+    }
+
+    #[test]
+    fn misspelt_setting_is_reported() {
+        let (_, problems) = wishes(&meta(&[("malla.dev/mod", "strict")], &[]));
+        assert_eq!(problems.len(), 1);
+        assert!(problems[0].remedy.contains(MODE), "{}", problems[0]);
+        let fine =
+            [("malla.dev/redirection", "enabled"), (NETNS, "/run/netns/a"), ("other/key", "x")];
+        assert_eq!(wishes(&meta(&fine, &[])).1, []);
+    }
+}

@@ -1,0 +1,143 @@
+//! The objects that a snapshot is made from, by kind and name.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service, ServiceAccount};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+/// The kinds that are understood.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// `v1` Namespace.
+    Namespace,
+    /// `v1` Node.
+    Node,
+    /// `v1` Pod.
+    Pod,
+    /// `v1` ServiceAccount.
+    ServiceAccount,
+    /// `v1` Service.
+    Service,
+    /// `discovery.k8s.io/v1` EndpointSlice.
+    EndpointSlice,
+}
+
+impl Kind {
+    /// The kind of that name in that API, if it is understood.
+    pub fn of(api_version: &str, kind: &str) -> Option<Self> {
+        Some(match (api_version, kind) {
+            ("v1", "Namespace") => Self::Namespace,
+            ("v1", "Node") => Self::Node,
+            ("v1", "Pod") => Self::Pod,
+            ("v1", "ServiceAccount") => Self::ServiceAccount,
+            ("v1", "Service") => Self::Service,
+            ("discovery.k8s.io/v1", "EndpointSlice") => Self::EndpointSlice,
+            _ => return None,
+        })
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Namespace => "Namespace",
+            Self::Node => "Node",
+            Self::Pod => "Pod",
+            Self::ServiceAccount => "ServiceAccount",
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+        }
+    }
+}
+
+/// Which object: two objects of one key are the same object.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectKey {
+    /// What it is.
+    pub kind: Kind,
+    /// Empty for what is in no namespace.
+    pub namespace: String,
+    /// `metadata.name`.
+    pub name: String,
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ", self.kind.as_str())?;
+        if !self.namespace.is_empty() {
+            write!(f, "{}/", self.namespace)?;
+        }
+        f.write_str(&self.name)
+    }
+}
+
+/// One object, typed. Cheap to clone.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Object {
+    /// A namespace: carries annotations for its pods.
+    Namespace(Arc<Namespace>),
+    /// A node: where its agent is reached.
+    Node(Arc<Node>),
+    /// A pod.
+    Pod(Arc<Pod>),
+    /// A service account: checks that pods name one that exists.
+    ServiceAccount(Arc<ServiceAccount>),
+    /// A service.
+    Service(Arc<Service>),
+    /// Endpoints of a service.
+    EndpointSlice(Arc<EndpointSlice>),
+}
+
+impl Object {
+    /// Which object it is. Without a namespace it is in `default`, as `kubectl` has it.
+    pub fn key(&self) -> ObjectKey {
+        let (kind, meta, namespaced) = match self {
+            Self::Namespace(o) => (Kind::Namespace, &o.metadata, false),
+            Self::Node(o) => (Kind::Node, &o.metadata, false),
+            Self::Pod(o) => (Kind::Pod, &o.metadata, true),
+            Self::ServiceAccount(o) => (Kind::ServiceAccount, &o.metadata, true),
+            Self::Service(o) => (Kind::Service, &o.metadata, true),
+            Self::EndpointSlice(o) => (Kind::EndpointSlice, &o.metadata, true),
+        };
+        let namespace = if namespaced { namespace_of(meta).to_owned() } else { String::new() };
+        ObjectKey { kind, namespace, name: meta.name.clone().unwrap_or_default() }
+    }
+}
+
+/// The namespace of a namespaced object.
+fn namespace_of(meta: &ObjectMeta) -> &str {
+    meta.namespace.as_deref().filter(|name| !name.is_empty()).unwrap_or("default")
+}
+
+/// A set of objects, at most one of each key.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Objects(BTreeMap<ObjectKey, Object>);
+
+impl Objects {
+    /// Adds `object`, and gives back the one of the same key that it replaces.
+    pub fn insert(&mut self, object: Object) -> Option<Object> {
+        self.0.insert(object.key(), object)
+    }
+
+    /// Takes the object of this key away.
+    pub fn remove(&mut self, key: &ObjectKey) -> Option<Object> {
+        self.0.remove(key)
+    }
+
+    /// Whether there is one of this key.
+    pub fn contains(&self, key: &ObjectKey) -> bool {
+        self.0.contains_key(key)
+    }
+
+    /// Every object, by kind, namespace and name.
+    pub fn iter(&self) -> impl Iterator<Item = (&ObjectKey, &Object)> {
+        self.0.iter()
+    }
+}
+
+impl FromIterator<Object> for Objects {
+    fn from_iter<T: IntoIterator<Item = Object>>(objects: T) -> Self {
+        Self(objects.into_iter().map(|object| (object.key(), object)).collect())
+    }
+}

@@ -1,0 +1,135 @@
+//! Objects into a snapshot: pure, and the same whatever the order in which objects came.
+//!
+//! Nothing here fails: what is wrong with one object is a [`Problem`], leaves that object or value
+//! out, and touches no other.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::Node as KubeNode;
+use mesh_core::addr::PeerAddr;
+use mesh_core::snapshot::{Node, Parts, Snapshot};
+use mesh_core::spiffe::TrustDomain;
+
+use super::enrol::{TUNNEL_PORT, Wishes, parsed, value};
+use super::objects::{Object, ObjectKey, Objects};
+use super::{Problem, Report, pods, services, shown};
+
+/// What a snapshot depends on besides the objects.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// The node this agent runs on.
+    pub node: Arc<str>,
+    /// The trust domain of every workload's identity.
+    pub trust_domain: TrustDomain,
+    /// Where agents accept tunnels, unless their node says otherwise. Default 15019.
+    pub tunnel_port: u16,
+    /// How a pod's network namespace is found.
+    pub netns: NetnsFrom,
+}
+
+/// How a pod's network namespace is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NetnsFrom {
+    /// By the annotation `malla.dev/netns`: standalone, where whoever writes manifests is root.
+    Annotation,
+    /// By looking at this node's processes: in a cluster, where the annotation means nothing.
+    Processes,
+}
+
+/// Makes a snapshot of `objects`, and says what is wrong with them, in order.
+pub fn translate(
+    objects: &Objects,
+    context: &Context,
+    generation: u64,
+) -> (Snapshot, Vec<Problem>) {
+    let mut problems = Vec::new();
+    let mut namespaces = BTreeMap::new();
+    let mut accounts = BTreeSet::new();
+    let mut nodes = HashMap::new();
+    let (mut kube_pods, mut kube_services, mut slices) = (Vec::new(), Vec::new(), Vec::new());
+    for (key, object) in objects.iter() {
+        match object {
+            Object::Namespace(namespace) => {
+                let mut report = Report::of(key.to_string(), &mut problems);
+                let wishes = Wishes::of_namespace(&namespace.metadata, &mut report);
+                namespaces.insert(key.name.as_str(), wishes);
+            }
+            Object::Node(node) => {
+                nodes.insert(
+                    key.name.as_str().into(),
+                    self::node(key, node, context, &mut problems),
+                );
+            }
+            Object::ServiceAccount(_) => {
+                accounts.insert((key.namespace.as_str(), key.name.as_str()));
+            }
+            Object::Pod(pod) => kube_pods.push((key, &**pod)),
+            Object::Service(service) => kube_services.push((key, &**service)),
+            Object::EndpointSlice(slice) => slices.push((key, &**slice)),
+        }
+    }
+    let pods =
+        pods::translate(kube_pods.into_iter(), &namespaces, &accounts, context, &mut problems);
+    let services =
+        services::translate(kube_services.into_iter(), slices.into_iter(), &pods, &mut problems);
+    let workloads = pods.workloads();
+    unreachable_pods(&workloads, &nodes, context, &mut problems);
+    problems.sort();
+    let parts = Parts { workloads, services, nodes };
+    let (node, trust_domain) = (Arc::clone(&context.node), context.trust_domain.clone());
+    (Snapshot::new(generation, node, trust_domain, parts), problems)
+}
+
+/// Where a node's agent is: its `InternalIP` addresses, in the order of its status.
+fn node(key: &ObjectKey, node: &KubeNode, context: &Context, problems: &mut Vec<Problem>) -> Node {
+    let mut report = Report::of(key.to_string(), problems);
+    let own = value(&node.metadata, TUNNEL_PORT, "a port from 1 to 65535", &mut report, |text| {
+        parsed(text).filter(|port| *port != 0)
+    });
+    let port = own.unwrap_or(context.tunnel_port);
+    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    let mut peers = Vec::new();
+    for address in addresses.filter(|address| address.type_ == "InternalIP") {
+        match address.address.parse::<IpAddr>() {
+            Ok(ip) => peers.push(PeerAddr((ip.to_canonical(), port).into())),
+            Err(_not_ip) => report.say(
+                "status.addresses",
+                format!("`{}` is no address and is left out", shown(&address.address)),
+                "write an IPv4 or IPv6 address without prefix length",
+            ),
+        }
+    }
+    if peers.is_empty() {
+        report.say(
+            "status.addresses",
+            "has no InternalIP, so no tunnel leads to this node",
+            "add an address of type InternalIP under which its agent is reached",
+        );
+    }
+    Node { peers }
+}
+
+/// Enrolled pods of a node that is not described cannot be reached from here.
+fn unreachable_pods(
+    workloads: &[Arc<mesh_core::snapshot::Workload>],
+    nodes: &HashMap<Arc<str>, Node>,
+    context: &Context,
+    problems: &mut Vec<Problem>,
+) {
+    for workload in workloads {
+        let here = workload.node == context.node;
+        if workload.is_enrolled() && !here && !nodes.contains_key(&workload.node) {
+            let object = format!("Pod {}/{}", workload.namespace, workload.name);
+            Report::of(object, problems).say(
+                "spec.nodeName",
+                format!("no Node `{}`, so no tunnel leads to this pod", shown(&workload.node)),
+                "add the Node, with an address of type InternalIP",
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

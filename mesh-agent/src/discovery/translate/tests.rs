@@ -1,0 +1,514 @@
+//! Each fact of the translation on manifests as people write them, and what holds for all of them.
+
+use std::collections::HashSet;
+
+use mesh_core::snapshot::{Enrolment, Workload};
+use proptest::prelude::*;
+
+use super::*;
+use crate::discovery::enrol::left_alone;
+use crate::discovery::manifest::{self, Format};
+use crate::identity::testing::cluster_local;
+
+/// Two nodes, an enrolled namespace, and in it the pods `one` (here) and `two` (there).
+const CLUSTER: &str = r#"
+apiVersion: v1
+kind: Node
+metadata: {name: a}
+status: {addresses: [{type: Hostname, address: a}, {type: InternalIP, address: 192.0.2.1}]}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: b, annotations: {malla.dev/tunnel-port: "16000"}}
+status: {addresses: [{type: InternalIP, address: 192.0.2.2}, {type: InternalIP, address: "2001:db8::2"}]}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, annotations: {malla.dev/mesh: enabled, malla.dev/mode: strict}}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  {name: one, namespace: shop, uid: u1, annotations: {malla.dev/netns: /run/netns/one}, labels: {app: web, version: v1}}
+spec: {nodeName: a, serviceAccountName: web}
+status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: two, namespace: shop, uid: u2}
+spec: {nodeName: b}
+status: {podIPs: [{ip: 10.0.0.2}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  clusterIP: 10.1.0.1
+  clusterIPs: [10.1.0.1, "fd01::1"]
+  selector: {app: web}
+  ports:
+  - {name: http, port: 80, targetPort: web}
+  - {name: admin, port: 81, targetPort: 9001}
+  - {name: dns, port: 53, protocol: UDP}
+"#;
+
+const SLICE: &str = r#"
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports:
+- {name: http, port: 8080}
+- {name: admin, port: 9001, protocol: TCP}
+- {name: dns, port: 53, protocol: UDP}
+endpoints:
+- {addresses: [10.0.0.2], targetRef: {kind: Pod, name: two, namespace: shop, uid: u2}}
+- {addresses: [10.0.0.1], conditions: {ready: true}, targetRef: {kind: Pod, name: one}}
+"#;
+
+fn objects(text: &str) -> Vec<Object> {
+    let manifest = manifest::parse(text, Format::Yaml).unwrap();
+    assert_eq!(manifest.ignored, [""; 0]);
+    manifest.objects.into_iter().map(|(_, object)| object).collect()
+}
+
+fn context() -> Context {
+    Context {
+        node: "a".into(),
+        trust_domain: cluster_local(),
+        tunnel_port: 15019,
+        netns: NetnsFrom::Annotation,
+    }
+}
+
+fn read(text: &str) -> (Snapshot, Vec<Problem>) {
+    translate(&objects(text).into_iter().collect(), &context(), 1)
+}
+
+/// A snapshot without problems.
+fn snapshot(text: &str) -> Snapshot {
+    let (snapshot, problems) = read(text);
+    assert_eq!(problems, []);
+    snapshot
+}
+
+fn with(documents: &[&str]) -> String {
+    [&[CLUSTER], documents].concat().join("\n---\n")
+}
+
+/// `<object>: <field>` of each problem.
+fn fields(problems: &[Problem]) -> Vec<String> {
+    problems.iter().map(|problem| format!("{}: {}", problem.object, problem.field)).collect()
+}
+
+fn workload(snapshot: &Snapshot, ip: &str) -> Arc<Workload> {
+    Arc::clone(snapshot.workload_at(ip.parse().unwrap()).unwrap())
+}
+
+/// `<address>=<pod>` of each endpoint of a port of the service `web`.
+fn endpoints(snapshot: &Snapshot, port: &str) -> Vec<String> {
+    let service = snapshot.service("shop", "web").unwrap();
+    let port = service.ports.iter().find(|found| &*found.name == port).unwrap();
+    let pod = |workload: &Option<Arc<Workload>>| match workload {
+        Some(workload) => workload.name.to_string(),
+        None => "none".into(),
+    };
+    port.endpoints.iter().map(|e| format!("{}={}", e.addr, pod(&e.workload))).collect()
+}
+
+/// The slice with `one` replaced by what a test needs.
+fn slice(endpoints: &str) -> String {
+    let (head, _) = SLICE.split_once("endpoints:").unwrap();
+    format!("{head}endpoints:\n{endpoints}")
+}
+
+#[test]
+fn pod_is_known_by_each_of_its_addresses_with_its_identity_and_settings() {
+    let snapshot = snapshot(CLUSTER);
+    let one = workload(&snapshot, "10.0.0.1");
+    assert_eq!(one, workload(&snapshot, "fd00::1"));
+    assert_eq!(one, workload(&snapshot, "::ffff:10.0.0.1"));
+    assert_eq!(one.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/web");
+    assert_eq!(one.netns.as_deref(), Some("/run/netns/one"));
+    assert_eq!(one.settings.mode, mesh_core::settings::Mode::Strict);
+    assert_eq!(one.ips.len(), 2);
+    assert!(one.is_enrolled());
+    let two = workload(&snapshot, "10.0.0.2");
+    assert_eq!(two.identity.service_account(), "default");
+    assert!(two.is_enrolled() && two.netns.is_none());
+    let local: Vec<_> = snapshot.local_enrolled().map(|w| w.name.to_string()).collect();
+    assert_eq!(local, ["one"]);
+}
+
+#[test]
+fn node_is_reached_at_its_internal_addresses_and_tunnel_port() {
+    let snapshot = snapshot(CLUSTER);
+    let peers = |name: &str| {
+        let node = snapshot.node(name).unwrap();
+        node.peers.iter().map(PeerAddr::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(peers("a"), ["192.0.2.1:15019"]);
+    assert_eq!(peers("b"), ["192.0.2.2:16000", "[2001:db8::2]:16000"]);
+}
+
+#[test]
+fn node_without_an_address_or_with_a_wrong_port_is_reported() {
+    let wrong = r#"
+apiVersion: v1
+kind: Node
+metadata: {name: c, annotations: {malla.dev/tunnel-port: "0"}}
+status: {addresses: [{type: ExternalIP, address: 198.51.100.1}]}
+"#;
+    let (_, problems) = read(&with(&[wrong]));
+    let expected =
+        ["Node c: metadata.annotations[\"malla.dev/tunnel-port\"]", "Node c: status.addresses"];
+    assert_eq!(fields(&problems), expected);
+}
+
+#[test]
+fn service_has_its_tcp_ports_with_the_slices_port_numbers() {
+    let snapshot = snapshot(&with(&[SLICE]));
+    let web = Arc::clone(snapshot.service_at("10.1.0.1".parse().unwrap()).unwrap());
+    assert_eq!(*snapshot.service_at("fd01::1".parse().unwrap()).unwrap(), web);
+    assert_eq!(&*web.host, "web.shop.svc.cluster.local");
+    assert!(web.selector);
+    let ports: Vec<_> = web.ports.iter().map(|port| (port.port, port.name.to_string())).collect();
+    assert_eq!(ports, [(80, "http".into()), (81, "admin".into())]);
+    assert_eq!(endpoints(&snapshot, "http"), ["10.0.0.1:8080=one", "10.0.0.2:8080=two"]);
+    assert_eq!(endpoints(&snapshot, "admin"), ["10.0.0.1:9001=one", "10.0.0.2:9001=two"]);
+}
+
+#[test]
+fn slices_of_both_families_come_together() {
+    let v6 = SLICE
+        .replace("web-1", "web-2")
+        .replace("IPv4", "IPv6")
+        .replace("10.0.0.1]", "\"fd00::1\"]");
+    let v6 = v6.replace(
+        "- {addresses: [10.0.0.2], targetRef: {kind: Pod, name: two, namespace: shop, uid: u2}}\n",
+        "",
+    );
+    let snapshot = snapshot(&with(&[SLICE, &v6]));
+    let expected = ["10.0.0.1:8080=one", "10.0.0.2:8080=two", "[fd00::1]:8080=one"];
+    assert_eq!(endpoints(&snapshot, "http"), expected);
+}
+
+#[test]
+fn endpoint_in_two_slices_counts_once() {
+    let again = SLICE.replace("web-1", "web-2");
+    assert_eq!(endpoints(&snapshot(&with(&[SLICE, &again])), "http").len(), 2);
+}
+
+#[test]
+fn headless_service_has_endpoints_and_no_address() {
+    let text = with(&[SLICE]).replace("  clusterIP: 10.1.0.1\n", "  clusterIP: None\n");
+    let text = text.replace("clusterIPs: [10.1.0.1, \"fd01::1\"]", "clusterIPs: [None]");
+    let snapshot = snapshot(&text);
+    assert!(snapshot.service("shop", "web").unwrap().vips.is_empty());
+    assert_eq!(endpoints(&snapshot, "http").len(), 2);
+}
+
+#[test]
+fn external_name_is_no_service_of_ours() {
+    let text = CLUSTER
+        .replace("  clusterIP: 10.1.0.1\n", "  type: ExternalName\n  externalName: example.com\n");
+    assert!(snapshot(&text).service("shop", "web").is_none());
+}
+
+#[test]
+fn service_without_an_address_is_reported() {
+    let text = CLUSTER.replace("  clusterIP: 10.1.0.1\n", "");
+    let text = text.replace("  clusterIPs: [10.1.0.1, \"fd01::1\"]\n", "");
+    let (snapshot, problems) = read(&text);
+    assert_eq!(fields(&problems), ["Service shop/web: spec.clusterIP"]);
+    assert!(snapshot.service("shop", "web").is_some());
+}
+
+#[test]
+fn endpoint_that_is_not_ready_is_left_out() {
+    let text = slice(
+        "- {addresses: [10.0.0.1], conditions: {ready: true}}\n\
+         - {addresses: [10.0.0.2], conditions: {ready: false}}\n",
+    );
+    assert_eq!(endpoints(&snapshot(&with(&[&text])), "http"), ["10.0.0.1:8080=one"]);
+}
+
+#[test]
+fn endpoints_that_still_serve_while_terminating_stand_in_for_ready_ones() {
+    let leaving = "{ready: false, serving: true, terminating: true}";
+    let gone = "{ready: false, serving: false, terminating: true}";
+    let text = slice(&format!(
+        "- {{addresses: [10.0.0.1], conditions: {leaving}}}\n\
+         - {{addresses: [10.0.0.2], conditions: {gone}}}\n"
+    ));
+    assert_eq!(endpoints(&snapshot(&with(&[&text])), "http"), ["10.0.0.1:8080=one"]);
+    let text = slice(&format!(
+        "- {{addresses: [10.0.0.1], conditions: {leaving}}}\n- {{addresses: [10.0.0.2]}}\n"
+    ));
+    assert_eq!(endpoints(&snapshot(&with(&[&text])), "http"), ["10.0.0.2:8080=two"]);
+}
+
+#[test]
+fn not_ready_endpoints_count_where_the_service_publishes_them() {
+    let text = with(&[&slice("- {addresses: [10.0.0.1], conditions: {ready: false}}\n")]);
+    let text = text.replace("  selector: {app: web}\n", "  publishNotReadyAddresses: true\n");
+    let snapshot = snapshot(&text);
+    assert_eq!(endpoints(&snapshot, "http"), ["10.0.0.1:8080=one"]);
+    assert!(!snapshot.service("shop", "web").unwrap().selector);
+}
+
+#[test]
+fn endpoint_is_joined_by_name_and_address_together() {
+    let of = |target: &str| {
+        let text = slice(&format!("- {{addresses: [10.0.0.1]{target}}}\n"));
+        let (snapshot, problems) = read(&with(&[&text]));
+        (endpoints(&snapshot, "http").remove(0), fields(&problems))
+    };
+    let one = "10.0.0.1:8080=one".to_owned();
+    let none = "10.0.0.1:8080=none".to_owned();
+    assert_eq!(of(""), (one.clone(), vec![]));
+    assert_eq!(of(", targetRef: {kind: Pod, name: one}"), (one.clone(), vec![]));
+    assert_eq!(of(", targetRef: {kind: Pod, name: one, uid: u1}"), (one, vec![]));
+    // Another pod's name or an older pod's UID: whose certificate to ask for is not certain.
+    let reported = |field: &str| vec![format!("EndpointSlice shop/web-1: endpoints[0].{field}")];
+    let other = of(", targetRef: {kind: Pod, name: two}");
+    assert_eq!(other, (none.clone(), reported("targetRef")));
+    let older = of(", targetRef: {kind: Pod, name: one, uid: u0}");
+    assert_eq!(older, (none.clone(), reported("targetRef.uid")));
+    // A pod that is not described may come yet.
+    assert_eq!(of(", targetRef: {kind: Pod, name: later}"), (none, vec![]));
+}
+
+#[test]
+fn slice_of_no_service_is_reported() {
+    let text = SLICE.replace("service-name: web", "service-name: wbe");
+    let (snapshot, problems) = read(&with(&[&text]));
+    let label = "metadata.labels[\"kubernetes.io/service-name\"]";
+    assert_eq!(fields(&problems), [format!("EndpointSlice shop/web-1: {label}")]);
+    assert!(endpoints(&snapshot, "http").is_empty());
+}
+
+#[test]
+fn wrong_endpoint_address_is_reported_and_touches_no_other() {
+    let text = slice("- {addresses: [10.0.0.1]}\n- {addresses: [web.example]}\n");
+    let (snapshot, problems) = read(&with(&[&text]));
+    assert_eq!(fields(&problems), ["EndpointSlice shop/web-1: endpoints[1].addresses[0]"]);
+    assert_eq!(endpoints(&snapshot, "http").len(), 1);
+}
+
+#[test]
+fn address_of_two_pods_is_one_pods_and_reported() {
+    let copy = "apiVersion: v1\nkind: Pod\nmetadata: {name: aaa, namespace: shop, \
+                deletionTimestamp: \"2026-01-01T00:00:00Z\"}\n\
+                spec: {nodeName: b}\nstatus: {podIPs: [{ip: 10.0.0.2}]}\n";
+    let (snapshot, problems) = read(&with(&[copy]));
+    assert_eq!(fields(&problems), ["Pod shop/aaa: status.podIPs"]);
+    assert_eq!(&*workload(&snapshot, "10.0.0.2").name, "two");
+    let loser = snapshot.workload("shop/aaa").unwrap();
+    assert_eq!(loser.enrolment, Enrolment::LeftAlone(left_alone::ADDRESS_TAKEN));
+    assert!(loser.ips.is_empty());
+}
+
+#[test]
+fn completed_and_host_network_pods_own_no_address() {
+    let completed = "apiVersion: v1\nkind: Pod\nmetadata: {name: job, namespace: shop}\n\
+                     spec: {nodeName: b}\nstatus: {phase: Succeeded, podIPs: [{ip: 10.0.0.2}]}\n";
+    let host = "apiVersion: v1\nkind: Pod\nmetadata: {name: host, namespace: shop}\n\
+                spec: {nodeName: b, hostNetwork: true}\nstatus: {podIPs: [{ip: 192.0.2.2}]}\n";
+    let snapshot = snapshot(&with(&[completed, host]));
+    assert_eq!(&*workload(&snapshot, "10.0.0.2").name, "two");
+    assert!(snapshot.workload_at("192.0.2.2".parse().unwrap()).is_none());
+    let reason = |uid: &str| snapshot.workload(uid).unwrap().enrolment.clone();
+    assert_eq!(reason("shop/job"), Enrolment::LeftAlone(left_alone::COMPLETED));
+    assert_eq!(reason("shop/host"), Enrolment::LeftAlone(left_alone::HOST_NETWORK));
+}
+
+#[test]
+fn pod_without_an_address_is_left_alone_for_now() {
+    let pending =
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: new, namespace: shop}\nspec: {nodeName: b}\n";
+    let snapshot = snapshot(&with(&[pending]));
+    let new = snapshot.workload("shop/new").unwrap();
+    assert_eq!(new.enrolment, Enrolment::LeftAlone(left_alone::NO_ADDRESS));
+}
+
+#[test]
+fn pod_here_without_a_network_namespace_is_left_alone_and_reported() {
+    let text = CLUSTER.replace("malla.dev/netns: /run/netns/one", "");
+    let (snapshot, problems) = read(&text);
+    assert_eq!(fields(&problems), ["Pod shop/one: metadata.annotations[\"malla.dev/netns\"]"]);
+    let one = workload(&snapshot, "10.0.0.1");
+    assert_eq!(one.enrolment, Enrolment::LeftAlone(left_alone::NO_NETNS));
+
+    let context = Context { netns: NetnsFrom::Processes, ..context() };
+    let (snapshot, problems) = translate(&objects(CLUSTER).into_iter().collect(), &context, 1);
+    assert_eq!(problems, []);
+    let one = workload(&snapshot, "10.0.0.1");
+    assert!(one.is_enrolled() && one.netns.is_none(), "the annotation means nothing in a cluster");
+}
+
+#[test]
+fn pod_on_a_node_that_is_not_described_is_reported() {
+    let text = CLUSTER.replace("nodeName: b", "nodeName: c");
+    assert_eq!(fields(&read(&text).1), ["Pod shop/two: spec.nodeName"]);
+}
+
+#[test]
+fn service_account_is_checked_where_any_is_declared() {
+    let account = |name: &str| {
+        format!(
+            "apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {name}, namespace: shop}}\n"
+        )
+    };
+    assert_eq!(read(&with(&[&account("web")])).1, []);
+    let (snapshot, problems) = read(&with(&[&account("wbe")]));
+    assert_eq!(fields(&problems), ["Pod shop/one: spec.serviceAccountName"]);
+    assert!(workload(&snapshot, "10.0.0.1").is_enrolled());
+}
+
+#[test]
+fn same_uid_twice_leaves_the_second_pod_out() {
+    let copy = "apiVersion: v1\nkind: Pod\nmetadata: {name: copy, namespace: shop, uid: u2}\n\
+                spec: {nodeName: b}\nstatus: {podIPs: [{ip: 10.0.0.3}]}\n";
+    let (snapshot, problems) = read(&with(&[copy]));
+    assert_eq!(fields(&problems).len(), 1);
+    assert!(problems[0].field == "metadata.uid", "{problems:?}");
+    assert_eq!(snapshot.workloads().count(), 2);
+}
+
+#[test]
+fn workload_is_named_after_what_people_deploy() {
+    let owned = |kind: &str, owner: &str, labels: &str| {
+        let pod = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  labels: {{{labels}}}\n  ownerReferences:\n\
+             \x20 - {{apiVersion: v1, kind: Helper, name: no, uid: h}}\n\
+             \x20 - {{apiVersion: v1, kind: {kind}, name: {owner}, uid: o, controller: true}}\n"
+        );
+        snapshot(&pod).workload("default/p").unwrap().names.clone()
+    };
+    let name = |kind, owner, labels| owned(kind, owner, labels).workload.to_string();
+    assert_eq!(name("ReplicaSet", "web-5d4f", "pod-template-hash: 5d4f"), "web");
+    assert_eq!(name("ReplicaSet", "web-5d4f", ""), "web-5d4f");
+    assert_eq!(name("StatefulSet", "db-0", ""), "db-0");
+    assert_eq!(name("Job", "nightly-29301234", ""), "nightly");
+    assert_eq!(name("Job", "import-1", ""), "import-1");
+
+    let bare = owned("StatefulSet", "db", "");
+    assert_eq!((&*bare.app, &*bare.version), ("unknown", "unknown"));
+    assert_eq!((&*bare.canonical_service, &*bare.canonical_revision), ("db", "latest"));
+    let labels = "app.kubernetes.io/name: shop, app.kubernetes.io/version: \"2\"";
+    let labelled = owned("StatefulSet", "db", labels);
+    assert_eq!((&*labelled.app, &*labelled.canonical_revision), ("shop", "2"));
+    let labels =
+        "app: a, service.istio.io/canonical-name: c, service.istio.io/canonical-revision: r";
+    let canonical = owned("StatefulSet", "db", labels);
+    assert_eq!((&*canonical.canonical_service, &*canonical.canonical_revision), ("c", "r"));
+}
+
+/// Pods, services and slices that collide in names, UIDs and addresses as often as they can.
+fn arbitrary_object() -> impl Strategy<Value = String> {
+    let name = prop::sample::select(vec!["p", "q", "r"]);
+    let namespace = prop::sample::select(vec!["shop", "default"]);
+    let ip = (1u8..5).prop_map(|last| format!("10.0.0.{last}"));
+    let pod = (name.clone(), namespace.clone(), ip.clone(), ip.clone(), 0u8..4, any::<bool>(), any::<bool>())
+        .prop_map(|(name, namespace, ip, second, uid, leaving, host)| {
+            let leaving = if leaving { ", deletionTimestamp: \"2026-01-01T00:00:00Z\"" } else { "" };
+            format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, uid: u{uid}{leaving}, \
+                 annotations: {{malla.dev/mesh: enabled}}}}\n\
+                 spec: {{nodeName: b, hostNetwork: {host}}}\nstatus: {{podIPs: [{{ip: {ip}}}, {{ip: {second}}}]}}\n"
+            )
+        });
+    let service = (name.clone(), namespace.clone(), ip.clone()).prop_map(|(name, namespace, ip)| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
+             spec: {{clusterIP: {ip}, ports: [{{port: 80}}]}}\n"
+        )
+    });
+    let slice = (name.clone(), name, namespace, ip, any::<bool>(), any::<bool>()).prop_map(
+        |(name, of, namespace, ip, ready, named)| {
+            let target = if named { format!(", targetRef: {{kind: Pod, name: {of}}}") } else { String::new() };
+            format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: {name}, namespace: {namespace}, \
+                 labels: {{kubernetes.io/service-name: {of}}}}}\naddressType: IPv4\nports: [{{port: 80}}]\n\
+                 endpoints: [{{addresses: [{ip}], conditions: {{ready: {ready}}}{target}}}]\n"
+            )
+        },
+    );
+    prop_oneof![pod, service, slice]
+}
+
+/// Objects of distinct keys, twice: as they came, and shuffled.
+fn arbitrary_sets() -> impl Strategy<Value = (Vec<Object>, Vec<Object>)> {
+    prop::collection::vec(arbitrary_object(), 0..24)
+        .prop_map(|texts| {
+            let mut seen = HashSet::new();
+            let all = texts.iter().flat_map(|text| objects(text));
+            all.filter(|object| seen.insert(object.key())).collect::<Vec<_>>()
+        })
+        .prop_flat_map(|all| (Just(all.clone()), Just(all).prop_shuffle()))
+}
+
+proptest! {
+    #[test]
+    fn order_of_objects_does_not_matter((one, other) in arbitrary_sets()) {
+        let one = translate(&one.into_iter().collect(), &context(), 1);
+        let other = translate(&other.into_iter().collect(), &context(), 1);
+        prop_assert!(one.0.same_state(&other.0));
+        prop_assert_eq!(one.1, other.1);
+    }
+
+    #[test]
+    fn arriving_one_by_one_and_replacing_ends_in_the_same_state((one, other) in arbitrary_sets()) {
+        let mut objects: Objects = other.iter().rev().cloned().collect();
+        for object in &other {
+            objects.remove(&object.key());
+            objects.insert(object.clone());
+        }
+        let incremental = translate(&objects, &context(), 1);
+        let at_once = translate(&one.into_iter().collect(), &context(), 1);
+        prop_assert!(incremental.0.same_state(&at_once.0));
+    }
+
+    #[test]
+    fn an_address_is_one_pods_and_endpoints_agree_with_it((all, _) in arbitrary_sets()) {
+        let (snapshot, _) = translate(&all.into_iter().collect(), &context(), 1);
+        let mut owners = HashSet::new();
+        for workload in snapshot.workloads() {
+            for ip in &workload.ips {
+                prop_assert!(owners.insert(*ip), "{} twice", ip);
+                prop_assert_eq!(snapshot.workload_at(*ip), Some(workload));
+            }
+            prop_assert!(!workload.is_enrolled() || !workload.ips.is_empty());
+        }
+        let endpoints = snapshot.services().flat_map(|s| &s.ports).flat_map(|p| p.endpoints.iter());
+        for endpoint in endpoints {
+            if let Some(workload) = endpoint.workload.as_ref().filter(|w| w.is_enrolled()) {
+                prop_assert!(workload.ips.contains(&endpoint.addr.0.ip()));
+            }
+        }
+    }
+
+    /// What a slip of the hand makes of a manifest is read, or refused with its place.
+    #[test]
+    fn any_text_is_read_or_refused_with_its_place(
+        cut in 0..CLUSTER.len(),
+        typed in "(?s).{0,3}",
+        skipped in 0usize..3,
+    ) {
+        let text: String =
+            CLUSTER.chars().take(cut).chain(typed.chars()).chain(CLUSTER.chars().skip(cut + skipped)).collect();
+        match manifest::parse(&text, Format::Yaml) {
+            Ok(manifest) => {
+                let objects = manifest.objects.into_iter().map(|(_, object)| object).collect();
+                let (snapshot, problems) = translate(&objects, &context(), 7);
+                prop_assert_eq!(snapshot.generation, 7);
+                prop_assert!(problems.iter().all(|p| !p.object.is_empty() && !p.remedy.is_empty()));
+            }
+            Err(problem) => {
+                prop_assert!(problem.at.starts_with("document "), "{}", problem);
+                prop_assert!(!problem.message.is_empty() && !problem.remedy.is_empty());
+            }
+        }
+    }
+}

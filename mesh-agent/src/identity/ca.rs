@@ -1,0 +1,512 @@
+//! The directory CA: a root certificate and its key in a directory, and certificates issued from it.
+//!
+//! ```text
+//! root.pem     the root certificate: ECDSA P-256, ten years, URI spiffe://<trust domain>
+//! root.key     its key, PKCS#8 PEM, mode 0600
+//! bundle.pem   the roots that agents trust, one or more (see `bundle`)
+//! ```
+//!
+//! Root and key are read anew for each certificate. That happens once per identity and half
+//! lifetime, costs less than the key generation next to it, keeps the root's key out of memory in
+//! between, and makes a replaced root take effect with the next certificate.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use aws_lc_rs::rand;
+use mesh_core::spiffe::{SpiffeId, TrustDomain};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
+};
+use rustls::crypto::aws_lc_rs::sign::any_ecdsa_type;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::sign::CertifiedKey;
+use thiserror::Error;
+use time::OffsetDateTime;
+use zeroize::{Zeroize as _, Zeroizing};
+
+use super::bundle::{BundleError, Root, TrustBundles, read_roots};
+
+/// The root certificate.
+pub const ROOT_CERT: &str = "root.pem";
+/// The root's key.
+pub const ROOT_KEY: &str = "root.key";
+/// The trusted roots.
+pub const BUNDLE: &str = "bundle.pem";
+
+const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
+
+/// Certificates begin this much before they are issued: a peer whose clock is behind must not
+/// refuse a fresh one. Two minutes is what hosts without working NTP drift in weeks.
+const BACKDATE: Duration = Duration::from_secs(120);
+
+/// Why the directory CA did not do as asked.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CaError {
+    /// `ca init` found something that it would have overwritten.
+    #[error(
+        "{path} exists already: a new root would cut off every workload that trusts the old one; \
+         choose another --dir, or move the directory away"
+    )]
+    Exists {
+        /// What is there.
+        path: PathBuf,
+    },
+    /// A file could not be read.
+    #[error("read {path}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file could not be written.
+    #[error("write {path}")]
+    Write {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// `root.pem` is not one usable root certificate.
+    #[error(transparent)]
+    Root(#[from] BundleError),
+    /// `root.pem` does not say which trust domain it is for.
+    #[error("{path} has no URI spiffe://<trust domain>: make it with `mesh-agent ca init`")]
+    NoTrustDomain {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// `root.key` is not the key of `root.pem`.
+    #[error("{path} is not the key of {ROOT_CERT}: restore the pair that belongs together")]
+    WrongKey {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// The root's own validity does not hold now.
+    #[error(
+        "the root certificate is not valid now: check the clock, or make a new root and trust both"
+    )]
+    RootNotValid,
+    /// Asked for an identity of another trust domain.
+    #[error(
+        "this CA is for trust domain {ours}, not {asked}: run the agent with --trust-domain {ours}"
+    )]
+    ForeignTrustDomain {
+        /// The root's.
+        ours: TrustDomain,
+        /// The identity's.
+        asked: TrustDomain,
+    },
+    /// The cryptographic library refused.
+    #[error("make a certificate")]
+    Make(#[from] rcgen::Error),
+    /// The key that was just made cannot be used for TLS.
+    #[error("use a certificate")]
+    Use(#[from] rustls::Error),
+    /// The operating system gave no random bytes.
+    #[error("no random bytes from the operating system")]
+    NoRandomness,
+}
+
+impl CaError {
+    /// The `reason` label: a closed set.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Exists { .. } => "exists",
+            Self::Read { .. } => "read",
+            Self::Write { .. } => "write",
+            Self::Root(_) | Self::NoTrustDomain { .. } => "root_malformed",
+            Self::WrongKey { .. } => "root_key",
+            Self::RootNotValid => "root_not_valid",
+            Self::ForeignTrustDomain { .. } => "foreign_trust_domain",
+            Self::Make(_) | Self::Use(_) | Self::NoRandomness => "crypto",
+        }
+    }
+}
+
+/// What `ca show` shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CaView {
+    /// The trust domain that this CA issues for.
+    pub trust_domain: TrustDomain,
+    /// The root that signs.
+    pub root: Root,
+    /// Every trusted root, of any trust domain.
+    pub bundle: Vec<Root>,
+}
+
+/// Makes a root for `trust_domain` in `dir`, which is created if absent.
+///
+/// # Errors
+///
+/// Refuses to overwrite anything; otherwise the file that could not be written.
+pub fn init(dir: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<CaView, CaError> {
+    fs::create_dir_all(dir).map_err(|source| CaError::Write { path: dir.into(), source })?;
+    for name in [ROOT_CERT, ROOT_KEY, BUNDLE] {
+        let path = dir.join(name);
+        if fs::symlink_metadata(&path).is_ok() {
+            return Err(CaError::Exists { path });
+        }
+    }
+    let (cert, mut key) = make_root(trust_domain, now, ROOT_LIFETIME)?;
+    let pem = Zeroizing::new(key.serialize_pem());
+    key.zeroize();
+    // The key first: a directory with a certificate and no key looks complete to `show`.
+    write_new(&dir.join(ROOT_KEY), 0o600, &pem)?;
+    write_new(&dir.join(ROOT_CERT), 0o644, &cert.pem())?;
+    write_new(&dir.join(BUNDLE), 0o644, &cert.pem())?;
+    show(dir)
+}
+
+/// Reads what is in `dir`. Needs no key.
+///
+/// # Errors
+///
+/// The file that is missing or wrong.
+pub fn show(dir: &Path) -> Result<CaView, CaError> {
+    let (_, root, trust_domain) = read_root(dir)?;
+    let bundle = TrustBundles::load(&dir.join(BUNDLE), &trust_domain)?;
+    Ok(CaView { trust_domain, root, bundle: bundle.roots().cloned().collect() })
+}
+
+/// A root in a directory, ready to issue.
+#[derive(Clone, Debug)]
+pub struct DirectoryCa {
+    dir: PathBuf,
+    trust_domain: TrustDomain,
+}
+
+impl DirectoryCa {
+    /// Checks that certificate and key are there and belong together.
+    ///
+    /// # Errors
+    ///
+    /// The file that is missing or wrong.
+    pub fn open(dir: &Path) -> Result<Self, CaError> {
+        let (_, _, trust_domain) = read_root(dir)?;
+        let ca = Self { dir: dir.into(), trust_domain };
+        ca.signer()?;
+        Ok(ca)
+    }
+
+    /// The trust domain of the root.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// The directory: where the bundle is followed.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Makes a key and a certificate for `id`, valid from a little before `now` for `lifetime`, but
+    /// not beyond the root.
+    ///
+    /// # Errors
+    ///
+    /// If the root is unreadable, expired or of another trust domain.
+    pub fn issue(
+        &self,
+        id: &SpiffeId,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<Issued, CaError> {
+        let (root, issuer) = self.signer()?;
+        if *id.trust_domain() != self.trust_domain {
+            return Err(CaError::ForeignTrustDomain {
+                ours: self.trust_domain.clone(),
+                asked: id.trust_domain().clone(),
+            });
+        }
+        if now < root.not_before || root.not_after <= now {
+            return Err(CaError::RootNotValid);
+        }
+        let not_before = whole_seconds(now - BACKDATE).max(root.not_before);
+        let not_after = whole_seconds(now + lifetime).min(root.not_after);
+
+        let mut key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let serial = random_serial()?;
+        let mut leaf = CertificateParams::default();
+        // X509-SVID section 2 and RFC 5280 section 4.2.1.6: without a subject, the name is the URI
+        // alone and is critical.
+        leaf.distinguished_name = DistinguishedName::new();
+        leaf.subject_alt_names = vec![SanType::URI(id.to_string().as_str().try_into()?)];
+        leaf.serial_number = Some(SerialNumber::from_slice(&serial));
+        leaf.not_before = not_before.into();
+        leaf.not_after = not_after.into();
+        leaf.is_ca = IsCa::ExplicitNoCa;
+        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        leaf.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        leaf.use_authority_key_identifier_extension = true;
+        let cert = leaf.signed_by(&key, &issuer)?;
+
+        let pkcs8 = Zeroizing::new(key.serialize_der());
+        key.zeroize();
+        Ok(Issued {
+            chain: vec![cert.der().clone()],
+            key: pkcs8,
+            serial: super::hex(&serial),
+            not_before,
+            not_after,
+        })
+    }
+
+    /// The root, read anew, with its key.
+    fn signer(&self) -> Result<(Root, rcgen::Issuer<'static, WipedKey>), CaError> {
+        let (der, root, trust_domain) = read_root(&self.dir)?;
+        if trust_domain != self.trust_domain {
+            return Err(CaError::ForeignTrustDomain {
+                ours: trust_domain,
+                asked: self.trust_domain.clone(),
+            });
+        }
+        let path = self.dir.join(ROOT_KEY);
+        let pem = match fs::read_to_string(&path) {
+            Ok(pem) => Zeroizing::new(pem),
+            Err(source) => return Err(CaError::Read { path, source }),
+        };
+        let key = match KeyPair::from_pem(&pem) {
+            Ok(key) => WipedKey(key),
+            Err(_not_a_key) => return Err(CaError::WrongKey { path }),
+        };
+        if rcgen::PublicKeyData::der_bytes(&key) != root.public_key {
+            return Err(CaError::WrongKey { path });
+        }
+        Ok((root, rcgen::Issuer::from_ca_cert_der(&der, key)?))
+    }
+}
+
+/// A certificate with its key.
+pub struct Issued {
+    /// DER, the leaf first, without the root.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// PKCS#8 DER, wiped when dropped.
+    pub key: Zeroizing<Vec<u8>>,
+    /// In hex.
+    pub serial: String,
+    /// Valid from.
+    pub not_before: SystemTime,
+    /// Valid until, exclusive.
+    pub not_after: SystemTime,
+}
+
+// By hand: the key must not reach a log.
+impl std::fmt::Debug for Issued {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Issued")
+            .field("serial", &self.serial)
+            .field("not_before", &self.not_before)
+            .field("not_after", &self.not_after)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Issued {
+    /// In the form that rustls signs with.
+    ///
+    /// # Errors
+    ///
+    /// If the key is not one that TLS can use.
+    pub fn certified(&self) -> Result<Arc<CertifiedKey>, CaError> {
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.as_slice()));
+        Ok(Arc::new(CertifiedKey::new(self.chain.clone(), any_ecdsa_type(&key)?)))
+    }
+}
+
+/// A root's key that is wiped when dropped.
+struct WipedKey(KeyPair);
+
+impl Drop for WipedKey {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
+impl rcgen::PublicKeyData for WipedKey {
+    fn der_bytes(&self) -> &[u8] {
+        self.0.der_bytes()
+    }
+
+    fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
+        rcgen::PublicKeyData::algorithm(&self.0)
+    }
+}
+
+impl rcgen::SigningKey for WipedKey {
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        self.0.sign(message)
+    }
+}
+
+fn make_root(
+    trust_domain: &TrustDomain,
+    now: SystemTime,
+    lifetime: Duration,
+) -> Result<(rcgen::Certificate, KeyPair), CaError> {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    let serial = random_serial()?;
+    let mut root = CertificateParams::default();
+    root.distinguished_name = DistinguishedName::new();
+    root.distinguished_name.push(DnType::OrganizationName, "Malla");
+    // Told apart in a bundle that holds an old and a new one.
+    let name = format!("{trust_domain} root {}", super::hex(serial.get(..4).unwrap_or_default()));
+    root.distinguished_name.push(DnType::CommonName, name);
+    let uri = format!("spiffe://{trust_domain}");
+    root.subject_alt_names = vec![SanType::URI(uri.as_str().try_into()?)];
+    root.serial_number = Some(SerialNumber::from_slice(&serial));
+    root.not_before = OffsetDateTime::from(whole_seconds(now - BACKDATE));
+    root.not_after = OffsetDateTime::from(whole_seconds(now + lifetime));
+    // No intermediates below: the key signs leaves.
+    root.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    Ok((root.self_signed(&key)?, key))
+}
+
+fn read_root(dir: &Path) -> Result<(CertificateDer<'static>, Root, TrustDomain), CaError> {
+    let path = dir.join(ROOT_CERT);
+    let (der, root) = read_roots(&path)?.swap_remove(0);
+    match root.trust_domain.clone() {
+        Some(trust_domain) => Ok((der, root, trust_domain)),
+        None => Err(CaError::NoTrustDomain { path }),
+    }
+}
+
+/// `CREATE_NEW` as well as the check before: two `ca init` at once must not both succeed.
+fn write_new(path: &Path, mode: u32, text: &str) -> Result<(), CaError> {
+    let wrong = |source: io::Error| match source.kind() {
+        io::ErrorKind::AlreadyExists => CaError::Exists { path: path.into() },
+        _ => CaError::Write { path: path.into(), source },
+    };
+    let mut file =
+        OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(wrong)?;
+    file.write_all(text.as_bytes()).map_err(wrong)?;
+    file.sync_all().map_err(wrong)
+}
+
+/// 127 random bits: RFC 5280 section 4.1.2.2 wants a positive number of at most 20 bytes.
+fn random_serial() -> Result<[u8; 16], CaError> {
+    let mut serial = [0; 16];
+    rand::fill(&mut serial).map_err(|_unspecified| CaError::NoRandomness)?;
+    serial[0] = serial[0] & 0x7f | 0x40; // Positive, and never shortened by leading zeros.
+    Ok(serial)
+}
+
+/// Certificates know seconds; rounding down keeps what we report equal to what they say.
+fn whole_seconds(at: SystemTime) -> SystemTime {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    SystemTime::UNIX_EPOCH + Duration::from_secs(since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+    use super::*;
+    use crate::dirwatch::testing::TempDir;
+    use crate::identity::testing::{cluster_local, id};
+
+    #[test]
+    fn init_makes_a_root_that_show_and_open_understand() {
+        let dir = TempDir::new();
+        let made = init(dir.path(), &cluster_local(), SystemTime::now()).unwrap();
+        assert_eq!(made, show(dir.path()).unwrap());
+        assert_eq!(made.trust_domain, cluster_local());
+        assert_eq!(made.bundle, std::slice::from_ref(&made.root));
+        let days = made.root.not_after.duration_since(SystemTime::now()).unwrap().as_secs() / 86400;
+        assert!((3648..=3650).contains(&days), "{days}");
+        let mode = fs::metadata(dir.path().join(ROOT_KEY)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(DirectoryCa::open(dir.path()).unwrap().trust_domain(), &cluster_local());
+    }
+
+    #[test]
+    fn init_overwrites_nothing() {
+        let dir = TempDir::new();
+        init(dir.path(), &cluster_local(), SystemTime::now()).unwrap();
+        let before = fs::read(dir.path().join(ROOT_KEY)).unwrap();
+        let again = init(dir.path(), &cluster_local(), SystemTime::now()).unwrap_err();
+        assert_eq!(again.reason(), "exists", "{again}");
+        assert_eq!(fs::read(dir.path().join(ROOT_KEY)).unwrap(), before);
+    }
+
+    #[test]
+    fn certificate_is_an_svid() {
+        let dir = TempDir::new();
+        let now = SystemTime::now();
+        init(dir.path(), &cluster_local(), now).unwrap();
+        let ca = DirectoryCa::open(dir.path()).unwrap();
+        let issued = ca.issue(&id("web"), Duration::from_secs(5), now).unwrap();
+        issued.certified().unwrap();
+
+        let (_, cert) = X509Certificate::from_der(&issued.chain[0]).unwrap();
+        assert!(!cert.is_ca());
+        let san = cert.subject_alternative_name().unwrap().unwrap();
+        assert!(san.critical);
+        assert_eq!(
+            format!("{:?}", san.value.general_names),
+            format!("[URI({:?})]", id("web").to_string())
+        );
+        let usage = cert.key_usage().unwrap().unwrap();
+        assert!(usage.critical && usage.value.digital_signature() && usage.value.flags == 1);
+        let purposes = cert.extended_key_usage().unwrap().unwrap().value;
+        assert!(purposes.server_auth && purposes.client_auth);
+        let seconds = |at: SystemTime| {
+            i64::try_from(at.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()).unwrap()
+        };
+        assert_eq!(cert.validity().not_after.timestamp(), seconds(now) + 5);
+        assert_eq!(cert.validity().not_before.timestamp(), seconds(now) - 120);
+        assert_eq!(cert.raw_serial_as_string().replace(':', ""), issued.serial);
+    }
+
+    #[test]
+    fn certificate_does_not_outlive_its_root() {
+        let dir = TempDir::new();
+        let now = SystemTime::now();
+        let view = init(dir.path(), &cluster_local(), now).unwrap();
+        let ca = DirectoryCa::open(dir.path()).unwrap();
+        let late = view.root.not_after - Duration::from_secs(60);
+        let issued = ca.issue(&id("web"), Duration::from_secs(86_400), late).unwrap();
+        assert_eq!(issued.not_after, view.root.not_after);
+        let gone = ca.issue(&id("web"), Duration::from_secs(60), view.root.not_after).unwrap_err();
+        assert_eq!(gone.reason(), "root_not_valid");
+    }
+
+    #[test]
+    fn key_of_another_root_is_refused() {
+        let (one, two) = (TempDir::new(), TempDir::new());
+        init(one.path(), &cluster_local(), SystemTime::now()).unwrap();
+        init(two.path(), &cluster_local(), SystemTime::now()).unwrap();
+        fs::copy(two.path().join(ROOT_KEY), one.path().join(ROOT_KEY)).unwrap();
+        assert_eq!(DirectoryCa::open(one.path()).unwrap_err().reason(), "root_key");
+    }
+
+    #[test]
+    fn identity_of_another_trust_domain_is_not_issued() {
+        let dir = TempDir::new();
+        init(dir.path(), &cluster_local(), SystemTime::now()).unwrap();
+        let ca = DirectoryCa::open(dir.path()).unwrap();
+        let foreign = SpiffeId::parse("spiffe://elsewhere/ns/a/sa/b").unwrap();
+        let refused = ca.issue(&foreign, Duration::from_secs(5), SystemTime::now()).unwrap_err();
+        assert_eq!(refused.reason(), "foreign_trust_domain", "{refused}");
+    }
+
+    #[test]
+    fn key_does_not_reach_a_log() {
+        let dir = TempDir::new();
+        init(dir.path(), &cluster_local(), SystemTime::now()).unwrap();
+        let ca = DirectoryCa::open(dir.path()).unwrap();
+        let issued = ca.issue(&id("web"), Duration::from_secs(5), SystemTime::now()).unwrap();
+        let shown = format!("{issued:?}");
+        assert!(shown.contains(&issued.serial) && !shown.contains("key"), "{shown}");
+    }
+}

@@ -1,0 +1,723 @@
+//! The certificates of this node's workloads: issued, renewed, looked up, dropped.
+//!
+//! ```text
+//! wanted ──► maintain ──► Held (one immutable value) ──► certified, served: any thread, no lock
+//!            one task      swapped whole
+//! ```
+//!
+//! # Guarantees
+//!
+//! - Only what was [`wanted`](Identities::wanted) is issued.
+//! - A certificate is replaced at about half its life, so an issuer may be away for the other half
+//!   without anybody noticing; a failed renewal keeps the old certificate.
+//! - A certificate that our own bundle does not trust is never presented: whoever replaced the root
+//!   before the bundle is told, instead of every peer refusing us.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use aws_lc_rs::rand;
+use mesh_core::spiffe::SpiffeId;
+use rustls::pki_types::UnixTime;
+use rustls::sign::CertifiedKey;
+use tokio::sync::watch;
+use tokio::time::sleep;
+use tracing::{debug, info, warn};
+
+use super::bundle::{BundleError, Root, TrustBundles};
+use super::ca::{CaError, DirectoryCa, Issued};
+use super::sni_name;
+use super::verify::{PeerRefused, PeerRole, verify_peer};
+use crate::telemetry;
+
+/// The wall clock is read at least this often: the timer's own clock stops while a machine sleeps.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+/// Back-off of a failed issue starts here and doubles up to [`SLOWEST_RETRY`].
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const SLOWEST_RETRY: Duration = Duration::from_secs(60);
+
+/// Who signs. An enum: the set is closed, and the next one (a Kubernetes signer) is asynchronous too.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Issuer {
+    /// A root in a directory of this machine.
+    Directory(DirectoryCa),
+}
+
+impl Issuer {
+    async fn issue(
+        &self,
+        id: &SpiffeId,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<Issued, CaError> {
+        match self {
+            Self::Directory(ca) => ca.issue(id, lifetime, now),
+        }
+    }
+}
+
+/// How long certificates live here.
+#[derive(Clone, Copy, Debug)]
+pub struct Lifetimes {
+    /// Of a certificate. Default 24 h: what a stolen key is worth.
+    pub lifetime: Duration,
+    /// How long an identity is held after its last pod has left, so that the pod's last connections
+    /// can still be made and renewed. Default 60 s, twice Kubernetes' grace period.
+    pub linger: Duration,
+}
+
+impl Default for Lifetimes {
+    fn default() -> Self {
+        Self { lifetime: Duration::from_secs(86_400), linger: Duration::from_secs(60) }
+    }
+}
+
+/// A certificate of this node, as people see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertView {
+    /// Whose.
+    pub identity: SpiffeId,
+    /// In hex; `None` before the first one.
+    pub serial: Option<String>,
+    /// Valid from.
+    pub not_before: Option<SystemTime>,
+    /// Valid until, exclusive: the value of the expiry gauge.
+    pub not_after: Option<SystemTime>,
+    /// Whether it can be presented.
+    pub state: CertState,
+    /// Why the last attempt to issue or renew failed. A certificate may still be available.
+    pub error: Option<String>,
+}
+
+/// Whether a workload can prove who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CertState {
+    /// Yes.
+    Available,
+    /// Not yet: asked for, not answered.
+    Initializing,
+    /// No: issuing failed, or the certificate has expired. Its connections are refused.
+    Unavailable,
+}
+
+impl CertState {
+    /// The word in tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Available => "Available",
+            Self::Initializing => "Initializing",
+            Self::Unavailable => "Unavailable",
+        }
+    }
+}
+
+/// The identities of this node, and whom it trusts.
+#[derive(Debug)]
+pub struct Identities {
+    held: ArcSwap<Held>,
+    wanted: watch::Sender<HashSet<SpiffeId>>,
+    trust: ArcSwap<TrustBundles>,
+    trust_problem: ArcSwapOption<BundleError>,
+    trust_changes: watch::Sender<()>,
+    changes: watch::Sender<()>,
+}
+
+/// What lookups read.
+#[derive(Debug, Default)]
+struct Held {
+    by_id: HashMap<SpiffeId, Slot>,
+    by_sni: HashMap<String, SpiffeId>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Slot {
+    cert: Option<HeldCert>,
+    error: Option<String>,
+}
+
+#[derive(Clone, Debug)]
+struct HeldCert {
+    certified: Arc<CertifiedKey>,
+    serial: String,
+    not_before: SystemTime,
+    not_after: SystemTime,
+}
+
+impl Identities {
+    /// Holds nothing yet; [`maintain`](Self::maintain) makes it work.
+    pub fn new(trust: TrustBundles) -> Self {
+        Self {
+            held: ArcSwap::default(),
+            wanted: watch::Sender::default(),
+            trust: ArcSwap::from_pointee(trust),
+            trust_problem: ArcSwapOption::empty(),
+            trust_changes: watch::Sender::default(),
+            changes: watch::Sender::default(),
+        }
+    }
+
+    /// Sets which identities this node needs: those of its own enrolled pods.
+    pub fn wanted(&self, identities: HashSet<SpiffeId>) {
+        self.wanted.send_if_modified(|wanted| {
+            let changed = *wanted != identities;
+            *wanted = identities;
+            changed
+        });
+    }
+
+    /// The certificate to present as `id`.
+    pub fn certified(&self, id: &SpiffeId) -> Option<Arc<CertifiedKey>> {
+        let held = self.held.load();
+        Some(Arc::clone(&held.by_id.get(id)?.cert.as_ref()?.certified))
+    }
+
+    /// The workload that a peer means by this server name, and its certificate.
+    pub fn served(&self, sni: &str) -> Option<(SpiffeId, Arc<CertifiedKey>)> {
+        let held = self.held.load();
+        let id = held.by_sni.get(sni)?;
+        let cert = held.by_id.get(id)?.cert.as_ref()?;
+        Some((id.clone(), Arc::clone(&cert.certified)))
+    }
+
+    /// The roots in force.
+    pub fn trust(&self) -> Arc<TrustBundles> {
+        self.trust.load_full()
+    }
+
+    /// Replaces the roots. A certificate of ours that they no longer cover is issued again at once.
+    pub fn set_trust(&self, trust: TrustBundles) {
+        self.trust.store(Arc::new(trust));
+        self.trust_changes.send_replace(());
+        self.changes.send_replace(());
+    }
+
+    /// What is wrong with the bundle's file; the roots in force are then those it had before.
+    pub fn trust_problem(&self) -> Option<Arc<BundleError>> {
+        self.trust_problem.load_full()
+    }
+
+    pub(super) fn set_trust_problem(&self, problem: Option<BundleError>) {
+        self.trust_problem.store(problem.map(Arc::new));
+    }
+
+    /// Every identity held or wanted, in order.
+    pub fn view(&self, now: SystemTime) -> Vec<CertView> {
+        let held = self.held.load();
+        let mut views: Vec<_> =
+            held.by_id.iter().map(|(id, slot)| slot.view(id.clone(), now)).collect();
+        let wanted = self.wanted.borrow();
+        let missing = wanted.iter().filter(|id| !held.by_id.contains_key(*id));
+        views.extend(missing.map(|id| Slot::default().view(id.clone(), now)));
+        views.sort_unstable_by(|a, b| a.identity.cmp(&b.identity));
+        views
+    }
+
+    /// Every trusted root.
+    pub fn roots(&self) -> Vec<Root> {
+        self.trust.load().roots().cloned().collect()
+    }
+
+    /// Whether every wanted identity can be presented.
+    pub fn ready(&self, now: SystemTime) -> bool {
+        let held = self.held.load();
+        let available =
+            |id| held.by_id.get(id).is_some_and(|slot| slot.state(now) == CertState::Available);
+        self.wanted.borrow().iter().all(available)
+    }
+
+    /// Changes when certificates or roots do: what a waiter or a gauge follows.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
+    }
+
+    /// Issues, renews and drops, for ever. `now` is the wall clock.
+    ///
+    /// Cancel-safe: certificates already held stay.
+    pub async fn maintain(
+        self: Arc<Self>,
+        issuer: Issuer,
+        lifetimes: Lifetimes,
+        now: impl Fn() -> SystemTime + Send,
+    ) {
+        let mut wanted = self.wanted.subscribe();
+        let mut trust = self.trust_changes.subscribe();
+        let mut keeper = Keeper { lifetimes, entries: HashMap::new() };
+        loop {
+            let want = wanted.borrow_and_update().clone();
+            let mut changed = keeper.follow(&want, now());
+            if trust.has_changed().unwrap_or(false) {
+                trust.mark_unchanged();
+                keeper.renew_untrusted(&self.trust.load(), now());
+            }
+            for id in keeper.due(now()) {
+                let issued = issuer.issue(&id, lifetimes.lifetime, now()).await;
+                keeper.issued(&id, issued, &self.trust.load(), now(), draw());
+                changed = true;
+            }
+            if changed {
+                self.held.store(Arc::new(keeper.publish()));
+                self.changes.send_replace(());
+            }
+            let wait = keeper.next(now()).min(LONGEST_WAIT);
+            tokio::select! {
+                _ = wanted.changed() => {}
+                _ = trust.changed() => trust.mark_changed(),
+                () = sleep(wait) => {}
+            }
+        }
+    }
+}
+
+impl Slot {
+    fn state(&self, now: SystemTime) -> CertState {
+        match (&self.cert, &self.error) {
+            (Some(cert), _) if now < cert.not_after => CertState::Available,
+            (None, None) => CertState::Initializing,
+            _ => CertState::Unavailable,
+        }
+    }
+
+    fn view(&self, identity: SpiffeId, now: SystemTime) -> CertView {
+        let cert = self.cert.as_ref();
+        CertView {
+            identity,
+            serial: cert.map(|cert| cert.serial.clone()),
+            not_before: cert.map(|cert| cert.not_before),
+            not_after: cert.map(|cert| cert.not_after),
+            state: self.state(now),
+            error: self.error.clone(),
+        }
+    }
+}
+
+/// What is held and when something is due. No IO: `maintain` acts on what it says.
+#[derive(Debug)]
+struct Keeper {
+    lifetimes: Lifetimes,
+    entries: HashMap<SpiffeId, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    slot: Slot,
+    /// When to issue or renew.
+    due: SystemTime,
+    /// Attempts that failed since the last that did not.
+    failures: u32,
+    /// When to drop it: no pod has it any more.
+    leaves: Option<SystemTime>,
+}
+
+impl Keeper {
+    /// Takes in what is wanted, and drops what has lingered. Says whether lookups change.
+    fn follow(&mut self, wanted: &HashSet<SpiffeId>, now: SystemTime) -> bool {
+        for id in wanted {
+            let new = || Entry { slot: Slot::default(), due: now, failures: 0, leaves: None };
+            self.entries.entry(id.clone()).or_insert_with(new).leaves = None;
+        }
+        let leaves = now + self.lifetimes.linger;
+        let before = self.entries.len();
+        self.entries
+            .retain(|id, entry| wanted.contains(id) || *entry.leaves.get_or_insert(leaves) > now);
+        before != self.entries.len()
+    }
+
+    /// Makes due what `trust` does not cover.
+    fn renew_untrusted(&mut self, trust: &TrustBundles, now: SystemTime) {
+        for entry in self.entries.values_mut() {
+            let chain = entry.slot.cert.as_ref().map(|cert| &cert.certified.cert);
+            if chain.is_some_and(|chain| untrusted(trust, chain, now).is_some()) {
+                entry.due = now;
+            }
+        }
+    }
+
+    fn due(&self, now: SystemTime) -> Vec<SpiffeId> {
+        let due = self.entries.iter().filter(|(_, entry)| entry.is_due(now));
+        due.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Takes the answer to an attempt.
+    fn issued(
+        &mut self,
+        id: &SpiffeId,
+        answer: Result<Issued, CaError>,
+        trust: &TrustBundles,
+        now: SystemTime,
+        draw: f64,
+    ) {
+        let Some(entry) = self.entries.get_mut(id) else { return };
+        let answer = answer.and_then(|issued| Ok((issued.certified()?, issued)));
+        let failure = match answer {
+            Ok((certified, issued)) => match untrusted(trust, &certified.cert, now) {
+                None => {
+                    info!(identity = %id, serial = issued.serial, "certificate issued");
+                    entry.failures = 0;
+                    entry.due = renew_at(now, issued.not_after, draw);
+                    entry.slot =
+                        Slot { cert: Some(HeldCert::new(certified, &issued)), error: None };
+                    return;
+                }
+                Some(refused) => format!(
+                    "peers would refuse the new certificate ({}): add the root that signs to the trust bundle",
+                    refused.reason()
+                ),
+            },
+            Err(error) => telemetry::chain(&error),
+        };
+        entry.due = now + retry_after(entry.failures, self.lifetimes.lifetime, draw);
+        entry.failures = entry.failures.saturating_add(1);
+        if entry.slot.error.as_deref() == Some(failure.as_str()) {
+            debug!(identity = %id, error = failure, "certificate not issued");
+        } else {
+            warn!(identity = %id, error = failure, "certificate not issued");
+        }
+        entry.slot.error = Some(failure);
+    }
+
+    /// Until something is due or leaves.
+    fn next(&self, now: SystemTime) -> Duration {
+        let times = self.entries.values().map(|entry| entry.leaves.unwrap_or(entry.due));
+        let wait = |at: SystemTime| at.duration_since(now).unwrap_or_default();
+        times.min().map_or(LONGEST_WAIT, wait)
+    }
+
+    fn publish(&self) -> Held {
+        Held {
+            by_id: self
+                .entries
+                .iter()
+                .map(|(id, entry)| (id.clone(), entry.slot.clone()))
+                .collect(),
+            by_sni: self.entries.keys().map(|id| (sni_name(id), id.clone())).collect(),
+        }
+    }
+}
+
+impl Entry {
+    /// What is leaving is not renewed.
+    fn is_due(&self, now: SystemTime) -> bool {
+        self.leaves.is_none() && self.due <= now
+    }
+}
+
+impl HeldCert {
+    fn new(certified: Arc<CertifiedKey>, issued: &Issued) -> Self {
+        Self {
+            certified,
+            serial: issued.serial.clone(),
+            not_before: issued.not_before,
+            not_after: issued.not_after,
+        }
+    }
+}
+
+/// When to replace a certificate: at half its life, up to a tenth earlier or later as `draw` (0 to 1)
+/// says, so that what was issued together is not renewed together.
+pub fn renew_at(issued: SystemTime, expires: SystemTime, draw: f64) -> SystemTime {
+    let life = expires.duration_since(issued).unwrap_or_default();
+    issued + life.mul_f64(0.45 + 0.1 * draw.clamp(0.0, 1.0))
+}
+
+/// How long to wait after `failures` failed attempts before this one: doubling, never more than an
+/// eighth of a life, so that half a life holds several attempts; jittered downwards by up to half.
+pub fn retry_after(failures: u32, lifetime: Duration, draw: f64) -> Duration {
+    let doubled = FIRST_RETRY.saturating_mul(2u32.saturating_pow(failures));
+    doubled.min(SLOWEST_RETRY).min(lifetime / 8).mul_f64(0.5 + 0.5 * draw.clamp(0.0, 1.0))
+}
+
+/// Why peers that trust what we trust would refuse `chain`.
+fn untrusted(
+    trust: &TrustBundles,
+    chain: &[rustls::pki_types::CertificateDer<'_>],
+    now: SystemTime,
+) -> Option<PeerRefused> {
+    let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = UnixTime::since_unix_epoch(since);
+    verify_peer(trust, chain, PeerRole::Server, now).err()
+}
+
+/// Uniform, 0 to 1. Without randomness from the system it is the middle: jitter is a courtesy.
+fn draw() -> f64 {
+    let mut bytes = [0; 4];
+    match rand::fill(&mut bytes) {
+        Ok(()) => f64::from(u32::from_ne_bytes(bytes)) / f64::from(u32::MAX),
+        Err(_unspecified) => 0.5,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use tokio::task::JoinHandle;
+    use tokio::time::{Instant, advance, timeout};
+
+    use super::*;
+    use crate::dirwatch::testing::TempDir;
+    use crate::identity::bundle;
+    use crate::identity::ca::{self, BUNDLE, ROOT_CERT, ROOT_KEY};
+    use crate::identity::testing::{cluster_local, id};
+
+    const LIFE: Duration = Duration::from_secs(40);
+
+    /// Identities that are maintained, in a paused clock.
+    struct Node {
+        dir: TempDir,
+        identities: Arc<Identities>,
+        begin: (SystemTime, Instant),
+        task: JoinHandle<()>,
+    }
+
+    impl Node {
+        fn start() -> Self {
+            let dir = TempDir::new();
+            ca::init(dir.path(), &cluster_local(), SystemTime::now()).unwrap();
+            let issuer = Issuer::Directory(DirectoryCa::open(dir.path()).unwrap());
+            let identities = Arc::new(Identities::new(load(dir.path())));
+            let lifetimes = Lifetimes { lifetime: LIFE, ..Lifetimes::default() };
+            let begin = (SystemTime::now(), Instant::now());
+            let clock = move || begin.0 + begin.1.elapsed();
+            let task = tokio::spawn(Arc::clone(&identities).maintain(issuer, lifetimes, clock));
+            Self { dir, identities, begin, task }
+        }
+
+        fn now(&self) -> SystemTime {
+            self.begin.0 + self.begin.1.elapsed()
+        }
+
+        fn want(&self, names: &[&str]) {
+            self.identities.wanted(names.iter().map(|name| id(name)).collect());
+        }
+
+        fn serial(&self, name: &str) -> Option<String> {
+            let views = self.identities.view(self.now());
+            views.into_iter().find(|view| view.identity == id(name))?.serial
+        }
+
+        /// Waits until `held`, at most for `limit` of the paused clock.
+        async fn until(&self, limit: Duration, held: impl Fn(&Self) -> bool) {
+            let mut changes = self.identities.changes();
+            let wait = async {
+                while !held(self) {
+                    changes.changed().await.unwrap();
+                }
+            };
+            timeout(limit, wait).await.expect("did not come true in time");
+        }
+    }
+
+    impl Drop for Node {
+        fn drop(&mut self) {
+            self.task.abort();
+        }
+    }
+
+    fn load(dir: &Path) -> TrustBundles {
+        TrustBundles::load(&dir.join(BUNDLE), &cluster_local()).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_wanted_is_issued_and_served_and_nothing_else() {
+        let node = Node::start();
+        node.want(&["a", "b"]);
+        assert!(!node.identities.ready(node.now()));
+        assert_eq!(node.identities.view(node.now())[0].state, CertState::Initializing);
+        node.until(Duration::from_secs(1), |node| node.identities.ready(node.now())).await;
+
+        let (who, cert) = node.identities.served(&sni_name(&id("a"))).unwrap();
+        assert_eq!(who, id("a"));
+        assert!(Arc::ptr_eq(&cert, &node.identities.certified(&id("a")).unwrap()));
+        assert!(node.identities.certified(&id("c")).is_none());
+        assert!(node.identities.served(&sni_name(&id("c"))).is_none());
+        let states: Vec<_> = node.identities.view(node.now()).iter().map(|v| v.state).collect();
+        assert_eq!(states, [CertState::Available; 2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn certificate_is_renewed_at_half_life_and_always_valid() {
+        let node = Node::start();
+        node.want(&["a"]);
+        node.until(LIFE, |node| node.identities.ready(node.now())).await;
+        for _ in 0..5 {
+            let (serial, since) = (node.serial("a"), Instant::now());
+            node.until(LIFE, |node| {
+                assert!(node.identities.ready(node.now()));
+                node.serial("a") != serial
+            })
+            .await;
+            let share = since.elapsed().as_secs_f64() / LIFE.as_secs_f64();
+            assert!((0.42..=0.56).contains(&share), "{share}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_no_longer_wanted_lingers_and_goes() {
+        let node = Node::start();
+        node.want(&["a", "b"]);
+        node.until(LIFE, |node| node.identities.ready(node.now())).await;
+        node.want(&["a"]);
+        sleep(Duration::from_secs(50)).await;
+        assert!(node.identities.served(&sni_name(&id("b"))).is_some());
+        let gone = |node: &Node| node.identities.served(&sni_name(&id("b"))).is_none();
+        node.until(Duration::from_secs(20), gone).await;
+        assert!(node.identities.certified(&id("a")).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_wanted_again_stays_and_is_renewed() {
+        let node = Node::start();
+        node.want(&["a"]);
+        node.until(LIFE, |node| node.identities.ready(node.now())).await;
+        let serial = node.serial("a");
+        node.want(&[]);
+        sleep(Duration::from_secs(1)).await;
+        node.want(&["a"]);
+        node.until(LIFE, |node| node.serial("a") != serial).await;
+        sleep(Duration::from_secs(120)).await;
+        assert!(node.identities.ready(node.now()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_renewal_keeps_the_certificate_and_is_tried_again() {
+        let node = Node::start();
+        node.want(&["a"]);
+        node.until(LIFE, |node| node.identities.ready(node.now())).await;
+        let serial = node.serial("a");
+        let (key, away) = (node.dir.path().join(ROOT_KEY), node.dir.path().join("away"));
+        fs::rename(&key, &away).unwrap();
+        node.until(LIFE, |node| node.identities.view(node.now())[0].error.is_some()).await;
+        let view = node.identities.view(node.now()).remove(0);
+        assert_eq!((view.state, view.serial), (CertState::Available, serial.clone()));
+        let error = view.error.unwrap();
+        assert!(error.contains(ROOT_KEY) && error.contains("No such file"), "{error}");
+
+        fs::rename(&away, &key).unwrap();
+        node.until(LIFE / 4, |node| node.serial("a") != serial).await;
+        assert_eq!(node.identities.view(node.now())[0].error, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn certificate_that_was_not_renewed_in_time_is_unavailable() {
+        let node = Node::start();
+        node.want(&["a"]);
+        node.until(LIFE, |node| node.identities.ready(node.now())).await;
+        fs::remove_file(node.dir.path().join(ROOT_KEY)).unwrap();
+        advance(LIFE).await;
+        assert_eq!(node.identities.view(node.now())[0].state, CertState::Unavailable);
+        assert!(!node.identities.ready(node.now()));
+    }
+
+    /// The whole rotation: trust both, sign with the new one, drop the old one.
+    #[tokio::test(start_paused = true)]
+    async fn root_is_rotated_without_a_moment_of_distrust() {
+        let node = Node::start();
+        node.want(&["a"]);
+        node.until(LIFE, |node| node.identities.ready(node.now())).await;
+        let new = TempDir::new();
+        ca::init(new.path(), &cluster_local(), SystemTime::now()).unwrap();
+        let read = |dir: &TempDir, name| fs::read_to_string(dir.path().join(name)).unwrap();
+        let trusted = |node: &Node| {
+            let cert = node.identities.certified(&id("a")).unwrap();
+            untrusted(&node.identities.trust(), &cert.cert, node.now()).is_none()
+        };
+
+        // The new root alone in root.pem: nobody would trust it, so the old certificate stays.
+        let old = read(&node.dir, BUNDLE);
+        for name in [ROOT_CERT, ROOT_KEY] {
+            fs::copy(new.path().join(name), node.dir.path().join(name)).unwrap();
+        }
+        let serial = node.serial("a");
+        node.until(LIFE, |node| node.identities.view(node.now())[0].error.is_some()).await;
+        assert!(trusted(&node) && node.serial("a") == serial);
+
+        let both = format!("{old}{}", read(&new, BUNDLE));
+        fs::write(node.dir.path().join(BUNDLE), both).unwrap();
+        node.identities.set_trust(load(node.dir.path()));
+        assert_eq!(node.identities.roots().len(), 2);
+        node.until(LIFE, |node| node.serial("a") != serial).await;
+        assert!(trusted(&node));
+
+        fs::copy(new.path().join(BUNDLE), node.dir.path().join(BUNDLE)).unwrap();
+        node.identities.set_trust(load(node.dir.path()));
+        assert!(trusted(&node));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn certificate_that_new_roots_do_not_cover_is_replaced_at_once() {
+        let node = Node::start();
+        node.want(&["a"]);
+        node.until(LIFE, |node| node.identities.ready(node.now())).await;
+        let serial = node.serial("a");
+        let new = TempDir::new();
+        ca::init(new.path(), &cluster_local(), SystemTime::now()).unwrap();
+        for name in [ROOT_CERT, ROOT_KEY, BUNDLE] {
+            fs::copy(new.path().join(name), node.dir.path().join(name)).unwrap();
+        }
+        node.identities.set_trust(load(node.dir.path()));
+        node.until(Duration::from_secs(1), |node| node.serial("a") != serial).await;
+    }
+
+    #[tokio::test]
+    async fn bundle_file_is_followed_and_a_wrong_one_changes_nothing() {
+        let (dir, second) = (TempDir::new(), TempDir::new());
+        ca::init(dir.path(), &cluster_local(), SystemTime::now()).unwrap();
+        ca::init(second.path(), &cluster_local(), SystemTime::now()).unwrap();
+        let path = dir.path().join(BUNDLE);
+        let one = fs::read_to_string(&path).unwrap();
+        let both = format!("{one}{}", fs::read_to_string(second.path().join(BUNDLE)).unwrap());
+        let identities = Arc::new(Identities::new(load(dir.path())));
+        let follow = bundle::follow(Arc::clone(&identities), path.clone(), cluster_local());
+        let task = tokio::spawn(follow);
+        let until = async |held: &dyn Fn() -> bool| {
+            let wait = async {
+                while !held() {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            };
+            timeout(Duration::from_secs(5), wait).await.expect("did not come true in time");
+        };
+
+        fs::write(dir.path().join("new"), &both).unwrap();
+        fs::rename(dir.path().join("new"), &path).unwrap();
+        until(&|| identities.roots().len() == 2).await;
+
+        for wrong in
+            ["", "nonsense", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
+        {
+            fs::write(&path, wrong).unwrap();
+            until(&|| identities.trust_problem().is_some()).await;
+            assert!(identities.trust_problem().unwrap().to_string().contains(BUNDLE));
+            assert_eq!(identities.roots().len(), 2);
+            fs::write(&path, &both).unwrap();
+            until(&|| identities.trust_problem().is_none()).await;
+        }
+
+        fs::write(&path, &one).unwrap();
+        until(&|| identities.roots().len() == 1).await;
+        task.abort();
+    }
+
+    #[test]
+    fn renewal_is_at_half_life_give_or_take_a_tenth() {
+        let issued = SystemTime::UNIX_EPOCH;
+        let expires = issued + Duration::from_secs(1000);
+        let at = |draw| renew_at(issued, expires, draw).duration_since(issued).unwrap().as_secs();
+        assert_eq!((at(0.0), at(0.5), at(1.0)), (450, 500, 550));
+        assert_eq!(renew_at(expires, issued, 0.5), expires);
+    }
+
+    #[test]
+    fn retries_slow_down_and_stay_within_a_life() {
+        let day = Duration::from_secs(86_400);
+        let after = |failures| retry_after(failures, day, 1.0).as_secs();
+        assert_eq!([after(0), after(1), after(5), after(6), after(99)], [1, 2, 32, 60, 60]);
+        assert_eq!(retry_after(0, day, 0.0), Duration::from_millis(500));
+        assert_eq!(retry_after(9, Duration::from_secs(8), 1.0), Duration::from_secs(1));
+    }
+}

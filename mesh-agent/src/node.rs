@@ -1,0 +1,106 @@
+//! What every connection of this node can see, and what each worker has for itself.
+//!
+//! Nothing here decides: a connection reads the snapshot once, and finds through this the pods'
+//! namespaces, the loads that balancing shares, and its worker's tunnels.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use mesh_core::balance::{Loads, Policy};
+use mesh_core::snapshot::{Snapshot, WorkloadUid};
+use tokio::sync::{Semaphore, watch};
+
+use crate::capture::{Capture, OrigDstTable};
+use crate::net::Netns;
+use crate::telemetry::Telemetry;
+use crate::tunnel::Tunnels;
+
+/// How connections are treated, fixed at start.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// For one TCP connection to an application or past the mesh. Default 5 s.
+    pub connect_timeout: Duration,
+    /// Endpoints that one connection tries. Default 3: enough to step around a dead one, too few to
+    /// multiply the load of a service that refuses everybody.
+    pub attempts: usize,
+    /// How an endpoint is chosen.
+    pub balance: Policy,
+}
+
+impl Limits {
+    /// The default of [`Self::attempts`].
+    pub const ATTEMPTS: usize = 3;
+}
+
+/// Shared by all workers.
+#[derive(Debug)]
+pub struct Node {
+    /// What is known of the mesh now.
+    pub snapshot: ArcSwap<Snapshot>,
+    /// The pods of this node whose namespaces are open, by UID.
+    pub pods: ArcSwap<HashMap<WorkloadUid, Arc<LocalPod>>>,
+    /// Latency and outstanding connections by endpoint.
+    pub loads: Mutex<Loads>,
+    /// The eBPF programs and their maps.
+    pub capture: Arc<Capture>,
+    /// Metrics, access log and the table of connections.
+    pub telemetry: Telemetry,
+    /// Times and numbers.
+    pub limits: Limits,
+    /// One permit a connection: the bound of what pods and peers can make this agent hold.
+    pub connections: Arc<Semaphore>,
+    /// Turns true when the agent is told to end.
+    pub draining: watch::Receiver<bool>,
+}
+
+/// A pod of this node: its namespace stays open for as long as a connection uses it.
+#[derive(Debug)]
+pub struct LocalPod {
+    /// `metadata.uid`.
+    pub uid: WorkloadUid,
+    /// Where its sockets live.
+    pub netns: Netns,
+}
+
+/// What one worker has for itself.
+#[derive(Debug)]
+pub struct Worker {
+    /// What it shares with the others.
+    pub node: Arc<Node>,
+    /// Its tunnels: no other worker touches them, so no flow changes threads.
+    pub tunnels: Arc<Tunnels>,
+    orig_dst: Mutex<OrigDstTable>,
+}
+
+impl Node {
+    /// The loads. Held for a decision, never across an await.
+    pub fn loads(&self) -> MutexGuard<'_, Loads> {
+        self.loads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pod with this UID, if it is one of this node's that are or were just enrolled.
+    pub fn pod(&self, uid: &str) -> Option<Arc<LocalPod>> {
+        self.pods.load().get(uid).cloned()
+    }
+
+    /// Whether the agent takes no new connections any more.
+    pub fn is_draining(&self) -> bool {
+        *self.draining.borrow()
+    }
+}
+
+impl Worker {
+    /// A worker's own part of `node`.
+    pub fn new(node: Arc<Node>, tunnels: Arc<Tunnels>) -> Self {
+        let orig_dst = Mutex::new(node.capture.orig_dst_table());
+        Self { node, tunnels, orig_dst }
+    }
+
+    /// The table of original destinations. Never contended: the lock only tells the compiler what
+    /// the design guarantees.
+    pub fn orig_dst(&self) -> MutexGuard<'_, OrigDstTable> {
+        self.orig_dst.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

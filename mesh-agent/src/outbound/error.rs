@@ -1,0 +1,127 @@
+//! Why an outbound connection was not carried.
+
+use std::io;
+use std::net::SocketAddr;
+
+use mesh_core::addr::{EndpointAddr, OrigDst};
+use mesh_core::route::RouteRefusal;
+use mesh_core::stage::Stage;
+use thiserror::Error;
+
+use crate::inbound::InboundError;
+use crate::telemetry::{Failure, ResponseFlags};
+use crate::tunnel::OpenError;
+
+/// Why an outbound connection was not carried to its destination. In the order in which a
+/// connection meets the stages; fields are what an operator needs to find the cause.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OutboundError {
+    /// The kernel holds no original destination: somebody dialled the agent's own listener, or the
+    /// entry was evicted under a flood of connections.
+    #[error("no original destination for {peer}")]
+    NotCaptured {
+        /// The client's socket.
+        peer: SocketAddr,
+    },
+    /// The pod left the manifests while its connection waited.
+    #[error("the pod is not known any more")]
+    UnknownSource,
+    /// The destination is in the mesh, and nobody serves it.
+    #[error("{dst} cannot be served: {}", .refusal.reason())]
+    Route {
+        /// What the application dialled.
+        dst: OrigDst,
+        /// Why.
+        refusal: RouteRefusal,
+    },
+    /// The endpoint's node is not in the manifests, or has no address.
+    #[error("node {node} of endpoint {endpoint} is not known")]
+    UnknownNode {
+        /// The endpoint chosen.
+        endpoint: EndpointAddr,
+        /// What its pod names as its node.
+        node: String,
+    },
+    /// No tunnel, or the far side refused.
+    #[error("no flow to {endpoint}")]
+    Tunnel {
+        /// The endpoint chosen.
+        endpoint: EndpointAddr,
+        /// Why.
+        source: OpenError,
+    },
+    /// The destination is on this node and did not let the connection in, or could not be reached.
+    #[error("not delivered on this node")]
+    Local(#[source] InboundError),
+    /// A destination outside the mesh could not be reached.
+    #[error("no plain connection to {endpoint}")]
+    Passthrough {
+        /// The destination.
+        endpoint: EndpointAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl OutboundError {
+    /// The stage to blame.
+    pub fn stage(&self) -> Stage {
+        match self {
+            Self::NotCaptured { .. } => Stage::OrigDst,
+            Self::UnknownSource | Self::Route { .. } => Stage::Route,
+            Self::UnknownNode { .. } => Stage::Balance,
+            Self::Tunnel { source, .. } => source.stage(),
+            Self::Local(error) => error.stage(),
+            Self::Passthrough { .. } => Stage::Deliver,
+        }
+    }
+
+    /// The `reason` label: a closed set, stable across releases.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NotCaptured { .. } => "not_captured",
+            Self::UnknownSource => "unknown_source",
+            Self::Route { refusal, .. } => refusal.reason(),
+            Self::UnknownNode { .. } => "unknown_node",
+            Self::Tunnel { source, .. } => source.reason(),
+            Self::Local(error) => error.reason(),
+            Self::Passthrough { source, .. } => crate::inbound::connect_reason(source),
+        }
+    }
+
+    /// Whether another endpoint may be tried: nothing of the payload has reached an application, and
+    /// another endpoint could answer differently.
+    pub fn may_retry(&self) -> bool {
+        match self {
+            Self::NotCaptured { .. } | Self::UnknownSource | Self::Route { .. } => false,
+            Self::UnknownNode { .. } | Self::Passthrough { .. } => true,
+            Self::Tunnel { source, .. } => source.may_retry(),
+            Self::Local(error) => error.may_retry(),
+        }
+    }
+
+    /// Whether the same endpoint may answer differently in a moment, because this agent has heard of a
+    /// pod before another part of the mesh has: its agent, the CA, or our own enrolling of it.
+    pub fn may_settle(&self) -> bool {
+        match self {
+            Self::Tunnel { source, .. } => source.may_settle(),
+            Self::Local(error) => matches!(error, InboundError::NoNamespace { .. }),
+            _ => false,
+        }
+    }
+
+    /// What telemetry records.
+    pub fn failure(&self) -> Failure {
+        let failure = Failure::new(self.stage(), self.reason(), crate::telemetry::chain(self));
+        match self {
+            Self::Tunnel { source, .. } if source.is_handshake() => {
+                failure.with_flags(ResponseFlags::TlsFailure)
+            }
+            Self::Tunnel { source: OpenError::NoCertificate, .. } => {
+                failure.with_flags(ResponseFlags::IdentityError)
+            }
+            _ => failure,
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! A lane as the far end.
+
+use std::future::pending;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use mesh_core::wire::{HEADER_LEN, ResetReason};
+use tokio::io::{AsyncRead as _, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+
+use super::{Arrived, Far, Live, Outcome, RelayEnd};
+use crate::tunnel::{Buf, Codec, Lane, LaneError, LaneEvent, LaneFlow, MAX_CHUNK};
+
+/// A socket and the bytes of its lane.
+struct LaneEnd<'a> {
+    read: ReadHalf<'a>,
+    write: WriteHalf<'a>,
+    codec: &'a mut Codec,
+}
+
+pub(super) async fn run(app: &mut TcpStream, flow: &mut LaneFlow, live: &Live) -> RelayEnd {
+    let Lane { tcp, codec, .. } = &mut *flow.lane;
+    let (read, write) = tcp.split();
+    let far = LaneEnd { read, write, codec };
+    // A lane is read as long as its flow lasts. While the application does not take what came, the
+    // lane's end is of no interest: behind it may lie bytes that are still to be delivered.
+    super::run(app, far, pending(), Buf::default(), live).await
+}
+
+impl LaneEnd<'_> {
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Outcome>> {
+        while !self.codec.outgoing().is_empty() {
+            match self.write.try_write(self.codec.outgoing()) {
+                Ok(len) => self.codec.sent(len),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    match self.write.as_ref().poll_write_ready(cx) {
+                        Poll::Pending => return Poll::Pending,
+                        Poll::Ready(Ok(())) => {}
+                        Poll::Ready(Err(_)) => return Poll::Ready(Err(self.last_words())),
+                    }
+                }
+                Err(_) => return Poll::Ready(Err(self.last_words())),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Why the lane takes nothing more: a reset that lies unread in front of its end says it best.
+    fn last_words(&mut self) -> Outcome {
+        loop {
+            match self.codec.event() {
+                Ok(Some(LaneEvent::Reset(reason))) => return Outcome::PeerReset(reason),
+                Ok(Some(LaneEvent::Data)) => {
+                    let len = self.codec.payload().len();
+                    self.codec.taken(len);
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    let received = self.read.try_read(self.codec.room());
+                    let len = *received.as_ref().unwrap_or(&0);
+                    self.codec.received(len);
+                    if len == 0 {
+                        return Outcome::TunnelLost;
+                    }
+                }
+                Err(error) => return broken(&error),
+            }
+        }
+    }
+}
+
+impl Far for LaneEnd<'_> {
+    const GAP: usize = HEADER_LEN;
+    const CHUNK: usize = MAX_CHUNK;
+    const RECEIVES_AFTER_FIN: bool = true;
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, up: &mut Buf) -> Poll<Result<(), Outcome>> {
+        // One chunk at a time: the next is read when this one has gone.
+        if !self.codec.outgoing().is_empty() && self.poll_flush(cx)?.is_pending() {
+            return Poll::Pending;
+        }
+        if !up.is_empty() {
+            let queued = self.codec.queue_data(up.bytes_mut());
+            up.clear();
+            if queued.is_err() {
+                return Poll::Ready(Err(Outcome::TunnelLost));
+            }
+        }
+        self.poll_flush(cx)
+    }
+
+    fn finish(&mut self) -> Result<(), Outcome> {
+        self.codec.queue_fin().map_err(|_closed| Outcome::TunnelLost)
+    }
+
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>> {
+        loop {
+            match self.codec.event() {
+                Ok(Some(LaneEvent::Data)) => return Poll::Ready(Ok(Arrived::Data)),
+                Ok(Some(LaneEvent::Fin)) => return Poll::Ready(Ok(Arrived::Fin)),
+                Ok(Some(LaneEvent::Reset(reason))) => {
+                    return Poll::Ready(Err(Outcome::PeerReset(reason)));
+                }
+                // An end without FIN is not an end.
+                Ok(Some(LaneEvent::Closed)) => return Poll::Ready(Err(Outcome::TunnelLost)),
+                Ok(Some(_)) => return Poll::Ready(Err(Outcome::Protocol)),
+                Ok(None) => {}
+                Err(error) => return Poll::Ready(Err(broken(&error))),
+            }
+            let mut room = ReadBuf::new(self.codec.room());
+            let read = Pin::new(&mut self.read).poll_read(cx, &mut room);
+            let len = room.filled().len();
+            self.codec.received(len);
+            match read {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(())) if len > 0 => {}
+                Poll::Ready(_) => return Poll::Ready(Err(Outcome::TunnelLost)),
+            }
+        }
+    }
+
+    fn payload(&self) -> &[u8] {
+        self.codec.payload()
+    }
+
+    fn taken(&mut self, len: usize) {
+        self.codec.taken(len);
+    }
+
+    fn reset(&mut self, reason: ResetReason) {
+        if self.codec.queue_reset(reason).is_ok() {
+            // What the socket does not take now is lost with the lane, whose end is a reset too, only
+            // without the reason.
+            while let Ok(len @ 1..) = self.write.try_write(self.codec.outgoing()) {
+                self.codec.sent(len);
+            }
+        }
+    }
+}
+
+fn broken(error: &LaneError) -> Outcome {
+    match error {
+        LaneError::Wire(_) => Outcome::Protocol,
+        _ => Outcome::TunnelLost,
+    }
+}

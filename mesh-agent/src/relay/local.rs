@@ -1,0 +1,103 @@
+//! Another application's connection as the far end: both pods are on this node.
+
+use std::io;
+use std::net::Shutdown;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use mesh_core::wire::ResetReason;
+use socket2::SockRef;
+use tokio::io::{AsyncRead as _, Interest, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+
+use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd, count};
+use crate::tunnel::Buf;
+
+struct LocalEnd<'a> {
+    read: ReadHalf<'a>,
+    write: &'a WriteHalf<'a>,
+    down: Buf,
+}
+
+/// `held` was read from `app` before there was a far end.
+pub(super) async fn run(
+    app: &mut TcpStream,
+    far: &mut TcpStream,
+    held: &[u8],
+    live: &Live,
+) -> RelayEnd {
+    let mut up = Buf::default();
+    if up.push(held) {
+        count(&live.sent, held.len());
+    }
+    let (read, write) = far.split();
+    let end = LocalEnd { read, write: &write, down: Buf::default() };
+    let broken = async {
+        // Which error it was does not matter: the application gets RST.
+        drop(write.as_ref().ready(Interest::ERROR).await);
+        Outcome::PeerReset(ResetReason::Application)
+    };
+    super::run(app, end, broken, up, live).await
+}
+
+/// The far application's connection broke.
+fn far_reset(error: &io::Error) -> Outcome {
+    Outcome::PeerReset(match error.kind() {
+        io::ErrorKind::TimedOut => ResetReason::TimedOut,
+        _ => ResetReason::Application,
+    })
+}
+
+impl Far for LocalEnd<'_> {
+    const GAP: usize = 0;
+    const CHUNK: usize = BUDGET;
+    const RECEIVES_AFTER_FIN: bool = false;
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, up: &mut Buf) -> Poll<Result<(), Outcome>> {
+        while !up.is_empty() {
+            match self.write.try_write(up.bytes()) {
+                Ok(len) => up.consume(len),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    match self.write.as_ref().poll_write_ready(cx) {
+                        Poll::Pending => return Poll::Pending,
+                        Poll::Ready(Ok(())) => {}
+                        Poll::Ready(Err(error)) => return Poll::Ready(Err(far_reset(&error))),
+                    }
+                }
+                Err(error) => return Poll::Ready(Err(far_reset(&error))),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn finish(&mut self) -> Result<(), Outcome> {
+        let ended = SockRef::from(self.write.as_ref()).shutdown(Shutdown::Write);
+        ended.map_err(|error| far_reset(&error))
+    }
+
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>> {
+        let mut room = ReadBuf::new(self.down.room());
+        let read = Pin::new(&mut self.read).poll_read(cx, &mut room);
+        let len = room.filled().len();
+        self.down.fill(len);
+        self.down.release();
+        match read {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Ok(())) if len > 0 => Poll::Ready(Ok(Arrived::Data)),
+            Poll::Ready(Ok(())) => Poll::Ready(Ok(Arrived::Fin)),
+            Poll::Ready(Err(error)) => Poll::Ready(Err(far_reset(&error))),
+        }
+    }
+
+    fn payload(&self) -> &[u8] {
+        self.down.bytes()
+    }
+
+    fn taken(&mut self, len: usize) {
+        self.down.consume(len);
+    }
+
+    /// Dropping the socket is the reset: it closes with RST.
+    fn reset(&mut self, _reason: ResetReason) {}
+}

@@ -1,0 +1,375 @@
+//! Relay: copies payload between an application's connection and a flow.
+//!
+//! ```text
+//! application ══ up ══►  far end: lane | QUIC stream | another application's connection
+//!             ◄═ down ═
+//! ```
+//!
+//! # Guarantees
+//!
+//! - *One task.* Both directions of a connection are one state machine in one task, so that all that
+//!   follows from one event happens in one wake-up.
+//! - *Fair.* After [`BUDGET`] bytes in a direction the task gives way, even if more is ready: without
+//!   that a small flow beside bulk waits for milliseconds.
+//! - *Bounded.* At most one buffer of each direction holds bytes, and an idle connection holds
+//!   none: what the slower end does not take stays in the other end's kernel.
+//! - *Ends cross faithfully.* FIN crosses alone (RFC 9293 section 3.6); RST crosses as reset, also
+//!   when a direction has ended or nothing flows; a carrier that breaks is RST to the application and
+//!   never an end.
+//!
+//! # Not here
+//!
+//! Where the flow came from, and what its end means for balance and telemetry.
+
+mod lane;
+mod local;
+mod quic;
+#[cfg(test)]
+mod tests;
+
+use std::future::poll_fn;
+use std::io;
+use std::net::Shutdown;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use mesh_core::stage::Stage;
+use mesh_core::wire::ResetReason;
+use socket2::SockRef;
+use tokio::io::{AsyncRead as _, Interest, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+
+use crate::telemetry::{self, Failure, Live, ResponseFlags};
+use crate::tunnel::{Buf, Flow, Held, MAX_CHUNK};
+
+/// How much one direction copies before the task gives way to the others of its worker: 64 KiB, less
+/// a frame's header, so that one full DATA frame is one turn.
+pub const BUDGET: usize = MAX_CHUNK;
+
+/// How a connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// Both directions ended with FIN.
+    Clean,
+    /// The application reset its connection, or it broke: for this reason the flow was reset.
+    ApplicationReset(ResetReason),
+    /// The peer reset the flow.
+    PeerReset(ResetReason),
+    /// The carrier broke: the application got RST.
+    TunnelLost,
+    /// The peer broke the protocol: the application got RST.
+    Protocol,
+}
+
+impl Outcome {
+    /// Metric label and log field.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Clean => "clean",
+            Self::ApplicationReset(_) => "application_reset",
+            Self::PeerReset(_) => "peer_reset",
+            Self::TunnelLost => "tunnel_lost",
+            Self::Protocol => "protocol",
+        }
+    }
+}
+
+/// What a connection came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RelayEnd {
+    /// Bytes of the application that entered the flow.
+    pub sent: u64,
+    /// Bytes of the flow that reached the application.
+    pub received: u64,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+/// What a relay's end means in a connection's record.
+impl From<RelayEnd> for telemetry::Outcome {
+    fn from(end: RelayEnd) -> Self {
+        let detail = match end.outcome {
+            Outcome::Clean => return Self::Complete,
+            Outcome::ApplicationReset(why) => format!("the application on this side: {why}"),
+            Outcome::PeerReset(why) => format!("the far side reset the flow: {why}"),
+            Outcome::TunnelLost => "the tunnel broke: bytes may be lost".into(),
+            Outcome::Protocol => "the far agent broke the wire protocol".into(),
+        };
+        let failure = Failure::new(Stage::Telemetry, end.outcome.reason(), detail);
+        Self::Failed(match end.outcome {
+            // An application's own way of ending: nothing failed in between.
+            Outcome::ApplicationReset(_) | Outcome::PeerReset(_) => {
+                failure.with_flags(ResponseFlags::None)
+            }
+            _ => failure,
+        })
+    }
+}
+
+/// Copies in both directions until both have ended, or one breaks.
+///
+/// `held` is what was read from `app` while the flow was being opened; empty where the flow was
+/// accepted from a peer. Dropping the future resets both ends.
+pub async fn relay(mut app: TcpStream, flow: Flow, held: Held, live: &Live) -> RelayEnd {
+    // From here on whatever ends this process is an RST to the application. What fails on a socket
+    // shows when it is used.
+    reset_on_close(&app, true);
+    drop(app.set_nodelay(true));
+    match flow {
+        Flow::Lane(mut flow) => {
+            count(&live.sent, held.bytes().len());
+            let end = lane::run(&mut app, &mut flow, live).await;
+            if end.outcome == Outcome::Clean {
+                reset_on_close(&app, false);
+                flow.finish();
+            }
+            end
+        }
+        Flow::Quic(mut flow) => {
+            count(&live.sent, held.bytes().len());
+            let end = quic::run(&mut app, &mut flow, live).await;
+            if end.outcome == Outcome::Clean {
+                reset_on_close(&app, false);
+                // The application is done; only the agent's connection has to wait.
+                drop(app);
+                flow.finish().await;
+            }
+            end
+        }
+        Flow::Local(mut far) => {
+            reset_on_close(&far, true);
+            drop(far.set_nodelay(true));
+            let end = local::run(&mut app, &mut far, held.bytes(), live).await;
+            if end.outcome == Outcome::Clean {
+                reset_on_close(&app, false);
+                reset_on_close(&far, false);
+            }
+            end
+        }
+    }
+}
+
+/// `SO_LINGER` {1, 0} or off. With it, closing sends RST and drops what was not sent.
+fn reset_on_close(socket: &TcpStream, on: bool) {
+    // Fails on a socket that is broken already, which the application knows by RST.
+    SockRef::from(socket).set_linger(on.then_some(Duration::ZERO)).unwrap_or_default();
+}
+
+/// What arrived from the far end.
+enum Arrived {
+    /// There is [`Far::payload`].
+    Data,
+    /// Its direction has ended.
+    Fin,
+}
+
+/// The end that is not the application. An error is how the connection ends.
+trait Far {
+    /// Bytes in front of the payload that [`Far::poll_send`] wants to write on.
+    const GAP: usize;
+    /// The most payload that it takes at once.
+    const CHUNK: usize;
+    /// Whether a reset can be seen by receiving after the far end's direction has ended.
+    const RECEIVES_AFTER_FIN: bool;
+
+    /// Sends `up`, which is gap and payload, or what an earlier call left of it.
+    fn poll_send(&mut self, cx: &mut Context<'_>, up: &mut Buf) -> Poll<Result<(), Outcome>>;
+    /// Ends the direction; a [`Far::poll_send`] follows.
+    fn finish(&mut self) -> Result<(), Outcome>;
+    /// Receives, after all payload has been taken.
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>>;
+    /// What was received and not taken.
+    fn payload(&self) -> &[u8];
+    /// Removes payload from the front.
+    fn taken(&mut self, len: usize);
+    /// Ends both directions because the application's connection broke.
+    fn reset(&mut self, reason: ResetReason);
+}
+
+/// What a direction stands at after a poll.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    /// Waits for bytes.
+    Starved,
+    /// Waits for the end that is to take them.
+    Blocked,
+    /// Has used its budget.
+    Tired,
+    /// Its end has crossed.
+    Ended,
+}
+
+/// A connection that is being relayed.
+struct Relay<'a, F> {
+    app_read: ReadHalf<'a>,
+    app_write: &'a WriteHalf<'a>,
+    far: F,
+    up: Buf,
+    up_ended: bool,
+    down_ended: bool,
+    live: &'a Live,
+}
+
+/// Runs a relay. `far_broken` completes when the far end broke in a way that receiving does not show.
+async fn run<F: Far>(
+    app: &mut TcpStream,
+    far: F,
+    far_broken: impl Future<Output = Outcome>,
+    up: Buf,
+    live: &Live,
+) -> RelayEnd {
+    let (app_read, app_write) = app.split();
+    let mut app_broken = pin!(app_write.as_ref().ready(Interest::ERROR));
+    let mut far_broken = pin!(far_broken);
+    let mut relay = Relay {
+        app_read,
+        app_write: &app_write,
+        far,
+        up,
+        up_ended: false,
+        down_ended: false,
+        live,
+    };
+    let outcome = poll_fn(|cx| {
+        let up = match relay.poll_up(cx) {
+            Ok(direction) => direction,
+            Err(outcome) => return Poll::Ready(outcome),
+        };
+        let down = match relay.poll_down(cx) {
+            Ok(direction) => direction,
+            Err(outcome) => return Poll::Ready(outcome),
+        };
+        if (up, down) == (Direction::Ended, Direction::Ended) {
+            return Poll::Ready(Outcome::Clean);
+        }
+        // A socket that is being read shows its reset there; one that is not must be watched.
+        if matches!(up, Direction::Ended | Direction::Blocked)
+            && app_broken.as_mut().poll(cx).is_ready()
+        {
+            let error = app_write.as_ref().take_error().ok().flatten();
+            return Poll::Ready(application_reset(error.as_ref()));
+        }
+        if matches!(down, Direction::Ended | Direction::Blocked)
+            && let Poll::Ready(outcome) = far_broken.as_mut().poll(cx)
+        {
+            return Poll::Ready(outcome);
+        }
+        if up == Direction::Tired || down == Direction::Tired {
+            give_way(cx);
+        }
+        Poll::Pending
+    })
+    .await;
+    if let Outcome::ApplicationReset(reason) = outcome {
+        relay.far.reset(reason);
+    }
+    RelayEnd { sent: live.sent.load(Relaxed), received: live.received.load(Relaxed), outcome }
+}
+
+impl<F: Far> Relay<'_, F> {
+    fn poll_up(&mut self, cx: &mut Context<'_>) -> Result<Direction, Outcome> {
+        let mut budget = BUDGET;
+        loop {
+            match self.far.poll_send(cx, &mut self.up) {
+                Poll::Pending => return Ok(Direction::Blocked),
+                Poll::Ready(sent) => sent?,
+            }
+            if self.up_ended {
+                return Ok(Direction::Ended);
+            }
+            if budget == 0 {
+                return Ok(Direction::Tired);
+            }
+            let mut room = ReadBuf::new(&mut self.up.room()[F::GAP..F::GAP + F::CHUNK]);
+            let read = Pin::new(&mut self.app_read).poll_read(cx, &mut room);
+            let len = room.filled().len();
+            match read {
+                Poll::Ready(Ok(())) if len > 0 => {
+                    self.up.fill(F::GAP + len);
+                    count(&self.live.sent, len);
+                    budget = budget.saturating_sub(len);
+                }
+                Poll::Ready(Ok(())) => {
+                    self.up.release();
+                    self.far.finish()?;
+                    self.up_ended = true;
+                }
+                Poll::Ready(Err(error)) => {
+                    self.up.release();
+                    return Err(application_reset(Some(&error)));
+                }
+                Poll::Pending => {
+                    self.up.release();
+                    return Ok(Direction::Starved);
+                }
+            }
+        }
+    }
+
+    fn poll_down(&mut self, cx: &mut Context<'_>) -> Result<Direction, Outcome> {
+        let mut budget = BUDGET;
+        loop {
+            while !self.far.payload().is_empty() {
+                match self.app_write.try_write(self.far.payload()) {
+                    Ok(len) => {
+                        self.far.taken(len);
+                        count(&self.live.received, len);
+                        budget = budget.saturating_sub(len);
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        match self.app_write.as_ref().poll_write_ready(cx) {
+                            Poll::Pending => return Ok(Direction::Blocked),
+                            Poll::Ready(Ok(())) => {}
+                            Poll::Ready(Err(error)) => return Err(application_reset(Some(&error))),
+                        }
+                    }
+                    Err(error) => return Err(application_reset(Some(&error))),
+                }
+            }
+            if self.down_ended && (self.up_ended || !F::RECEIVES_AFTER_FIN) {
+                return Ok(Direction::Ended);
+            }
+            if budget == 0 {
+                return Ok(Direction::Tired);
+            }
+            match self.far.poll_receive(cx) {
+                Poll::Ready(Ok(Arrived::Data)) => {}
+                Poll::Ready(Ok(Arrived::Fin)) => {
+                    SockRef::from(self.app_write.as_ref())
+                        .shutdown(Shutdown::Write)
+                        .map_err(|error| application_reset(Some(&error)))?;
+                    self.down_ended = true;
+                }
+                Poll::Ready(Err(outcome)) => return Err(outcome),
+                Poll::Pending if self.down_ended => return Ok(Direction::Ended),
+                Poll::Pending => return Ok(Direction::Starved),
+            }
+        }
+    }
+}
+
+/// Lets everything else that is ready run first, and looks for what has become ready: a plain wake-up
+/// would put this task behind those that are known to be ready, and before the sockets that are not
+/// looked at meanwhile.
+fn give_way(cx: &mut Context<'_>) {
+    let yielded = pin!(tokio::task::yield_now());
+    // Pending at its first poll, after which the runtime wakes this task.
+    if yielded.poll(cx).is_ready() {
+        cx.waker().wake_by_ref();
+    }
+}
+
+fn application_reset(error: Option<&io::Error>) -> Outcome {
+    Outcome::ApplicationReset(match error.map(io::Error::kind) {
+        Some(io::ErrorKind::TimedOut) => ResetReason::TimedOut,
+        _ => ResetReason::Application,
+    })
+}
+
+fn count(counter: &AtomicU64, len: usize) {
+    counter.fetch_add(u64::try_from(len).unwrap_or(u64::MAX), Relaxed);
+}

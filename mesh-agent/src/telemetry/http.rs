@@ -1,0 +1,305 @@
+//! The small HTTP/1.1 server behind metrics, probes and the admin socket.
+//!
+//! Whoever can reach the port can send anything, so everything is bounded: connections at once, the
+//! size and number of headers, and the time from accept to the end of the answer. A connection
+//! serves one request; what asks here does so every few seconds, and one that lingers would hold a
+//! place.
+
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+
+use super::Telemetry;
+
+/// Several Prometheus replicas, the kubelet and a person at the same time.
+const CONNECTIONS: usize = 32;
+const HEADER_BYTES: usize = 16 * 1024;
+const HEADERS: usize = 64;
+const HEADER_TIME: Duration = Duration::from_secs(5);
+/// From accept to the end of the answer. Prometheus itself gives up after 10 s by default.
+const ANSWER_TIME: Duration = Duration::from_secs(15);
+/// Long enough for a file descriptor to come free.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// OpenMetrics 1.0.0, section "Protocol Negotiation".
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What is asked.
+#[derive(Debug)]
+pub(crate) struct Question<'a> {
+    pub(crate) method: &'a Method,
+    pub(crate) path: &'a str,
+    pub(crate) query: &'a str,
+}
+
+/// What is answered.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) content_type: &'static str,
+    pub(crate) body: String,
+}
+
+impl Answer {
+    /// Plain text, for people and probes.
+    pub(crate) fn text(status: StatusCode, body: impl Into<String>) -> Self {
+        Self { status, content_type: "text/plain; charset=utf-8", body: body.into() }
+    }
+}
+
+/// Something that connections come from.
+pub(crate) trait Listen: Send + Sync {
+    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
+    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Listen for TcpListener {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<TcpStream> {
+        self.accept().await.map(|(stream, _peer)| stream)
+    }
+}
+
+impl Listen for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<UnixStream> {
+        self.accept().await.map(|(stream, _peer)| stream)
+    }
+}
+
+/// Answers until dropped. `answer` runs on this thread and must not block.
+pub(crate) async fn serve<L, F>(listener: L, answer: F) -> Infallible
+where
+    L: Listen,
+    F: Fn(&Question<'_>) -> Answer + Send + Sync + 'static,
+{
+    let answer = Arc::new(answer);
+    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        #[expect(clippy::expect_used, reason = "nothing closes this semaphore")]
+        let permit = Arc::clone(&permits).acquire_owned().await.expect("never closed");
+        while connections.try_join_next().is_some() {}
+        let stream = match listener.next().await {
+            Ok(stream) => stream,
+            Err(error) => {
+                warn!(%error, "accept failed");
+                sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
+        let answer = Arc::clone(&answer);
+        connections.spawn(async move {
+            serve_one(stream, &*answer).await;
+            drop(permit);
+        });
+    }
+}
+
+async fn serve_one<S>(stream: S, answer: &(impl Fn(&Question<'_>) -> Answer + Sync))
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let service = service_fn(|request: Request<Incoming>| {
+        let question = Question {
+            method: request.method(),
+            path: request.uri().path(),
+            query: request.uri().query().unwrap_or_default(),
+        };
+        let answer = answer(&question);
+        let mut response = Response::new(Full::new(Bytes::from(answer.body)));
+        *response.status_mut() = answer.status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(answer.content_type));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        async { Ok::<_, Infallible>(response) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIME)
+        .max_headers(HEADERS)
+        .max_buf_size(HEADER_BYTES)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
+    match timeout(ANSWER_TIME, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!(%error, "http connection ended"),
+        Err(_elapsed) => debug!("http connection took too long"),
+    }
+}
+
+fn not_found() -> Answer {
+    Answer::text(StatusCode::NOT_FOUND, "not found\n")
+}
+
+/// Whether `question` is a read, and otherwise what to answer.
+pub(crate) fn must_be_read(question: &Question<'_>) -> Result<(), Answer> {
+    match *question.method {
+        Method::GET | Method::HEAD => Ok(()),
+        _ => Err(Answer::text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n")),
+    }
+}
+
+/// Whether the agent is ready, or why not.
+pub type Readiness = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
+
+/// `/metrics` and `/stats/prometheus` (Istio's path), until dropped.
+pub async fn serve_metrics(listener: TcpListener, telemetry: Telemetry) -> Infallible {
+    serve(listener, move |question| metrics(question, &telemetry)).await
+}
+
+fn metrics(question: &Question<'_>, telemetry: &Telemetry) -> Answer {
+    if let Err(refused) = must_be_read(question) {
+        return refused;
+    }
+    match question.path {
+        "/metrics" | "/stats/prometheus" => Answer {
+            status: StatusCode::OK,
+            content_type: OPEN_METRICS,
+            body: telemetry.exposition(),
+        },
+        _ => not_found(),
+    }
+}
+
+/// `/healthz/ready` and `/healthz/live`, until dropped. Not ready is 503 with the reason.
+pub async fn serve_probes(listener: TcpListener, readiness: Readiness) -> Infallible {
+    serve(listener, move |question| probe(question, &readiness)).await
+}
+
+fn probe(question: &Question<'_>, readiness: &Readiness) -> Answer {
+    if let Err(refused) = must_be_read(question) {
+        return refused;
+    }
+    match question.path {
+        "/healthz/live" => Answer::text(StatusCode::OK, "live\n"),
+        "/healthz/ready" => match readiness() {
+            Ok(()) => Answer::text(StatusCode::OK, "ready\n"),
+            Err(reason) => {
+                Answer::text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n"))
+            }
+        },
+        _ => not_found(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::super::{AccessLogFormat, Options};
+    use super::*;
+
+    async fn listener() -> (TcpListener, SocketAddr) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        (listener, addr)
+    }
+
+    /// The whole answer to `request`, as it comes over the wire.
+    async fn exchange(addr: SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(addr).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        // A server that refuses may reset what was not read.
+        stream.read_to_string(&mut answer).await.ok();
+        answer
+    }
+
+    async fn get(addr: SocketAddr, path: &str) -> String {
+        exchange(addr, &format!("GET {path} HTTP/1.1\r\nHost: agent\r\n\r\n")).await
+    }
+
+    #[tokio::test]
+    async fn metrics_are_served_under_both_paths() {
+        let options = Options { access_log: AccessLogFormat::Off, ..Options::default() };
+        let telemetry = Telemetry::new(&options).unwrap();
+        let (listener, addr) = listener().await;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve_metrics(listener, telemetry));
+
+        for path in ["/metrics", "/stats/prometheus", "/metrics?name=x"] {
+            let answer = get(addr, path).await;
+            assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{path}: {answer}");
+            assert!(answer.contains(&format!("content-type: {OPEN_METRICS}\r\n")), "{answer}");
+            assert!(answer.ends_with("# EOF\n"), "{answer}");
+        }
+        assert!(get(addr, "/").await.starts_with("HTTP/1.1 404 "));
+        let post = "POST /metrics HTTP/1.1\r\nHost: agent\r\nContent-Length: 0\r\n\r\n";
+        assert!(exchange(addr, post).await.starts_with("HTTP/1.1 405 "));
+    }
+
+    #[tokio::test]
+    async fn readiness_is_asked_each_time_and_tells_why_not() {
+        let is_ready = Arc::new(AtomicBool::new(false));
+        let readiness: Readiness = {
+            let is_ready = Arc::clone(&is_ready);
+            Arc::new(move || match is_ready.load(Ordering::Relaxed) {
+                true => Ok(()),
+                false => Err("no snapshot yet".into()),
+            })
+        };
+        let (listener, addr) = listener().await;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve_probes(listener, readiness));
+
+        let answer = get(addr, "/healthz/ready").await;
+        assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+        assert!(answer.ends_with("not ready: no snapshot yet\n"), "{answer}");
+        assert!(get(addr, "/healthz/live").await.starts_with("HTTP/1.1 200 "));
+        is_ready.store(true, Ordering::Relaxed);
+        assert!(get(addr, "/healthz/ready").await.starts_with("HTTP/1.1 200 "));
+    }
+
+    #[tokio::test]
+    async fn too_many_and_too_large_headers_are_refused() {
+        let (listener, addr) = listener().await;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve_probes(listener, Arc::new(|| Ok(()))));
+
+        let many = "a: b\r\n".repeat(HEADERS + 1);
+        let large = format!("a: {}\r\n", "b".repeat(2 * HEADER_BYTES));
+        for headers in [many, large] {
+            let request = format!("GET /healthz/live HTTP/1.1\r\n{headers}\r\n");
+            let answer = exchange(addr, &request).await;
+            assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+        }
+        assert!(get(addr, "/healthz/live").await.starts_with("HTTP/1.1 200 "));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silent_clients_make_room_in_bounded_time() {
+        let (listener, addr) = listener().await;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve_probes(listener, Arc::new(|| Ok(()))));
+        let mut silent = Vec::new();
+        for _ in 0..CONNECTIONS {
+            silent.push(TcpStream::connect(addr).await.unwrap());
+        }
+        // Answered only after a silent one was closed: time is paused and jumps there.
+        let answer = get(addr, "/healthz/live").await;
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    }
+}

@@ -1,0 +1,363 @@
+//! The `istio_tcp_*` families: one series for each pair of workloads that talk.
+//!
+//! The table is looked into once per connection; after that a connection holds its [`Series`] and
+//! only adds to atomics. Its size is bounded, and the series of a deleted workload or service leave
+//! it after the scrape that showed their last value.
+//!
+//! # The meaning of sent and received
+//!
+//! Istio documents `istio_tcp_sent_bytes_total` as the bytes sent *during response* and
+//! `istio_tcp_received_bytes_total` as the bytes received *during request* (istio/istio#32399).
+//! Both are therefore seen from the server, whichever side reports: `received` is what the client
+//! sent, `sent` is what the server answered, and the two reporters of one connection agree.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use mesh_core::snapshot::{Service, Snapshot, Workload};
+use mesh_core::spiffe::SpiffeId;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+
+use super::connection::{ConnectionFacts, Direction, ResponseFlags, SecurityPolicy};
+use super::labels::{Encoded, Labels, Scheme, ServiceLabels};
+
+/// How long the series of a deleted workload wait for a scrape to show their last value. Several
+/// times the usual scrape interval of 15 s to 60 s.
+const GRACE: Duration = Duration::from_secs(300);
+
+const FLAGS: usize = ResponseFlags::ALL.len();
+
+/// The counters of one label set.
+#[derive(Debug)]
+pub(super) struct Series {
+    labels: Labels,
+    opened: AtomicU64,
+    /// By response flags.
+    closed: [AtomicU64; FLAGS],
+    failed: [AtomicU64; FLAGS],
+    /// Client to server.
+    request_bytes: AtomicU64,
+    /// Server to client.
+    response_bytes: AtomicU64,
+}
+
+impl Series {
+    fn new(labels: Labels) -> Self {
+        Self {
+            labels,
+            opened: AtomicU64::new(0),
+            closed: Default::default(),
+            failed: Default::default(),
+            request_bytes: AtomicU64::new(0),
+            response_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Counts the end, and whether it was a failure.
+    pub(super) fn closed(&self, flags: ResponseFlags, is_failure: bool) {
+        self.closed[flags as usize].fetch_add(1, Ordering::Relaxed);
+        if is_failure {
+            self.failed[flags as usize].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Adds what the application on this side sent and received since this was last called.
+    pub(super) fn carried(&self, sent: u64, received: u64) {
+        let (request, response) = match self.labels.reporter {
+            Direction::Outbound => (sent, received),
+            Direction::Inbound => (received, sent),
+        };
+        self.request_bytes.fetch_add(request, Ordering::Relaxed);
+        self.response_bytes.fetch_add(response, Ordering::Relaxed);
+    }
+
+    fn is_idle(&self) -> bool {
+        let closed: u64 = self.closed.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+        self.opened.load(Ordering::Relaxed) == closed
+    }
+}
+
+/// Every series, and the short way to each.
+pub(super) struct SeriesTable {
+    scheme: Scheme,
+    limit: usize,
+    collapsed: AtomicU64,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    series: HashMap<Labels, Entry>,
+    /// From what a connection has at hand to its series, without formatting a label. Emptied with
+    /// each snapshot, since the pointers in its keys belong to one.
+    routes: HashMap<Route, Arc<Series>>,
+}
+
+struct Entry {
+    series: Arc<Series>,
+    /// Since when its workload or service is no longer in the snapshot.
+    gone: Option<Instant>,
+}
+
+impl SeriesTable {
+    pub(super) fn new(scheme: Scheme, limit: usize) -> Self {
+        Self { scheme, limit, collapsed: AtomicU64::new(0), inner: Mutex::default() }
+    }
+
+    /// Counts a connection as opened and returns its series. Past the limit a new label set is
+    /// counted as `unknown`.
+    pub(super) fn open(&self, facts: &ConnectionFacts) -> Arc<Series> {
+        let route = Route::of(facts);
+        let mut inner = self.lock();
+        let series = match inner.routes.get(&route) {
+            Some(series) => Arc::clone(series),
+            None => self.resolve(&mut inner, route, facts),
+        };
+        // Counted under the lock: a series with an open connection is never swept.
+        series.opened.fetch_add(1, Ordering::Relaxed);
+        series
+    }
+
+    fn resolve(&self, inner: &mut Inner, route: Route, facts: &ConnectionFacts) -> Arc<Series> {
+        let labels = self.scheme.labels(facts);
+        let fits = inner.series.len() < self.limit || inner.series.contains_key(&labels);
+        let labels = if fits {
+            labels
+        } else {
+            self.collapsed.fetch_add(1, Ordering::Relaxed);
+            Labels::collapsed(facts.direction, facts.security)
+        };
+        let entry = inner.series.entry(labels).or_insert_with_key(|labels| Entry {
+            series: Arc::new(Series::new(labels.clone())),
+            gone: None,
+        });
+        let series = Arc::clone(&entry.series);
+        // A collapsed route is not kept: a series may come free, and keeping it would let the
+        // short way grow past the limit that it is to serve.
+        if fits {
+            if inner.routes.len() >= self.limit.saturating_mul(4) {
+                inner.routes.clear();
+            }
+            inner.routes.insert(route, Arc::clone(&series));
+        }
+        series
+    }
+
+    /// Marks the series of workloads and services that `snapshot` does not have. They are shown
+    /// once more, and removed by [`Self::sweep`].
+    pub(super) fn retain(&self, snapshot: &Snapshot, now: Instant) {
+        let names: HashSet<_> =
+            snapshot.workloads().map(|workload| self.scheme.names(workload)).collect();
+        let services: HashSet<_> =
+            snapshot.services().map(|service| ServiceLabels::of(service)).collect();
+        let mut inner = self.lock();
+        inner.routes.clear();
+        for (labels, entry) in &mut inner.series {
+            let parties = [&labels.source, &labels.destination];
+            let is_there = parties.iter().all(|party| !party.known || names.contains(&party.names))
+                && labels.service.as_ref().is_none_or(|service| services.contains(service));
+            entry.gone = if is_there { None } else { entry.gone.or(Some(now)) };
+        }
+        inner.series.retain(|_, entry| {
+            let waited = entry.gone.map(|gone| now.saturating_duration_since(gone));
+            waited.is_none_or(|waited| waited < GRACE) || !entry.series.is_idle()
+        });
+    }
+
+    /// Removes what was gone before the scrape that has just been answered and is no longer used.
+    pub(super) fn sweep(&self, scraped: Instant) {
+        let mut inner = self.lock();
+        let before = inner.series.len();
+        inner.series.retain(|_, entry| {
+            entry.gone.is_none_or(|gone| gone > scraped) || !entry.series.is_idle()
+        });
+        if inner.series.len() < before {
+            inner.routes.clear();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for SeriesTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SeriesTable").field("series", &self.lock().series.len()).finish()
+    }
+}
+
+impl Collector for SeriesTable {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        // Encoding thousands of series takes milliseconds, and every new connection needs the lock.
+        let series: Vec<_> =
+            self.lock().series.values().map(|entry| Arc::clone(&entry.series)).collect();
+
+        let mut family = |name, help, read: fn(&Series, ResponseFlags) -> Option<u64>| {
+            let mut encoder = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for series in &series {
+                for flags in ResponseFlags::ALL {
+                    let Some(count) = read(series, flags) else {
+                        continue;
+                    };
+                    let labels = Encoded { scheme: &self.scheme, labels: &series.labels, flags };
+                    encoder
+                        .encode_family(&labels)?
+                        .encode_counter::<NoLabelSet, _, u64>(&count, None)?;
+                }
+            }
+            Ok::<_, fmt::Error>(())
+        };
+        family(
+            "istio_tcp_connections_opened",
+            "TCP connections that were opened",
+            |series, flags| unflagged(&series.opened, flags),
+        )?;
+        family(
+            "istio_tcp_connections_closed",
+            "TCP connections that were closed",
+            |series, flags| {
+                let closed = &series.closed[flags as usize];
+                unflagged(closed, flags).or_else(|| if_any(closed))
+            },
+        )?;
+        family(
+            "istio_tcp_connections_failed",
+            "TCP connections that were refused, could not be made, or broke",
+            |series, flags| if_any(&series.failed[flags as usize]),
+        )?;
+        family(
+            "istio_tcp_sent_bytes",
+            "Bytes sent during response: from server to client, whoever reports",
+            |series, flags| unflagged(&series.response_bytes, flags),
+        )?;
+        family(
+            "istio_tcp_received_bytes",
+            "Bytes received during request: from client to server, whoever reports",
+            |series, flags| unflagged(&series.request_bytes, flags),
+        )?;
+
+        encoder
+            .encode_descriptor(
+                "mesh_metrics_series_collapsed",
+                "Connections counted as unknown because the limit of series was reached",
+                None,
+                MetricType::Counter,
+            )?
+            .encode_counter::<NoLabelSet, _, u64>(&self.collapsed.load(Ordering::Relaxed), None)
+    }
+}
+
+/// A counter shown once, under no flag: from the start, so that its first increase is seen.
+fn unflagged(counter: &AtomicU64, flags: ResponseFlags) -> Option<u64> {
+    (flags == ResponseFlags::None).then(|| counter.load(Ordering::Relaxed))
+}
+
+/// A counter shown once it counts: most flags are never seen.
+fn if_any(counter: &AtomicU64) -> Option<u64> {
+    let count = counter.load(Ordering::Relaxed);
+    (count > 0).then_some(count)
+}
+
+/// What a connection has at hand that decides its labels.
+#[derive(PartialEq, Eq, Hash)]
+struct Route {
+    direction: Direction,
+    security: SecurityPolicy,
+    source: Option<ByAddress<Workload>>,
+    destination: Option<ByAddress<Workload>>,
+    service: Option<ByAddress<Service>>,
+    identities: [Option<SpiffeId>; 2],
+}
+
+impl Route {
+    fn of(facts: &ConnectionFacts) -> Self {
+        Self {
+            direction: facts.direction,
+            security: facts.security,
+            source: facts.source.workload.clone().map(ByAddress),
+            destination: facts.destination.workload.clone().map(ByAddress),
+            service: facts.service.clone().map(ByAddress),
+            identities: [facts.source.identity.clone(), facts.destination.identity.clone()],
+        }
+    }
+}
+
+/// Equal if it is the same allocation. Holding the `Arc` keeps the address from being used again.
+struct ByAddress<T>(Arc<T>);
+
+impl<T> PartialEq for ByAddress<T> {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl<T> Eq for ByAddress<T> {}
+
+impl<T> Hash for ByAddress<T> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        Arc::as_ptr(&self.0).hash(state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{Shop, snapshot};
+    use super::*;
+
+    fn table(limit: usize) -> SeriesTable {
+        SeriesTable::new(Scheme::new("Kubernetes".into(), Vec::new()), limit)
+    }
+
+    fn count(table: &SeriesTable) -> usize {
+        table.lock().series.len()
+    }
+
+    #[test]
+    fn series_of_a_deleted_workload_go_also_if_nobody_scrapes() {
+        let table = table(10);
+        let series = table.open(&Shop::new().facts(Direction::Outbound));
+        series.closed(ResponseFlags::None, false);
+        let nothing = snapshot(Vec::new(), Vec::new());
+        let deleted = Instant::now();
+
+        table.retain(&nothing, deleted);
+        table.retain(&nothing, deleted + GRACE / 2);
+        assert_eq!(count(&table), 1);
+        table.retain(&nothing, deleted + GRACE);
+        assert_eq!(count(&table), 0);
+    }
+
+    #[test]
+    fn series_deleted_during_a_scrape_waits_for_the_next() {
+        let table = table(10);
+        table.open(&Shop::new().facts(Direction::Outbound)).closed(ResponseFlags::None, false);
+        let scraped = Instant::now();
+        let deleted = scraped + Duration::from_millis(1);
+
+        table.retain(&snapshot(Vec::new(), Vec::new()), deleted);
+        table.sweep(scraped);
+        assert_eq!(count(&table), 1);
+        table.sweep(deleted);
+        assert_eq!(count(&table), 0);
+    }
+
+    #[test]
+    fn short_way_is_bounded_and_forgotten_with_each_snapshot() {
+        let table = table(3);
+        // The same pods under new pointers, as a new snapshot has them: one series, many keys.
+        for _ in 0..100 {
+            table.open(&Shop::new().facts(Direction::Outbound));
+        }
+        assert_eq!(count(&table), 1);
+        assert!(table.lock().routes.len() <= 12);
+        table.retain(&Shop::new().snapshot(), Instant::now());
+        assert_eq!(table.lock().routes.len(), 0);
+    }
+}

@@ -1,0 +1,198 @@
+//! A flow: what the relay copies to and from, and the request for one.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use mesh_core::spiffe::SpiffeId;
+use mesh_core::wire::{MAX_EARLY, Open, Reason, Refusal, encode_answer};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::Carrier;
+use super::lane::{Lane, LaneEvent};
+use super::pool::Lease;
+use super::quic::{QuicAnswer, QuicFlow};
+
+/// The application's first payload, sent before the peer had answered. Kept until it is known that
+/// the flow is accepted, so that another endpoint can be tried with the same bytes.
+#[derive(Debug, Default)]
+pub struct Held {
+    /// At most [`MAX_EARLY`] bytes.
+    bytes: Vec<u8>,
+    /// The application has ended its direction behind these bytes.
+    ended: bool,
+}
+
+impl Held {
+    /// What was read so far.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Whether it makes sense to read more from the application before the answer.
+    pub(super) fn wants_more(&self) -> bool {
+        !self.ended && self.bytes.len() < MAX_EARLY
+    }
+
+    /// Reads once, without waiting. Returns the bytes that are new.
+    pub(super) fn read(&mut self, app: &TcpStream) -> std::io::Result<&[u8]> {
+        let old = self.bytes.len();
+        self.bytes.resize(MAX_EARLY, 0);
+        let result = app.try_read(&mut self.bytes[old..]);
+        self.bytes.truncate(old + *result.as_ref().unwrap_or(&0));
+        match result {
+            Ok(0) => self.ended = true,
+            Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => return Err(error),
+            _ => {}
+        }
+        Ok(&self.bytes[old..])
+    }
+}
+
+/// A flow that both ends have accepted. Dropping it resets it: the far application gets RST.
+#[derive(Debug)]
+pub enum Flow {
+    /// On a lane.
+    Lane(LaneFlow),
+    /// On a stream of a QUIC connection.
+    Quic(QuicFlow),
+    /// Source and destination are on this node: socket to socket.
+    Local(TcpStream),
+}
+
+impl Flow {
+    /// How it is carried.
+    pub fn carrier(&self) -> Carrier {
+        match self {
+            Self::Lane(_) => Carrier::Lane,
+            Self::Quic(_) => Carrier::Quic,
+            Self::Local(_) => Carrier::Local,
+        }
+    }
+}
+
+/// A lane with a flow on it, and where the lane goes afterwards.
+#[derive(Debug)]
+pub struct LaneFlow {
+    pub(crate) lane: Box<Lane>,
+    home: Home,
+}
+
+#[derive(Debug)]
+enum Home {
+    /// The client's pool.
+    Pool(Lease),
+    /// The server's loop, which waits for the next OPEN.
+    Server(Arc<Slot>),
+}
+
+impl LaneFlow {
+    pub(super) fn of_client(lane: Box<Lane>, lease: Lease) -> Self {
+        Self { lane, home: Home::Pool(lease) }
+    }
+
+    /// Both directions have ended cleanly: the lane can take another flow.
+    pub(crate) fn finish(self) {
+        match self.home {
+            Home::Pool(lease) => lease.give_back(self.lane),
+            Home::Server(slot) => slot.put(self.lane),
+        }
+    }
+}
+
+/// Where a server's lane comes back to after its flow. Empty means that the lane is gone.
+#[derive(Debug, Default)]
+pub(super) struct Slot(Mutex<Option<Box<Lane>>>);
+
+impl Slot {
+    pub(super) fn put(&self, lane: Box<Lane>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(lane);
+    }
+
+    pub(super) fn take(&self) -> Option<Box<Lane>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// A flow that a peer asks for. Answer it with [`Request::accept`] or [`Request::refuse`]; dropping
+/// it unanswered ends its carrier, and the peer takes it for lost.
+#[derive(Debug)]
+pub struct Request {
+    /// What it asks for.
+    pub open: Open,
+    /// Who asks, from the certificate.
+    pub caller: SpiffeId,
+    /// Which workload of this node it meant.
+    pub served_as: SpiffeId,
+    /// Where the carrier comes from.
+    pub peer: SocketAddr,
+    pub(super) answer: AnswerOn,
+}
+
+/// Where a request is answered.
+#[derive(Debug)]
+pub(super) enum AnswerOn {
+    Lane { lane: Box<Lane>, slot: Arc<Slot>, patience: Duration },
+    Quic(QuicAnswer),
+}
+
+impl Request {
+    /// How it is carried.
+    pub fn carrier(&self) -> Carrier {
+        match self.answer {
+            AnswerOn::Lane { .. } => Carrier::Lane,
+            AnswerOn::Quic(_) => Carrier::Quic,
+        }
+    }
+
+    /// Tells the peer that the flow is taken. `None` if the carrier has broken meanwhile.
+    pub async fn accept(self) -> Option<Flow> {
+        match self.answer {
+            AnswerOn::Lane { mut lane, slot, .. } => {
+                lane.codec.queue(&encode_answer(Ok(()))).ok()?;
+                lane.flush().await.ok()?;
+                Some(Flow::Lane(LaneFlow { lane, home: Home::Server(slot) }))
+            }
+            AnswerOn::Quic(answer) => answer.accept().await.map(Flow::Quic),
+        }
+    }
+
+    /// Tells the peer why the flow is not taken, and frees the carrier for the next one.
+    pub async fn refuse(self, refusal: Refusal) {
+        match self.answer {
+            AnswerOn::Lane { lane, slot, patience } => {
+                let reason = refusal.reason;
+                // In case of doubt the lane is dropped: the peer makes another one.
+                if let Ok(Some(lane)) = timeout(patience, refuse_on_lane(lane, refusal)).await {
+                    match reason {
+                        Reason::Draining | Reason::CallerCertificate => lane.close().await,
+                        _ => slot.put(lane),
+                    }
+                }
+            }
+            AnswerOn::Quic(answer) => answer.refuse(refusal).await,
+        }
+    }
+}
+
+/// Sends the refusal and discards the payload that was sent with the request.
+async fn refuse_on_lane(mut lane: Box<Lane>, refusal: Refusal) -> Option<Box<Lane>> {
+    lane.codec.queue(&encode_answer(Err(refusal))).ok()?;
+    lane.flush().await.ok()?;
+    let mut discarded = 0;
+    loop {
+        match lane.next_event().await.ok()? {
+            LaneEvent::Data => {
+                let len = lane.codec.payload().len();
+                lane.codec.taken(len);
+                discarded += len;
+                if discarded > MAX_EARLY {
+                    return None;
+                }
+            }
+            LaneEvent::Fin => return Some(lane),
+            _ => return None,
+        }
+    }
+}

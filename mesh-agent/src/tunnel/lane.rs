@@ -1,0 +1,451 @@
+//! A lane: TLS over TCP, carrying frames, one flow at a time.
+//!
+//! The socket and the bytes are apart ([`Lane::tcp`], [`Lane::codec`]), so that whoever drives the
+//! lane decides when to read and to write: `open` and `serve` wait for one thing at a time, the relay
+//! watches both sockets of a connection in one task.
+
+use std::sync::Arc;
+use std::time::Instant;
+use std::{fmt, io};
+
+use mesh_core::wire::{
+    ALPN, Answer, Decoder, Event, FIN, HEADER_LEN, Open, ResetReason, Role, WireError, data_header,
+    encode_reset,
+};
+use rustls::HandshakeKind;
+use tokio::net::TcpStream;
+
+use super::buffers::Buf;
+use super::error::DialError;
+use super::session::{MAX_RECORD, Record, Session};
+use super::stats::{Gauged, SessionKind, TunnelStats};
+use super::tls;
+
+/// The most payload in one DATA frame that we send: with its header it fills four TLS records to
+/// the last byte.
+pub(crate) const MAX_CHUNK: usize = 4 * MAX_RECORD - HEADER_LEN;
+
+/// A TLS connection between two agents, for two workloads.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    pub(crate) tcp: TcpStream,
+    pub(crate) codec: Codec,
+    /// After this no further flow begins: a certificate ends, or the lane is old.
+    pub(super) expires: Instant,
+    /// Whether a flow has ended on it before.
+    pub(super) used: bool,
+    _open: Gauged,
+}
+
+/// Why a lane can carry nothing more.
+#[derive(Debug)]
+#[non_exhaustive]
+pub(crate) enum LaneError {
+    /// TCP broke, or ended without `close_notify`.
+    Io(io::Error),
+    /// TLS broke; also an alert.
+    Tls(DialError),
+    /// The frames are wrong.
+    Wire(WireError),
+}
+
+impl fmt::Display for LaneError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Io(_) => f.write_str("the lane broke"),
+            Self::Tls(_) => f.write_str("the lane's TLS broke"),
+            Self::Wire(_) => f.write_str("the peer broke the protocol"),
+        }
+    }
+}
+
+impl std::error::Error for LaneError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Io(source) => Some(source),
+            Self::Tls(source) => Some(source),
+            Self::Wire(source) => Some(source),
+        }
+    }
+}
+
+impl From<io::Error> for LaneError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<LaneError> for io::Error {
+    fn from(error: LaneError) -> Self {
+        match error {
+            LaneError::Io(error) => error,
+            LaneError::Tls(error) => Self::other(error),
+            LaneError::Wire(error) => Self::new(io::ErrorKind::InvalidData, error),
+        }
+    }
+}
+
+/// What arrived on a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LaneEvent {
+    Open(Open),
+    Unsupported,
+    Answer(Answer),
+    /// There is [`Codec::payload`].
+    Data,
+    Fin,
+    Reset(ResetReason),
+    /// `close_notify`: no further byte comes.
+    Closed,
+}
+
+/// Everything of a lane but its socket: no IO happens here.
+#[derive(Debug)]
+pub(crate) struct Codec {
+    session: Session,
+    decoder: Decoder,
+    /// Received and not decrypted: at most an incomplete record once all events are taken.
+    inbox: Buf,
+    /// Decrypted frames.
+    plain: Buf,
+    /// Bytes at the front of `plain` that are payload.
+    payload: usize,
+    /// Encrypted and not sent.
+    outbox: Buf,
+    /// The peer has sent `close_notify`.
+    closed: bool,
+}
+
+impl Codec {
+    pub(super) fn new(session: Session, role: Role) -> Self {
+        Self {
+            session,
+            decoder: Decoder::new(role),
+            inbox: Buf::default(),
+            plain: Buf::default(),
+            payload: 0,
+            outbox: Buf::default(),
+            closed: false,
+        }
+    }
+
+    /// The next event, or `None` if more must be received first. After [`LaneEvent::Data`] the
+    /// payload must be taken before this is called again.
+    pub(crate) fn event(&mut self) -> Result<Option<LaneEvent>, LaneError> {
+        debug_assert_eq!(self.payload, 0, "payload is taken before the next event");
+        loop {
+            let mut input = self.plain.bytes();
+            let before = input.len();
+            let event = self.decoder.next(&mut input).map_err(LaneError::Wire)?;
+            let used = before - input.len();
+            let event = match event {
+                None => None,
+                Some(Event::Data(data)) => {
+                    self.payload = data.len();
+                    Some(LaneEvent::Data)
+                }
+                Some(Event::Open(open)) => Some(LaneEvent::Open(open)),
+                Some(Event::Unsupported { .. }) => Some(LaneEvent::Unsupported),
+                Some(Event::Answer(answer)) => Some(LaneEvent::Answer(answer)),
+                Some(Event::Fin) => Some(LaneEvent::Fin),
+                Some(Event::Reset(reason)) => Some(LaneEvent::Reset(reason)),
+            };
+            self.plain.consume(used - self.payload);
+            if event.is_some() {
+                return Ok(event);
+            }
+            if !self.decrypt()? {
+                return Ok(self.closed.then_some(LaneEvent::Closed));
+            }
+        }
+    }
+
+    /// Decrypts what fits into `plain`, so that one write to the application takes several records.
+    /// Returns whether there was anything.
+    fn decrypt(&mut self) -> Result<bool, LaneError> {
+        let mut taken = false;
+        while !self.closed && self.plain.room_len() >= MAX_RECORD {
+            let record = self.session.open(&mut self.inbox, &mut self.plain, &mut self.outbox);
+            match record.map_err(|error| LaneError::Tls(tls::cause(error)))? {
+                Record::Taken => taken = true,
+                Record::Closed => self.closed = true,
+                Record::Incomplete => break,
+            }
+        }
+        Ok(taken)
+    }
+
+    /// What [`LaneEvent::Data`] announced and [`Codec::taken`] has not removed.
+    pub(crate) fn payload(&self) -> &[u8] {
+        &self.plain.bytes()[..self.payload]
+    }
+
+    /// Removes payload from the front.
+    pub(crate) fn taken(&mut self, len: usize) {
+        let len = len.min(self.payload);
+        self.payload -= len;
+        self.plain.consume(len);
+    }
+
+    /// Where to receive into; [`Codec::received`] follows, also if nothing came.
+    pub(crate) fn room(&mut self) -> &mut [u8] {
+        self.inbox.room()
+    }
+
+    /// Says how much of [`Codec::room`] was filled.
+    pub(crate) fn received(&mut self, len: usize) {
+        self.inbox.fill(len);
+        self.inbox.release();
+    }
+
+    /// What is to be sent.
+    pub(crate) fn outgoing(&self) -> &[u8] {
+        self.outbox.bytes()
+    }
+
+    /// Says how much of [`Codec::outgoing`] was sent.
+    pub(crate) fn sent(&mut self, len: usize) {
+        self.outbox.consume(len);
+    }
+
+    /// Queues frames.
+    pub(crate) fn queue(&mut self, frames: &[u8]) -> io::Result<()> {
+        self.session.seal(frames, &mut self.inbox, &mut self.outbox)
+    }
+
+    /// Queues a DATA frame: `frame` is room for the header, then the payload.
+    pub(crate) fn queue_data(&mut self, frame: &mut [u8]) -> io::Result<()> {
+        let len = frame.len().saturating_sub(HEADER_LEN);
+        if let Some(header) = frame.first_chunk_mut::<HEADER_LEN>() {
+            *header = data_header(len);
+        }
+        self.queue(frame)
+    }
+
+    /// Queues FIN.
+    pub(crate) fn queue_fin(&mut self) -> io::Result<()> {
+        self.queue(&FIN)
+    }
+
+    /// Queues RESET.
+    pub(crate) fn queue_reset(&mut self, reason: ResetReason) -> io::Result<()> {
+        self.queue(&encode_reset(reason))
+    }
+
+    /// Queues `close_notify`.
+    pub(super) fn queue_close(&mut self) {
+        self.session.close(&mut self.inbox, &mut self.outbox);
+    }
+
+    /// Whether nothing has arrived that belongs to a next flow, and nothing waits to be sent.
+    fn is_quiet(&self) -> bool {
+        self.plain.is_empty() && self.outbox.is_empty() && self.decoder.at_boundary()
+    }
+
+    #[cfg(test)]
+    pub(super) fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Whether any buffer is held.
+    #[cfg(test)]
+    pub(crate) fn holds_memory(&self) -> bool {
+        self.inbox.holds_memory() || self.plain.holds_memory() || self.outbox.holds_memory()
+    }
+}
+
+/// A handshake that is under way.
+#[derive(Debug)]
+pub(super) struct Handshake {
+    tcp: TcpStream,
+    codec: Codec,
+}
+
+impl Handshake {
+    pub(super) fn new(tcp: TcpStream, session: Session, role: Role) -> Self {
+        Self { tcp, codec: Codec::new(session, role) }
+    }
+
+    /// Drives the handshake to its end. What our end thinks of it goes to the peer also when it
+    /// fails: then an alert, and a moment for the peer to read it.
+    pub(super) async fn complete(&mut self) -> Result<(), DialError> {
+        loop {
+            let codec = &mut self.codec;
+            let done = codec.session.handshake(&mut codec.inbox, &mut codec.outbox);
+            if let Err(error) = flush(&self.tcp, codec).await {
+                // Also the peer's own failure looks like this; its alert says more.
+                return Err(match done {
+                    Err(error) => tls::cause(error),
+                    Ok(_) => self.alert_or(error).await,
+                });
+            }
+            match done {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(error) => return Err(tls::cause(error)),
+            }
+            if receive(&self.tcp, codec).await.map_err(DialError::Network)? == 0 {
+                return Err(DialError::Network(io::ErrorKind::UnexpectedEof.into()));
+            }
+        }
+        if self.codec.session.state().alpn_protocol() != Some(ALPN) {
+            return Err(DialError::Tls(rustls::Error::NoApplicationProtocol));
+        }
+        Ok(())
+    }
+
+    /// The alert that came before the connection broke, or how it broke.
+    async fn alert_or(&mut self, error: io::Error) -> DialError {
+        let codec = &mut self.codec;
+        while let Ok(1..) = receive(&self.tcp, codec).await {
+            match codec.session.handshake(&mut codec.inbox, &mut codec.outbox) {
+                Err(error @ rustls::Error::AlertReceived(_)) => return tls::cause(error),
+                Ok(false) => {}
+                _ => break,
+            }
+        }
+        DialError::Network(error)
+    }
+
+    pub(super) fn session(&self) -> &Session {
+        &self.codec.session
+    }
+
+    /// Whether the session was resumed: then no certificate was verified.
+    pub(super) fn kind(&self) -> SessionKind {
+        match self.session().state().handshake_kind() {
+            Some(HandshakeKind::Resumed) => SessionKind::Resumed,
+            _ => SessionKind::Full,
+        }
+    }
+
+    /// The lane, once its peer is known.
+    pub(super) fn into_lane(self, expires: Instant, stats: &Arc<TunnelStats>) -> Lane {
+        Lane {
+            tcp: self.tcp,
+            codec: self.codec,
+            expires,
+            used: false,
+            _open: Gauged::new(stats, |stats| &stats.lanes_open),
+        }
+    }
+
+    /// Gives the peer time to read the alert: closing with unread bytes would send RST, which may
+    /// overtake it.
+    pub(super) async fn linger(self) {
+        linger(self.tcp).await;
+    }
+}
+
+impl Lane {
+    /// Waits for the next event.
+    pub(super) async fn next_event(&mut self) -> Result<LaneEvent, LaneError> {
+        loop {
+            if let Some(event) = self.codec.event()? {
+                return Ok(event);
+            }
+            // The answer to a key update, if any.
+            flush(&self.tcp, &mut self.codec).await?;
+            if receive(&self.tcp, &mut self.codec).await? == 0 {
+                return Err(LaneError::Io(io::ErrorKind::UnexpectedEof.into()));
+            }
+        }
+    }
+
+    /// Sends what is queued.
+    pub(super) async fn flush(&mut self) -> io::Result<()> {
+        flush(&self.tcp, &mut self.codec).await
+    }
+
+    /// Whether the lane, which has no flow, can take one: nothing came but session tickets.
+    pub(super) fn check(&mut self) -> Result<(), LaneError> {
+        loop {
+            match self.codec.event()? {
+                None => {}
+                Some(LaneEvent::Closed) => {
+                    return Err(LaneError::Io(io::ErrorKind::ConnectionAborted.into()));
+                }
+                Some(_) => return Err(LaneError::Io(io::ErrorKind::InvalidData.into())),
+            }
+            match try_receive(&self.tcp, &mut self.codec) {
+                Ok(0) => return Err(LaneError::Io(io::ErrorKind::UnexpectedEof.into())),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if self.codec.is_quiet() {
+            Ok(())
+        } else {
+            Err(LaneError::Io(io::ErrorKind::InvalidData.into()))
+        }
+    }
+
+    /// Ends the lane between two flows: the peer learns that nothing was lost.
+    pub(super) async fn close(mut self) {
+        self.codec.queue_close();
+        if self.flush().await.is_ok() {
+            linger(self.tcp).await;
+        }
+    }
+
+    /// Ends the lane between two flows without waiting for the peer.
+    pub(super) fn close_now(mut self) {
+        self.codec.queue_close();
+        // One attempt: an idle lane's send buffer is empty.
+        let sent = self.tcp.try_write(self.codec.outgoing()).unwrap_or(0);
+        self.codec.sent(sent);
+    }
+}
+
+/// Ends our direction and waits a little for the peer to end its own.
+async fn linger(tcp: TcpStream) {
+    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(1);
+    const MOST: usize = 256 * 1024;
+
+    if socket2::SockRef::from(&tcp).shutdown(std::net::Shutdown::Write).is_err() {
+        return;
+    }
+    let drain = async {
+        let mut scrap = Buf::default();
+        let mut left = MOST;
+        while left > 0 && tcp.readable().await.is_ok() {
+            match tcp.try_read(scrap.room()) {
+                Ok(0) => break,
+                Ok(len) => left = left.saturating_sub(len),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => scrap.release(),
+                Err(_) => break,
+            }
+        }
+    };
+    // The peer may keep its end open; then the time is over and RST is right.
+    drop(tokio::time::timeout(PATIENCE, drain).await);
+}
+
+async fn flush(tcp: &TcpStream, codec: &mut Codec) -> io::Result<()> {
+    while !codec.outgoing().is_empty() {
+        match tcp.try_write(codec.outgoing()) {
+            Ok(len) => codec.sent(len),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tcp.writable().await?,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Receives at least one byte; zero means the end.
+async fn receive(tcp: &TcpStream, codec: &mut Codec) -> io::Result<usize> {
+    loop {
+        tcp.readable().await?;
+        match try_receive(tcp, codec) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            result => return result,
+        }
+    }
+}
+
+fn try_receive(tcp: &TcpStream, codec: &mut Codec) -> io::Result<usize> {
+    let result = tcp.try_read(codec.room());
+    codec.received(*result.as_ref().unwrap_or(&0));
+    result
+}

@@ -1,0 +1,7 @@
+//! Both ends of the tunnel on loopback, with certificates made on the spot.
+
+mod carriers;
+mod identity;
+mod pool;
+mod session;
+mod world;

@@ -1,0 +1,427 @@
+//! How carriers are made, shared, given back and given up.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use mesh_core::addr::PeerAddr;
+use mesh_core::stage::Stage;
+use mesh_core::wire::{OPEN_LEN, Reason, Role};
+use rustls::pki_types::ServerName;
+use socket2::SockRef;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+
+use super::world::*;
+use crate::identity::sni_name;
+use crate::relay::Outcome;
+use crate::tunnel::lane::Handshake;
+use crate::tunnel::session::Session;
+use crate::tunnel::tls::Refusals;
+use crate::tunnel::*;
+
+/// Opens a flow, sees one byte through, and ends it as told.
+async fn exchange(client: &Client, end: fn(TcpStream, TcpStream)) -> Outcome {
+    let (address, mut apps) = application().await;
+    let (mut user, connection) = client.connect(address).await;
+    user.write_u8(1).await.unwrap();
+    let mut app = apps.recv().await.unwrap();
+    app.read_u8().await.unwrap();
+    end(user, app);
+    connection.await.unwrap().unwrap().outcome
+}
+
+fn cleanly(user: TcpStream, app: TcpStream) {
+    drop((user, app));
+}
+
+/// The caller keeps the other end until the reset has been seen.
+fn by_reset(user: TcpStream, app: TcpStream) {
+    SockRef::from(&user).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(user);
+    tokio::spawn(async move {
+        let mut app = app;
+        let mut rest = Vec::new();
+        app.read_to_end(&mut rest).await.unwrap_err();
+    });
+}
+
+fn without_spares() -> TunnelConfig {
+    TunnelConfig { spare_lanes: 0, ..config(CarrierChoice::Lane) }
+}
+
+#[tokio::test]
+async fn a_lane_is_used_again_after_a_clean_end_and_not_after_a_reset() {
+    let (agent, client) = world_with(&Ca::new(), without_spares()).await;
+    assert_eq!(exchange(&client, cleanly).await, Outcome::Clean);
+    assert_eq!(exchange(&client, by_reset).await.reason(), "application_reset");
+    assert_eq!(exchange(&client, cleanly).await, Outcome::Clean);
+    let peers: Vec<_> = agent.seen().into_iter().map(|seen| seen.peer).collect();
+    assert_eq!(peers[0], peers[1]);
+    assert_ne!(peers[1], peers[2]);
+    assert_eq!(client.stats.dials.load(Relaxed), 2);
+}
+
+#[tokio::test]
+async fn a_stream_per_flow_shares_one_connection() {
+    let (agent, client) = world(CarrierChoice::Quic).await;
+    for end in [cleanly, by_reset, cleanly] {
+        exchange(&client, end).await;
+    }
+    let seen = agent.seen();
+    assert_eq!(seen.len(), 3);
+    assert!(seen.iter().all(|s| s.peer == seen[0].peer && s.carrier == Carrier::Quic));
+    assert_eq!(client.stats.dials.load(Relaxed), 1);
+}
+
+#[tokio::test]
+async fn a_spare_lane_is_dialled_ahead() {
+    let (_agent, client) = world(CarrierChoice::Lane).await;
+    exchange(&client, cleanly).await;
+    // From here on the one lane is in use.
+    let (address, mut apps) = application().await;
+    let (_user, _connection) = client.connect(address).await;
+    apps.recv().await.unwrap();
+    until("there is another one", || client.stats.lanes_idle.load(Relaxed) == 1).await;
+    assert_eq!(client.stats.lanes_open.load(Relaxed), 2);
+}
+
+#[tokio::test]
+async fn idle_lanes_are_closed_after_a_while() {
+    let config = TunnelConfig { lane_idle: Duration::from_millis(100), ..without_spares() };
+    let (agent, client) = world_with(&Ca::new(), config).await;
+    exchange(&client, cleanly).await;
+    until("the client closed it", || client.stats.lanes_open.load(Relaxed) == 0).await;
+    until("the server closed it", || agent.stats.lanes_open.load(Relaxed) == 0).await;
+    until("the peer is forgotten", || client.tunnels.view().is_empty()).await;
+}
+
+#[tokio::test]
+async fn an_idle_flow_holds_no_buffer() {
+    let (_agent, client) = world(CarrierChoice::Lane).await;
+    let (address, _apps) = application().await;
+    let (_user, app) = pair().await;
+    let flow = client.open(&app, address, &mut Held::default()).await.unwrap();
+    let Flow::Lane(flow) = flow else { panic!("{flow:?}") };
+    assert!(!flow.lane.codec.holds_memory());
+}
+
+#[tokio::test]
+async fn what_one_endpoint_refused_is_sent_to_another() {
+    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
+        let ca = Ca::new();
+        let (ours, theirs) = holdings(&ca);
+        let (first, second) = (
+            Agent::start(&theirs, config(carrier)).await,
+            Agent::start(&theirs, config(carrier)).await,
+        );
+        first.behave(Behaviour::Refuse(Reason::Overloaded));
+        let mut client = Client::new(&ours, config(carrier), first.node);
+        let (address, mut apps) = application().await;
+        let (mut user, app) = pair().await;
+        user.write_all(b"once, and only once").await.unwrap();
+        app.readable().await.unwrap();
+
+        let mut held = Held::default();
+        let error = client.open(&app, address, &mut held).await.unwrap_err();
+        assert_eq!((error.stage(), error.reason()), (Stage::Authorize, "overloaded"), "{error:?}");
+        assert!(error.may_retry());
+        assert_eq!(held.bytes(), b"once, and only once");
+
+        client.peer.node = second.node;
+        let flow = client.open(&app, address, &mut held).await.unwrap();
+        tokio::spawn(async move {
+            crate::relay::relay(app, flow, held, &crate::telemetry::Live::default()).await
+        });
+        user.shutdown().await.unwrap();
+        let mut received = String::new();
+        apps.recv().await.unwrap().read_to_string(&mut received).await.unwrap();
+        assert_eq!(received, "once, and only once");
+        assert!(apps.try_recv().is_err(), "delivered twice");
+    }
+}
+
+#[tokio::test]
+async fn a_lane_survives_refusals() {
+    let (agent, client) = world_with(&Ca::new(), without_spares()).await;
+    agent.behave(Behaviour::Refuse(Reason::Denied));
+    let (address, _apps) = application().await;
+    for _ in 0..3 {
+        let (mut user, app) = pair().await;
+        user.write_all(&[1; 40_000]).await.unwrap();
+        app.readable().await.unwrap();
+        let error = client.open(&app, address, &mut Held::default()).await.unwrap_err();
+        assert_eq!(error.reason(), "denied", "{error:?}");
+        assert!(!error.may_retry(), "a policy is about the service");
+    }
+    agent.behave(Behaviour::Deliver);
+    exchange(&client, cleanly).await;
+    assert_eq!(client.stats.dials.load(Relaxed), 1);
+    assert_eq!(client.stats.flows_refused.load(Relaxed), 3);
+}
+
+#[tokio::test]
+async fn an_application_that_does_not_listen_is_a_refusal_at_delivery() {
+    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
+        let (_agent, client) = world(carrier).await;
+        let nobody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = nobody.local_addr().unwrap();
+        drop(nobody);
+        let (_user, app) = pair().await;
+        let error = client.open(&app, address, &mut Held::default()).await.unwrap_err();
+        assert_eq!((error.stage(), error.reason()), (Stage::Deliver, "connection_refused"));
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_vanishes_after_accepting_is_an_error() {
+    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
+        let (agent, client) = world(carrier).await;
+        agent.behave(Behaviour::Vanish);
+        let (address, _apps) = application().await;
+        let (mut user, connection) = client.connect(address).await;
+        let mut rest = Vec::new();
+        user.read_to_end(&mut rest).await.expect_err("a clean end");
+        // On QUIC the reset may overtake the answer.
+        if let Ok(end) = connection.await.unwrap() {
+            assert_ne!(end.outcome, Outcome::Clean);
+        }
+    }
+}
+
+/// All who wait for a peer fail with the first, and then at once for a while.
+async fn silent_peer_fails_all_together(carrier: CarrierChoice, node: PeerAddr) {
+    const LIMIT: Duration = Duration::from_millis(600);
+    let (ours, _) = holdings(&Ca::new());
+    let config = TunnelConfig {
+        connect_timeout: LIMIT,
+        backoff_min: Duration::from_secs(60),
+        backoff_max: Duration::from_secs(60),
+        ..config(carrier)
+    };
+    let client = Arc::new(Client::new(&ours, config, node));
+    let started = Instant::now();
+    let mut waiting = Vec::new();
+    for _ in 0..6 {
+        let client = Arc::clone(&client);
+        waiting.push(tokio::spawn(async move {
+            let (_user, app) = pair().await;
+            let error = client
+                .open(&app, "10.0.0.2:80".parse().unwrap(), &mut Held::default())
+                .await
+                .unwrap_err();
+            (error, Instant::now())
+        }));
+        tokio::time::sleep(LIMIT / 12).await;
+    }
+    for waiter in waiting {
+        let (error, at) = waiter.await.unwrap();
+        assert_eq!(error.reason(), "connect_timeout", "{error:?}");
+        assert!(error.may_retry());
+        let took = at - started;
+        assert!(took >= LIMIT - Duration::from_millis(5) && took < LIMIT * 3 / 2, "{took:?}");
+    }
+    let again = Instant::now();
+    let (_user, app) = pair().await;
+    let error =
+        client.open(&app, "10.0.0.2:80".parse().unwrap(), &mut Held::default()).await.unwrap_err();
+    assert!(matches!(error, OpenError::BackingOff(_)), "{error:?}");
+    assert_eq!(error.reason(), "connect_timeout");
+    assert!(again.elapsed() < LIMIT / 4, "{:?}", again.elapsed());
+}
+
+#[tokio::test]
+async fn a_silent_peer_fails_all_who_wait_together_on_lanes() {
+    // The kernel accepts and nobody answers.
+    let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let node = PeerAddr(silent.local_addr().unwrap());
+    silent_peer_fails_all_together(CarrierChoice::Lane, node).await;
+}
+
+#[tokio::test]
+async fn a_silent_peer_fails_all_who_wait_together_on_quic() {
+    let silent = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let node = PeerAddr(silent.local_addr().unwrap());
+    silent_peer_fails_all_together(CarrierChoice::Quic, node).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_comes_back_is_used_after_the_back_off() {
+    let ca = Ca::new();
+    let (ours, theirs) = holdings(&ca);
+    let gone = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let node = PeerAddr(gone.local_addr().unwrap());
+    drop(gone);
+    let mut client = Client::new(&ours, config(CarrierChoice::Lane), node);
+    let (address, _apps) = application().await;
+    let (_user, app) = pair().await;
+    let error = client.open(&app, address, &mut Held::default()).await.unwrap_err();
+    assert_eq!(error.reason(), "connection_refused", "{error:?}");
+    // Another peer is not concerned.
+    let agent = Agent::start(&theirs, config(CarrierChoice::Lane)).await;
+    client.peer.node = agent.node;
+    exchange(&client, cleanly).await;
+}
+
+async fn falls_back(serves: Serves, expected: Carrier) {
+    let ca = Ca::new();
+    let (ours, theirs) = holdings(&ca);
+    let config = TunnelConfig { carrier: CarrierChoice::Auto, ..without_spares() };
+    let agent = Agent::start_with(&theirs, config.clone(), serves).await;
+    let client = Client::new(&ours, config, agent.node);
+    exchange(&client, cleanly).await;
+    let dials = client.stats.dials.load(Relaxed);
+    exchange(&client, cleanly).await;
+    assert!(agent.seen().iter().all(|seen| seen.carrier == expected));
+    assert_eq!(client.stats.dials.load(Relaxed), dials, "it is remembered");
+    assert_eq!(client.tunnels.view()[0].carrier, expected);
+}
+
+#[tokio::test]
+async fn auto_uses_quic_where_tcp_does_not_pass() {
+    falls_back(Serves::OnlyQuic, Carrier::Quic).await;
+}
+
+#[tokio::test]
+async fn auto_uses_lanes_where_both_pass() {
+    falls_back(Serves::Both, Carrier::Lane).await;
+}
+
+#[tokio::test]
+async fn auto_goes_back_to_lanes_when_quic_does_not_pass_any_more() {
+    let ca = Ca::new();
+    let (ours, theirs) = holdings(&ca);
+    let config = TunnelConfig {
+        connect_timeout: Duration::from_secs(1),
+        lane_idle: Duration::from_millis(1),
+        ..config(CarrierChoice::Auto)
+    };
+    let mut agent = Agent::start_with(&theirs, config.clone(), Serves::OnlyQuic).await;
+    let client = Client::new(&ours, config.clone(), agent.node);
+    exchange(&client, cleanly).await;
+    assert_eq!(agent.seen()[0].carrier, Carrier::Quic);
+    until("the connection is closed", || client.stats.quic_connections.load(Relaxed) == 0).await;
+    agent.tasks.shutdown().await;
+    // Now TCP passes and UDP does not, and QUIC is still what is remembered.
+    let listener = TcpListener::bind(agent.node.0).await.unwrap();
+    let _silent = UdpSocket::bind(agent.node.0).await;
+    let tunnels = Tunnels::new(
+        config,
+        TicketKeys::new().unwrap(),
+        theirs.credentials(),
+        Arc::new(TunnelStats::default()),
+    )
+    .unwrap();
+    let (_drain, draining) = tokio::sync::watch::channel(false);
+    tokio::spawn(tunnels.serve_lanes(listener, draining, |request| async move {
+        let app = TcpStream::connect(request.open.destination.0).await.unwrap();
+        let flow = request.accept().await.unwrap();
+        crate::relay::relay(app, flow, Held::default(), &crate::telemetry::Live::default()).await;
+    }));
+    exchange(&client, cleanly).await;
+    assert_eq!(client.tunnels.view()[0].carrier, Carrier::Lane);
+    assert_eq!(client.stats.fallbacks.load(Relaxed), 2);
+}
+
+#[tokio::test]
+async fn an_unknown_version_is_answered_and_ends_the_lane() {
+    let ca = Ca::new();
+    let (agent, _client) = world_with(&ca, config(CarrierChoice::Lane)).await;
+    let (ours, _) = holdings(&ca);
+    let credentials = ours.credentials();
+    let certified = (credentials.certified)(&id(CALLER)).unwrap();
+    let tls = tls::client_config(&credentials, &certified, &Refusals::default()).unwrap();
+    let name = ServerName::try_from(sni_name(&id(SERVICE))).unwrap();
+    let tcp = TcpStream::connect(agent.node.0).await.unwrap();
+    let session = Session::client(Arc::new(tls), name).unwrap();
+    let mut handshake = Handshake::new(tcp, session, Role::Client);
+    handshake.complete().await.unwrap();
+    let stats = Arc::new(TunnelStats::default());
+    let mut lane = handshake.into_lane(Instant::now() + Duration::from_secs(60), &stats);
+
+    // A longer OPEN, as a later version may have.
+    let mut open = [0; OPEN_LEN + 30];
+    open[..OPEN_LEN].copy_from_slice(&open_to("10.0.0.2:80".parse().unwrap()).encode());
+    open[3] += 30;
+    open[4] = 2;
+    lane.codec.queue(&open).unwrap();
+    lane.flush().await.unwrap();
+    match lane.next_event().await.unwrap() {
+        LaneEvent::Answer(answer) => {
+            assert_eq!(answer.verdict.unwrap_err().reason, Reason::Version);
+            assert_eq!(answer.version, mesh_core::wire::VERSION);
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(lane.next_event().await.unwrap(), LaneEvent::Closed);
+    assert!(agent.seen().is_empty());
+}
+
+#[tokio::test]
+async fn an_application_that_gives_up_while_it_waits_is_not_waited_for() {
+    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
+        let (_agent, client) = world(carrier).await;
+        // Nobody accepts beyond the backlog: the server's agent waits for its connection.
+        let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let node = PeerAddr(silent.local_addr().unwrap());
+        let (user, app) = pair().await;
+        SockRef::from(&user).set_linger(Some(Duration::ZERO)).unwrap();
+        let client = Client { peer: Peer { node, ..client.peer.clone() }, ..client };
+        let mut held = Held::default();
+        let opening = client.open(&app, "10.0.0.2:80".parse().unwrap(), &mut held);
+        let (opened, ()) = tokio::join!(opening, async {
+            tokio::task::yield_now().await;
+            drop(user);
+        });
+        assert_eq!(opened.unwrap_err().reason(), "application_reset");
+    }
+}
+
+#[tokio::test]
+async fn a_drained_server_finishes_what_runs_and_closes_the_rest() {
+    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
+        let (mut agent, client) = world(carrier).await;
+        exchange(&client, cleanly).await;
+        let (address, mut apps) = application().await;
+        let (mut user, connection) = client.connect(address).await;
+        let mut app = apps.recv().await.unwrap();
+        agent.drain.send_replace(true);
+        // What runs goes on.
+        user.write_all(b"still here").await.unwrap();
+        user.shutdown().await.unwrap();
+        let mut received = String::new();
+        app.read_to_string(&mut received).await.unwrap();
+        assert_eq!(received, "still here");
+        app.write_all(b"bye").await.unwrap();
+        drop(app);
+        let mut answer = String::new();
+        user.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer, "bye");
+        assert_eq!(connection.await.unwrap().unwrap().outcome, Outcome::Clean);
+        // Both servers return by themselves.
+        let all = async { while agent.tasks.join_next().await.is_some() {} };
+        tokio::time::timeout(Duration::from_secs(10), all).await.expect("it never ended");
+    }
+}
+
+#[tokio::test]
+async fn a_drained_client_opens_nothing_more() {
+    let (_agent, client) = world(CarrierChoice::Lane).await;
+    exchange(&client, cleanly).await;
+    client.tunnels.drain().await;
+    assert_eq!(client.stats.lanes_idle.load(Relaxed), 0);
+    let (_user, app) = pair().await;
+    let error =
+        client.open(&app, "10.0.0.2:80".parse().unwrap(), &mut Held::default()).await.unwrap_err();
+    assert_eq!(error.reason(), "draining");
+}
+
+#[tokio::test]
+async fn opening_a_flow_is_a_small_future() {
+    let (_agent, client) = world(CarrierChoice::Lane).await;
+    let (_user, app) = pair().await;
+    let mut held = Held::default();
+    let size = size_of_val(&client.open(&app, "10.0.0.2:80".parse().unwrap(), &mut held));
+    assert!(size <= 4096, "{size} bytes for every connection");
+}

@@ -1,0 +1,436 @@
+//! The real agent, on one node: started, asked, stopped.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::access_log::Record;
+use crate::metrics::Metrics;
+use crate::netns::Netns;
+use crate::pod::Pod;
+use crate::sys;
+use crate::topology::Builder;
+use crate::wait;
+
+/// `--metrics-addr` and `--ready-addr` as they are if nothing is said.
+const METRICS_PORT: u16 = 15020;
+const READY_PORT: u16 = 15021;
+
+/// Loading the programs takes a second on a busy machine.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+const HTTP_LIMIT: Duration = Duration::from_secs(5);
+
+/// Where an agent finds its things.
+#[derive(Debug)]
+pub(crate) struct AgentFiles {
+    pub(crate) dir: PathBuf,
+    pub(crate) manifests: PathBuf,
+    pub(crate) ca_dir: PathBuf,
+    pub(crate) trust_domain: String,
+    pub(crate) cgroup: PathBuf,
+}
+
+/// A `mesh-agent run` in a node's network namespace, with a bpf file system of its own.
+#[derive(Debug)]
+pub struct Agent {
+    node: String,
+    netns: Arc<Netns>,
+    files: AgentFiles,
+    flags: Vec<String>,
+    child: Option<Child>,
+    _bpffs: BpfMount,
+}
+
+/// What one call of the command line printed.
+#[derive(Clone, Debug)]
+pub struct Cli {
+    /// The exit code.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Agent {
+    pub(crate) fn start(
+        node: &str,
+        netns: Arc<Netns>,
+        files: AgentFiles,
+        builder: &Builder,
+    ) -> Result<Self> {
+        fs::create_dir_all(&files.dir).context("create the agent's directory")?;
+        let bpffs = BpfMount::new(files.dir.join("bpf"))?;
+        let mut flags = vec![
+            format!("--carrier={}", builder.carrier.as_str()),
+            format!("--cert-lifetime-s={}", builder.cert_lifetime.as_secs()),
+            "--access-log=json".to_owned(),
+            "--log=info,mesh_agent=debug".to_owned(),
+        ];
+        for flag in &builder.flags {
+            replace_flag(&mut flags, flag);
+        }
+        let mut this =
+            Self { node: node.to_owned(), netns, files, flags, child: None, _bpffs: bpffs };
+        this.spawn()?;
+        Ok(this)
+    }
+
+    /// Starts the agent, which must not run, and waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not become ready.
+    pub fn restart(&mut self) -> Result<()> {
+        ensure!(self.child.is_none(), "the agent of {} runs already", self.node);
+        self.spawn()?;
+        self.wait_until_ready()
+    }
+
+    /// From the next start on, the agent has this flag, given as one argument: `--carrier=quic`. It
+    /// replaces one of the same name.
+    pub fn set_flag(&mut self, flag: &str) {
+        replace_flag(&mut self.flags, flag);
+    }
+
+    /// The process id; 0 while it does not run.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().map_or(0, Child::id)
+    }
+
+    /// Its name is its node's.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Ends it with SIGKILL: no drain, no clean-up.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not run.
+    pub fn kill(&mut self) -> Result<()> {
+        let mut child = self.child.take().context("the agent does not run")?;
+        child.kill().context("kill the agent")?;
+        child.wait().context("wait for the agent")?;
+        Ok(())
+    }
+
+    /// Sends SIGTERM: it drains, and ends within `--drain-s`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not run.
+    pub fn terminate(&mut self) -> Result<()> {
+        self.signal(libc::SIGTERM)
+    }
+
+    /// Sends any signal, such as SIGSTOP.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not run.
+    pub fn signal(&mut self, signal: i32) -> Result<()> {
+        let child = self.child.as_ref().context("the agent does not run")?;
+        sys::kill(child.id(), signal).context("signal the agent")
+    }
+
+    /// Waits until it has ended by itself.
+    ///
+    /// # Errors
+    ///
+    /// Fails if that takes longer than `limit`.
+    pub fn wait_until_gone(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let child = self.child.as_mut().context("the agent does not run")?;
+        let status =
+            wait::until_some(limit, "the agent to end", || child.try_wait().ok().flatten())?;
+        self.child = None;
+        Ok(status)
+    }
+
+    /// Whether `/healthz/ready` says so.
+    pub fn is_ready(&self) -> bool {
+        self.http(READY_PORT, "/healthz/ready").is_ok_and(|(status, _)| status == 200)
+    }
+
+    /// One scrape.
+    ///
+    /// # Errors
+    ///
+    /// Fails if nothing answers.
+    pub fn metrics(&self) -> Result<Metrics> {
+        let (status, text) = self.http(METRICS_PORT, "/metrics")?;
+        ensure!(status == 200, "/metrics: {status}");
+        Ok(Metrics::parse(&text))
+    }
+
+    /// The sum of the series of a family that carry these labels, now.
+    ///
+    /// # Errors
+    ///
+    /// Fails if nothing answers.
+    pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
+        Ok(self.metrics()?.sum(name, labels))
+    }
+
+    /// Waits until the sum of these series is `value` or more.
+    ///
+    /// # Errors
+    ///
+    /// Fails, and says what it is, if that takes too long.
+    pub fn wait_for_metric(&self, name: &str, labels: &[(&str, &str)], value: f64) -> Result<()> {
+        let mut last = 0.0;
+        wait::until(wait::SOON, "", || {
+            last = self.metric(name, labels).unwrap_or_default();
+            last >= value
+        })
+        .with_context(|| format!("{name} {labels:?} of node {} is {last}, not {value}", self.node))
+    }
+
+    /// An answer of one of the agent's HTTP ports: status and body.
+    ///
+    /// # Errors
+    ///
+    /// Fails if nothing answers.
+    pub fn http(&self, port: u16, path: &str) -> Result<(u16, String)> {
+        let addr = (Ipv4Addr::LOCALHOST, port).into();
+        let mut stream = self.netns.run(|| Ok(TcpStream::connect_timeout(&addr, HTTP_LIMIT)?))?;
+        stream.set_read_timeout(Some(HTTP_LIMIT))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        let answer = String::from_utf8(answer).context("an answer that is no text")?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+        let status = head.split(' ').nth(1).context("no HTTP status")?.parse()?;
+        let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
+        Ok((status, if chunked { unchunk(body) } else { body.to_owned() }))
+    }
+
+    /// Runs `mesh-agent <args>` against this agent.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it cannot be run; what it answers is the caller's to judge.
+    pub fn cli(&self, args: &[&str]) -> Result<Cli> {
+        let mut command = Command::new(binary()?);
+        command.args(args).env("MESH_ADMIN_SOCKET", self.admin_socket());
+        command.env("MESH_BPFFS", self.bpffs()).env("MESH_CGROUP", &self.files.cgroup);
+        let child = self.netns.spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?;
+        let output = child.wait_with_output().context("wait for the command line")?;
+        Ok(Cli {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+
+    /// Runs `mesh-agent <args> -o json` against this agent.
+    ///
+    /// # Errors
+    ///
+    /// Fails unless it exits with 0 and prints JSON.
+    pub fn ask(&self, args: &[&str]) -> Result<Value> {
+        let cli = self.cli(&[args, &["-o", "json"]].concat())?;
+        ensure!(cli.code == 0, "mesh-agent {args:?}: code {}: {}", cli.code, cli.stderr.trim());
+        serde_json::from_str(&cli.stdout).with_context(|| format!("mesh-agent {args:?}"))
+    }
+
+    /// Whether the agent takes this pod for enrolled; `None` if it does not know it.
+    pub fn is_enrolled(&self, pod: &Pod) -> Option<bool> {
+        let workloads = self.ask(&["workloads"]).ok()?;
+        let found = workloads.as_array()?.iter().find(|one| one["uid"] == pod.uid())?;
+        found["enrolled"].as_bool()
+    }
+
+    /// What it logged since its first start.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.files.dir.join("agent.log")).unwrap_or_default()
+    }
+
+    /// Its access log since its first start.
+    pub fn access_log(&self) -> Vec<Record> {
+        self.output().lines().filter_map(Record::parse).collect()
+    }
+
+    /// What it wrote to standard output since its first start.
+    pub fn output(&self) -> String {
+        fs::read_to_string(self.files.dir.join("access.log")).unwrap_or_default()
+    }
+
+    /// Waits for an access-log record with these texts.
+    ///
+    /// # Errors
+    ///
+    /// Fails, and shows the last records, if none comes.
+    pub fn wait_for_record(&self, texts: &[(&str, &str)]) -> Result<Record> {
+        wait::until_some(wait::SOON, "", || {
+            self.access_log().into_iter().rev().find(|record| record.has(texts))
+        })
+        .with_context(|| {
+            let records = self.access_log();
+            let last: Vec<_> = records.iter().rev().take(3).collect();
+            format!("no access-log record {texts:?} on node {}; the last: {last:#?}", self.node)
+        })
+    }
+
+    /// What `--bpffs` means.
+    pub fn bpffs(&self) -> PathBuf {
+        self.files.dir.join("bpf/malla")
+    }
+
+    /// What `--ca-dir` means.
+    pub fn ca_dir(&self) -> &Path {
+        &self.files.ca_dir
+    }
+
+    /// What `--admin-socket` means.
+    pub fn admin_socket(&self) -> PathBuf {
+        self.files.dir.join("admin.sock")
+    }
+
+    /// Memory that it occupies, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not run.
+    pub fn rss_bytes(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|text| text.split_whitespace().next()).context("no VmRSS")?;
+        Ok(kib.parse::<u64>()? * 1024)
+    }
+
+    /// Waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the end of its log if it ends, or does not become ready.
+    pub(crate) fn wait_until_ready(&mut self) -> Result<()> {
+        let mut ended = None;
+        let waited = wait::until(READY_LIMIT, "the agent to be ready", || {
+            ended = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+            ended.is_some() || self.is_ready()
+        });
+        if let Some(status) = ended {
+            self.child = None;
+            bail!("the agent of node {} ended: {status}\n{}", self.node, self.log_tail());
+        }
+        waited.with_context(|| format!("node {}:\n{}", self.node, self.log_tail()))
+    }
+
+    fn spawn(&mut self) -> Result<()> {
+        let mut command = Command::new(binary()?);
+        command.arg("run").args(["--node", &self.node]);
+        command.arg("--manifests").arg(&self.files.manifests);
+        command.arg("--ca-dir").arg(&self.files.ca_dir);
+        command.arg("--trust-domain").arg(&self.files.trust_domain);
+        command.arg("--cgroup").arg(&self.files.cgroup);
+        command.arg("--bpffs").arg(self.bpffs());
+        command.arg("--admin-socket").arg(self.admin_socket());
+        command.args(&self.flags).stdin(Stdio::null());
+        command.stdout(append(&self.files.dir.join("access.log"))?);
+        command.stderr(append(&self.files.dir.join("agent.log"))?);
+        // Ctrl-C on the terminal is for the program that uses this harness: it ends agents itself.
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        self.child = Some(self.netns.spawn(&mut command)?);
+        Ok(())
+    }
+
+    fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<_> = log.lines().collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if self.child.is_some() {
+            self.kill().ok();
+        }
+        // Captured by a test runner, shown when the test failed.
+        if std::thread::panicking() {
+            #[expect(clippy::print_stderr, reason = "a test runner's output")]
+            {
+                eprintln!("--- the agent of node {} logged:\n{}", self.node, self.log_tail());
+            }
+        }
+    }
+}
+
+impl Cli {
+    /// The output as JSON.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it is none.
+    pub fn json(&self) -> Result<Value> {
+        serde_json::from_str(&self.stdout).with_context(|| format!("no JSON: {}", self.stdout))
+    }
+}
+
+/// A bpf file system of its own, so that agents of several tests never meet.
+#[derive(Debug)]
+struct BpfMount(PathBuf);
+
+impl BpfMount {
+    fn new(path: PathBuf) -> Result<Self> {
+        fs::create_dir_all(&path).context("create the bpf mount point")?;
+        sys::mount_bpffs(&path).with_context(|| format!("mount bpffs on {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for BpfMount {
+    fn drop(&mut self) {
+        sys::unmount(&self.0).ok();
+    }
+}
+
+/// The agent's program: `$MALLA_AGENT`, or what lies beside this one.
+///
+/// # Errors
+///
+/// Fails if it was not built.
+pub(crate) fn binary() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("MALLA_AGENT") {
+        return Ok(path.into());
+    }
+    let this = std::env::current_exe().context("find this program")?;
+    // Tests lie in target/debug/deps, programs in target/debug.
+    let mut beside = this.ancestors().skip(1).take(2).map(|dir| dir.join("mesh-agent"));
+    beside.find(|path| path.is_file()).context("mesh-agent is not built: run `cargo xtask build`")
+}
+
+fn append(path: &Path) -> Result<File> {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    file.with_context(|| format!("open {}", path.display()))
+}
+
+/// The last one of a name counts: the command line refuses two.
+fn replace_flag(flags: &mut Vec<String>, flag: &str) {
+    let name = |flag: &str| flag.split('=').next().map(str::to_owned);
+    flags.retain(|known| name(known) != name(flag));
+    flags.push(flag.to_owned());
+}
+
+/// Undoes `Transfer-Encoding: chunked` (RFC 9112 section 7.1).
+fn unchunk(body: &str) -> String {
+    let mut out = String::new();
+    let mut rest = body;
+    while let Some((size, after)) = rest.split_once("\r\n") {
+        let size = usize::from_str_radix(size.trim(), 16).unwrap_or_default();
+        let Some(chunk) = after.get(..size).filter(|chunk| !chunk.is_empty()) else {
+            break;
+        };
+        out.push_str(chunk);
+        rest = after[size..].trim_start_matches("\r\n");
+    }
+    out
+}

@@ -1,0 +1,187 @@
+//! Plain TCP and the mesh between the same two pods, on two nodes of this machine, in one run.
+//!
+//! Sides take turns in every round, so that whatever else the machine does falls on all of them;
+//! medians and the spread of the rounds are told. Clients and the server are processes of this same
+//! executable inside the pods: the CPU of each part is counted apart. On the plain side no agent
+//! runs and no program of ours is attached.
+
+mod client;
+mod machine;
+mod results;
+mod run;
+mod server;
+mod stats;
+mod usage;
+mod world;
+
+use std::fs;
+use std::io::{Write as _, stderr, stdout};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::{Parser, Subcommand};
+use harness::{Guard, Interrupt};
+
+use machine::Machine;
+use results::{Results, Side};
+use run::{Plan, Round, start_server};
+use world::World;
+
+/// Measures plain TCP and the mesh between the same pods of two nodes.
+#[derive(Debug, Parser)]
+#[command(name = "malla-bench", disable_version_flag = true)]
+struct Cli {
+    #[command(subcommand)]
+    role: Option<Role>,
+
+    /// One short round: shows that all works, measures little.
+    #[arg(long)]
+    quick: bool,
+
+    /// Rounds; every side runs once in each.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+
+    /// What to compare.
+    #[arg(long, value_delimiter = ',', default_values = ["plain", "lane", "quic"])]
+    sides: Vec<Side>,
+
+    /// Seconds of each measure but new connections.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+
+    /// Seconds of new connections, once with 1 client and once with 16; their decay needs time.
+    #[arg(long, default_value_t = 10.0)]
+    connect_seconds: f64,
+
+    /// Connections held open for the memory of an idle one.
+    #[arg(long, default_value_t = 1000)]
+    idle: usize,
+
+    /// Hold agents, clients and server to these cores, as `0` or `0,1`.
+    #[arg(long, value_name = "CORES")]
+    pin: Option<String>,
+
+    /// Also write the results there, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// The parts that this executable plays when it has started itself.
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// The server in its pod.
+    #[command(hide = true)]
+    Serve,
+    /// A client in its pod.
+    #[command(hide = true)]
+    Client(client::Order),
+}
+
+fn main() -> ExitCode {
+    match part(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody is left to tell if this fails.
+            say(&format!("malla-bench: {error:#}")).ok();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn part(cli: &Cli) -> Result<()> {
+    match &cli.role {
+        Some(Role::Serve) => {
+            world::many_descriptors()?;
+            server::run()
+        }
+        Some(Role::Client(order)) => {
+            world::many_descriptors()?;
+            client::run(order)
+        }
+        None => bench(cli),
+    }
+}
+
+fn bench(cli: &Cli) -> Result<()> {
+    let interrupt = Interrupt::catch()?;
+    if let Some(missing) = harness::missing(&["taskset", "prlimit"]) {
+        bail!("{missing}");
+    }
+    let (rounds, plan) = plan(cli);
+    ensure!(rounds > 0 && plan.idle > 0, "nothing to measure: --rounds and --idle begin at 1");
+    let machine = Machine::new(cli.pin.clone())?;
+    let _guard = Guard::start()?;
+    let mut world = World::new(&cli.sides)?;
+    say(&format!("{machine}. {}.", world::SETTINGS))?;
+
+    let measured = measure(&mut world, &cli.sides, rounds, plan, &interrupt);
+    // Ctrl-C on a terminal has ended the clients too, and their error is not the reason.
+    ensure!(!interrupt.came(), "interrupted");
+    let results = measured?;
+    let table = results.markdown();
+    let conditions = format!(
+        "{machine}. Rounds: {rounds}, of {} s a measure ({} s for new connections, {} idle \
+         connections): median (least..most). {}.",
+        plan.seconds,
+        plan.connect_seconds,
+        plan.idle,
+        world::SETTINGS,
+    );
+    writeln!(stdout(), "{table}\n{conditions}").context("write the table")?;
+    if let Some(path) = &cli.json {
+        let text = serde_json::to_string_pretty(&results.json(&machine.json()))?;
+        fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn plan(cli: &Cli) -> (usize, Plan) {
+    if cli.quick {
+        return (1, Plan { seconds: 0.5, connect_seconds: 2.0, idle: cli.idle.min(200) });
+    }
+    let Cli { seconds, connect_seconds, idle, .. } = *cli;
+    (cli.rounds, Plan { seconds, connect_seconds, idle })
+}
+
+fn measure(
+    world: &mut World,
+    sides: &[Side],
+    rounds: usize,
+    plan: Plan,
+    interrupt: &Interrupt,
+) -> Result<Results> {
+    let mut results = Results::default();
+    for round in 1..=rounds {
+        for side in sides {
+            let started = Instant::now();
+            let agents = world.take(*side).with_context(|| format!("set up {}", side.name()))?;
+            // A server of its own for each side: none has connections left of the one before.
+            let server = start_server(&|command| world.start_in_server(command))?;
+            Round {
+                client: &|command| {
+                    ensure!(!interrupt.came(), "interrupted");
+                    world.start_in_client(command)
+                },
+                server: world.server_address(),
+                agents,
+                carries: &|connections| world.carries(*side, connections),
+                plan,
+                found: &mut |measure, value| results.add(*side, measure, value),
+            }
+            .measure()
+            .with_context(|| format!("round {round} of {}", side.name()))?;
+            drop(server);
+            let took = started.elapsed().as_secs();
+            say(&format!("round {round}/{rounds}: {} ({took} s)", side.name()))?;
+        }
+    }
+    Ok(results)
+}
+
+/// Progress goes to standard error: standard output is the table and nothing else.
+fn say(line: &str) -> Result<()> {
+    writeln!(stderr(), "{line}").context("write to standard error")
+}

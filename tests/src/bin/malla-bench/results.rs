@@ -1,0 +1,370 @@
+//! What is measured, on which side, and what came of it: as a table for people and as JSON.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use clap::ValueEnum;
+use serde_json::{Map, Value, json};
+
+use crate::stats::Spread;
+
+/// What carries the bytes between the two pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub(crate) enum Side {
+    /// TCP as without a mesh: no agent runs and no program is attached.
+    Plain,
+    /// The mesh over lanes.
+    Lane,
+    /// The mesh over QUIC.
+    Quic,
+}
+
+impl Side {
+    /// Its name, also the agent's value of `--carrier`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Lane => "lane",
+            Self::Quic => "quic",
+        }
+    }
+}
+
+/// Everything that is measured, in the order of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Measure {
+    P50Of1,
+    P99Of1,
+    RateOf1,
+    P50Of16,
+    P99Of16,
+    RateOf16,
+    P50Of64,
+    P99Of64,
+    RateOf64,
+    Bulk1,
+    CpuPerGb1,
+    ClientAgentPerGb1,
+    ServerAgentPerGb1,
+    Bulk8,
+    CpuPerGb8,
+    ClientAgentPerGb8,
+    ServerAgentPerGb8,
+    BesideP50,
+    BesideP99,
+    BesideBulk,
+    NewBy1,
+    NewDecayBy1,
+    CpuPerNew,
+    ClientAgentPerNew,
+    ServerAgentPerNew,
+    NewBy16,
+    NewDecayBy16,
+    NewFailed,
+    RssIdle,
+    RssPerIdleClient,
+    RssPerIdleServer,
+}
+
+use Measure::{
+    BesideBulk, BesideP50, BesideP99, Bulk1, Bulk8, ClientAgentPerGb1, ClientAgentPerGb8,
+    ClientAgentPerNew, CpuPerGb1, CpuPerGb8, CpuPerNew, NewBy1, NewBy16, NewDecayBy1, NewDecayBy16,
+    NewFailed, P50Of1, P50Of16, P50Of64, P99Of1, P99Of16, P99Of64, RateOf1, RateOf16, RateOf64,
+    RssIdle, RssPerIdleClient, RssPerIdleServer, ServerAgentPerGb1, ServerAgentPerGb8,
+    ServerAgentPerNew,
+};
+
+impl Measure {
+    /// Its name in the JSON, what the table calls it, and the unit. Names are an interface.
+    pub(crate) fn spec(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            P50Of1 => ("p50_64b", "64 B exchange, 1 connection: p50", "us"),
+            P99Of1 => ("p99_64b", "64 B exchange, 1 connection: p99", "us"),
+            RateOf1 => ("rate_1", "64 B exchanges, 1 connection", "1/s"),
+            P50Of16 => ("p50_64b_16", "64 B exchange, 16 connections: p50", "us"),
+            P99Of16 => ("p99_64b_16", "64 B exchange, 16 connections: p99", "us"),
+            RateOf16 => ("rate_16", "64 B exchanges, 16 connections", "1/s"),
+            P50Of64 => ("p50_64b_64", "64 B exchange, 64 connections: p50", "us"),
+            P99Of64 => ("p99_64b_64", "64 B exchange, 64 connections: p99", "us"),
+            RateOf64 => ("rate_64", "64 B exchanges, 64 connections", "1/s"),
+            Bulk1 => ("bulk_1", "throughput, 1 connection", "Gbit/s"),
+            CpuPerGb1 => ("cpu_per_gb", "CPU, 1 connection: whole machine", "s/GB"),
+            ClientAgentPerGb1 => ("cpu_per_gb_client_agent", "... client's agent", "s/GB"),
+            ServerAgentPerGb1 => ("cpu_per_gb_server_agent", "... server's agent", "s/GB"),
+            Bulk8 => ("bulk_8", "throughput, 8 connections", "Gbit/s"),
+            CpuPerGb8 => ("cpu_per_gb_8", "CPU, 8 connections: whole machine", "s/GB"),
+            ClientAgentPerGb8 => ("cpu_per_gb_8_client_agent", "... client's agent", "s/GB"),
+            ServerAgentPerGb8 => ("cpu_per_gb_8_server_agent", "... server's agent", "s/GB"),
+            BesideP50 => ("small_beside_bulk_ms", "64 B exchange beside 8 bulk flows: p50", "ms"),
+            BesideP99 => {
+                ("small_beside_bulk_p99_ms", "64 B exchange beside 8 bulk flows: p99", "ms")
+            }
+            BesideBulk => ("bulk_beside_small", "... those bulk flows", "Gbit/s"),
+            NewBy1 => ("new_conns_1", "new connections, 1 client", "1/s"),
+            NewDecayBy1 => ("new_conns_1_decay", "... last quarter \u{f7} first", "x"),
+            CpuPerNew => ("cpu_per_conn_us", "CPU per new connection: whole machine", "us"),
+            ClientAgentPerNew => ("cpu_per_conn_us_client_agent", "... client's agent", "us"),
+            ServerAgentPerNew => ("cpu_per_conn_us_server_agent", "... server's agent", "us"),
+            NewBy16 => ("new_conns_16", "new connections, 16 clients", "1/s"),
+            NewDecayBy16 => ("new_conns_16_decay", "... last quarter \u{f7} first", "x"),
+            NewFailed => ("new_conns_failed", "... that failed, 1 and 16 clients", "count"),
+            RssIdle => ("rss_idle_mb", "agent's memory, idle", "MB"),
+            RssPerIdleClient => {
+                ("rss_per_idle_conn_kb_client", "... per idle connection, client's agent", "KB")
+            }
+            RssPerIdleServer => {
+                ("rss_per_idle_conn_kb_server", "... per idle connection, server's agent", "KB")
+            }
+        }
+    }
+}
+
+/// All runs.
+#[derive(Debug, Default)]
+pub(crate) struct Results(BTreeMap<Measure, BTreeMap<Side, Vec<f64>>>);
+
+impl Results {
+    /// Adds a run of `measure` on `side`.
+    pub(crate) fn add(&mut self, side: Side, measure: Measure, value: f64) {
+        self.0.entry(measure).or_default().entry(side).or_default().push(value);
+    }
+
+    fn spread(&self, measure: Measure, side: Side) -> Option<Spread> {
+        Spread::of(self.0.get(&measure)?.get(&side)?)
+    }
+
+    /// The mesh's median by plain's, of what is a quantity: not of a ratio, nor of failures.
+    fn ratio(&self, measure: Measure, side: Side) -> Option<f64> {
+        if matches!(measure, NewDecayBy1 | NewDecayBy16 | NewFailed) {
+            return None;
+        }
+        let plain = self.spread(measure, Side::Plain)?.median;
+        Some(self.spread(measure, side)?.median / plain).filter(|ratio| ratio.is_finite())
+    }
+
+    /// The sides that ran, plain first.
+    fn sides(&self) -> Vec<Side> {
+        let mut sides: Vec<_> = self.0.values().flat_map(BTreeMap::keys).copied().collect();
+        sides.sort_unstable();
+        sides.dedup();
+        sides
+    }
+
+    /// The table: medians with their spread, and each carrier's median by plain's.
+    pub(crate) fn markdown(&self) -> String {
+        let sides = self.sides();
+        let meshes: Vec<_> = sides.iter().copied().filter(|side| *side != Side::Plain).collect();
+        let compared = if sides.contains(&Side::Plain) { meshes.as_slice() } else { &[] };
+
+        let mut text = "| measure | unit |".to_owned();
+        // Writing to a `String` cannot fail.
+        for side in &sides {
+            let _always_ok = write!(text, " {} |", side.name());
+        }
+        for side in compared {
+            let _always_ok = write!(text, " {} \u{f7} plain |", side.name());
+        }
+        text.push_str("\n|---|---|");
+        text.push_str(&"---|".repeat(sides.len() + compared.len()));
+        text.push('\n');
+        for measure in self.0.keys() {
+            let (_, label, unit) = measure.spec();
+            let _always_ok = write!(text, "| {label} | {unit} |");
+            for side in &sides {
+                let cell = self.spread(*measure, *side).map_or_else(|| "-".to_owned(), cell);
+                let _always_ok = write!(text, " {cell} |");
+            }
+            for side in compared {
+                let ratio = self.ratio(*measure, *side);
+                let cell = ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
+                let _always_ok = write!(text, " {cell} |");
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    /// The same for programs. A ratio that was not measured is `null`.
+    pub(crate) fn json(&self, machine: &Value) -> Value {
+        let mut rows = Vec::new();
+        for (measure, sides) in &self.0 {
+            let (name, _, unit) = measure.spec();
+            for (side, values) in sides {
+                let Some(Spread { median, min, max, runs }) = Spread::of(values) else {
+                    continue;
+                };
+                rows.push(json!({
+                    "measure": name, "side": side.name(), "unit": unit,
+                    "median": median, "min": min, "max": max, "runs": runs,
+                }));
+            }
+        }
+        json!({ "machine": machine, "rows": rows, "ratios": self.ratios() })
+    }
+
+    /// The figures that bars are set for, of the better carrier: ratios to plain, and three that
+    /// have no counterpart there (`small_beside_bulk_ms`, `rss_...`) as they are.
+    fn ratios(&self) -> Value {
+        let carriers = [Side::Lane, Side::Quic];
+        let ratios = |measure| carriers.into_iter().filter_map(move |at| self.ratio(measure, at));
+        let least = |measure| ratios(measure).min_by(f64::total_cmp);
+        let most = |measure| ratios(measure).max_by(f64::total_cmp);
+        let median = |measure, side| self.spread(measure, side).map(|spread| spread.median);
+        let least_of = |measures: &[Measure]| {
+            let worse = |side| {
+                let each = measures.iter().filter_map(|one| median(*one, side));
+                each.max_by(f64::total_cmp)
+            };
+            carriers.into_iter().filter_map(worse).min_by(f64::total_cmp)
+        };
+        let measured = [
+            ("p50_64b", least(P50Of1)),
+            ("bulk_1", most(Bulk1)),
+            ("cpu_per_gb", least(CpuPerGb1)),
+            ("rate_64", most(RateOf64)),
+            ("new_conns_1", most(NewBy1)),
+            ("small_beside_bulk_ms", least_of(&[BesideP50])),
+            ("rss_idle_mb", least_of(&[RssIdle])),
+            ("rss_per_idle_conn_kb", least_of(&[RssPerIdleClient, RssPerIdleServer])),
+            // The direct way does not exist yet.
+            ("direct_p50_64b", None),
+            ("direct_bulk_1", None),
+            ("direct_new_conns_1", None),
+            ("redirect_peer_p50_64b", None),
+            ("redirect_peer_bulk_1", None),
+        ];
+        let ratios = measured.into_iter().map(|(name, value)| (name.to_owned(), json!(value)));
+        Value::Object(ratios.collect::<Map<_, _>>())
+    }
+}
+
+/// `median (min..max)`, or the one value of one run.
+fn cell(spread: Spread) -> String {
+    let Spread { median, min, max, runs } = spread;
+    match runs {
+        1 => figure(median),
+        _ => format!("{} ({}..{})", figure(median), figure(min), figure(max)),
+    }
+}
+
+/// Three figures that matter, and thousands set apart.
+fn figure(value: f64) -> String {
+    let decimals = match value.abs() {
+        at_least if at_least >= 100.0 || at_least == 0.0 => 0,
+        at_least if at_least >= 10.0 => 1,
+        at_least if at_least >= 1.0 => 2,
+        _ => 3,
+    };
+    let text = format!("{value:.decimals$}");
+    let whole = text.find('.').unwrap_or(text.len());
+    text.char_indices().fold(String::new(), |mut grouped, (at, digit)| {
+        if at > 0 && at < whole && (whole - at).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+        grouped
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn results() -> Results {
+        let mut results = Results::default();
+        for value in [10.0, 30.0, 20.0] {
+            results.add(Side::Plain, P50Of1, value);
+            results.add(Side::Lane, P50Of1, value * 2.0);
+            results.add(Side::Quic, P50Of1, value * 3.0);
+        }
+        results.add(Side::Plain, RateOf64, 200_000.0);
+        results.add(Side::Lane, RateOf64, 50_000.0);
+        results.add(Side::Quic, RateOf64, 80_000.0);
+        for (side, client, server) in [(Side::Lane, 3.0, 7.0), (Side::Quic, 6.0, 5.0)] {
+            results.add(side, RssPerIdleClient, client);
+            results.add(side, RssPerIdleServer, server);
+        }
+        results
+    }
+
+    #[test]
+    fn the_table_has_medians_spreads_and_ratios() {
+        let table = results().markdown();
+        let lines: Vec<_> = table.lines().collect();
+        assert_eq!(
+            lines[0],
+            "| measure | unit | plain | lane | quic | lane \u{f7} plain | quic \u{f7} plain |"
+        );
+        assert_eq!(
+            lines[2],
+            "| 64 B exchange, 1 connection: p50 | us | 20.0 (10.0..30.0) | 40.0 (20.0..60.0) | \
+             60.0 (30.0..90.0) | 2.00 | 3.00 |"
+        );
+        assert_eq!(
+            lines[3],
+            "| 64 B exchanges, 64 connections | 1/s | 200,000 | 50,000 | 80,000 | 0.25 | 0.40 |"
+        );
+        assert!(lines[4].contains("| - | 3.00 | 6.00 | - | - |"), "{}", lines[4]);
+    }
+
+    #[test]
+    fn a_decay_is_not_compared() {
+        let mut results = Results::default();
+        for side in [Side::Plain, Side::Lane] {
+            results.add(side, NewDecayBy1, 1.0);
+        }
+        assert!(results.markdown().ends_with("| x | 1.00 | 1.00 | - |\n"));
+    }
+
+    #[test]
+    fn without_plain_nothing_is_compared() {
+        let mut results = Results::default();
+        results.add(Side::Lane, Bulk1, 1.0);
+        assert!(!results.markdown().contains('\u{f7}'));
+        assert!(results.json(&json!({}))["ratios"]["bulk_1"].is_null());
+    }
+
+    #[test]
+    fn the_json_has_rows_and_the_better_carriers_ratios() {
+        let json = results().json(&json!({ "cores": 2 }));
+        assert_eq!(json["machine"]["cores"], 2);
+        assert_eq!(
+            json["rows"][1],
+            json!({
+                "measure": "p50_64b", "side": "lane", "unit": "us",
+                "median": 40.0, "min": 20.0, "max": 60.0, "runs": 3,
+            })
+        );
+        let ratios = &json["ratios"];
+        assert_eq!(ratios["p50_64b"], 2.0);
+        assert_eq!(ratios["rate_64"], 0.4);
+        assert_eq!(ratios["rss_per_idle_conn_kb"], 6.0);
+        assert!(ratios["bulk_1"].is_null());
+        let mut names: Vec<_> = ratios.as_object().unwrap().keys().map(String::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(
+            names,
+            [
+                "bulk_1",
+                "cpu_per_gb",
+                "direct_bulk_1",
+                "direct_new_conns_1",
+                "direct_p50_64b",
+                "new_conns_1",
+                "p50_64b",
+                "rate_64",
+                "redirect_peer_bulk_1",
+                "redirect_peer_p50_64b",
+                "rss_idle_mb",
+                "rss_per_idle_conn_kb",
+                "small_beside_bulk_ms",
+            ]
+        );
+    }
+
+    #[test]
+    fn figures_show_what_matters() {
+        let shown = [0.0, 0.1234, 1.234, 12.34, 123.4, 12_345.0, 1_234_567.0].map(figure);
+        assert_eq!(shown, ["0", "0.123", "1.23", "12.3", "123", "12,345", "1,234,567"]);
+    }
+}

@@ -1,0 +1,307 @@
+//! One round of one side: starts the clients, one kind of work after the other, and accounts what
+//! the machine and the agents used meanwhile.
+
+use std::io::{BufRead as _, BufReader};
+use std::net::IpAddr;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use std::{env, thread};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum as _;
+
+use crate::client::{Order, Outcome, Work};
+use crate::results::Measure;
+use crate::server;
+use crate::usage::{machine_cpu_s, process_cpu_s, resident_kib};
+
+/// Between two kinds of work: what the first one left behind (closing connections) settles.
+const SETTLE: Duration = Duration::from_millis(300);
+/// From the last exchange until an agent's memory is that of an idle one.
+const COOL_DOWN: Duration = Duration::from_secs(1);
+/// The bulk flows of [`Work::Beside`], and of the second throughput.
+const BULK_FLOWS: usize = 8;
+
+/// How long and how much.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Plan {
+    /// Of each measure but new connections.
+    pub(crate) seconds: f64,
+    /// Of new connections, once by 1 client and once by 16.
+    pub(crate) connect_seconds: f64,
+    /// Connections held open.
+    pub(crate) idle: usize,
+}
+
+/// The agents of both nodes, by process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Agents {
+    /// On the client's node.
+    pub(crate) client: u32,
+    /// On the server's.
+    pub(crate) server: u32,
+}
+
+/// CPU seconds, either the counters' state or what was used between two states.
+#[derive(Debug, Clone, Copy)]
+struct Used {
+    machine: f64,
+    agents: Option<[f64; 2]>,
+}
+
+impl Used {
+    fn so_far(agents: Option<Agents>) -> Result<Self> {
+        let of = |agents: Agents| {
+            anyhow::Ok([process_cpu_s(agents.client)?, process_cpu_s(agents.server)?])
+        };
+        Ok(Self { machine: machine_cpu_s()?, agents: agents.map(of).transpose()? })
+    }
+
+    fn since(self, before: Self) -> Self {
+        let agents = self.agents.zip(before.agents);
+        Self {
+            machine: self.machine - before.machine,
+            agents: agents.map(|(now, then)| [now[0] - then[0], now[1] - then[1]]),
+        }
+    }
+}
+
+/// Starts a process in a pod.
+pub(crate) type Place<'a> = &'a dyn Fn(&mut Command) -> Result<Child>;
+
+/// This executable: it plays all the parts, so that each is a process with its own account.
+fn ourselves() -> Result<Command> {
+    Ok(Command::new(env::current_exe().context("find this executable")?))
+}
+
+/// A process of ours in a pod that lives until its standard input ends.
+#[derive(Debug)]
+pub(crate) struct Held {
+    child: Child,
+}
+
+impl Held {
+    /// Starts `command` and waits for its first line.
+    ///
+    /// # Errors
+    ///
+    /// Fails when it ends without one.
+    pub(crate) fn start(place: Place<'_>, command: &mut Command) -> Result<(Self, String)> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        // From here on the process ends with `held`, whatever fails.
+        let mut held = Self { child: place(command)? };
+        let out = held.child.stdout.take().context("no pipe from the process")?;
+        let mut line = String::new();
+        BufReader::new(out).read_line(&mut line)?;
+        ensure!(!line.is_empty(), "{command:?} ended: its reason is above");
+        Ok((held, line.trim_end().to_owned()))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // The end of its input ends it; a process that is gone already needs neither.
+        drop(self.child.stdin.take());
+        self.child.wait().ok();
+    }
+}
+
+/// Starts the server in its pod.
+///
+/// # Errors
+///
+/// Fails when it does not come up.
+pub(crate) fn start_server(place: Place<'_>) -> Result<Held> {
+    let (held, line) = Held::start(place, ourselves()?.arg("serve"))?;
+    ensure!(line == server::READY, "the server said {line:?}");
+    Ok(held)
+}
+
+/// One round of one side.
+pub(crate) struct Round<'a> {
+    /// The client's pod.
+    pub(crate) client: Place<'a>,
+    /// The server's pod.
+    pub(crate) server: IpAddr,
+    /// Of the mesh, `None` on the plain side.
+    pub(crate) agents: Option<Agents>,
+    /// Fails unless so many connections are open and carried as this side is to carry them.
+    pub(crate) carries: &'a dyn Fn(usize) -> Result<()>,
+    /// How long and how much.
+    pub(crate) plan: Plan,
+    /// Takes what is measured.
+    pub(crate) found: &'a mut dyn FnMut(Measure, f64),
+}
+
+impl Round<'_> {
+    /// Measures everything once. Memory first, while the agents are fresh.
+    ///
+    /// # Errors
+    ///
+    /// Fails when a client does, other than by new connections that fail: those are counted.
+    pub(crate) fn measure(&mut self) -> Result<()> {
+        if let Some(agents) = self.agents {
+            self.memory(agents)?;
+        }
+        self.exchanges()?;
+        self.bulk(
+            1,
+            Measure::Bulk1,
+            Measure::CpuPerGb1,
+            [Measure::ClientAgentPerGb1, Measure::ServerAgentPerGb1],
+        )?;
+        self.bulk(
+            BULK_FLOWS,
+            Measure::Bulk8,
+            Measure::CpuPerGb8,
+            [Measure::ClientAgentPerGb8, Measure::ServerAgentPerGb8],
+        )?;
+        let (beside, _) = self.work(Work::Beside, BULK_FLOWS, self.plan.seconds)?;
+        (self.found)(Measure::BesideP50, beside.p50_us / 1e3);
+        (self.found)(Measure::BesideP99, beside.p99_us / 1e3);
+        (self.found)(Measure::BesideBulk, beside.gbit_per_s());
+        self.new_connections()
+    }
+
+    fn memory(&mut self, agents: Agents) -> Result<()> {
+        // One exchange, so that an idle agent is one that has worked.
+        self.work(Work::Exchange, 1, 0.1)?;
+        thread::sleep(COOL_DOWN);
+        let resident = || anyhow::Ok([resident_kib(agents.client)?, resident_kib(agents.server)?]);
+        let [client, server] = resident()?;
+        (self.found)(Measure::RssIdle, client.max(server) * 1024.0 / 1e6);
+
+        let (held, line) =
+            Held::start(self.client, &mut self.order(Work::Hold, self.plan.idle, 0.0)?)?;
+        let opened = serde_json::from_str::<Outcome>(&line).context("read what is held")?.count;
+        ensure!(opened == self.plan.idle as u64, "{opened} connections are held");
+        (self.carries)(self.plan.idle)?;
+        thread::sleep(COOL_DOWN);
+        let [client_held, server_held] = resident()?;
+        drop(held);
+        #[expect(clippy::cast_precision_loss, reason = "far below 2^53 connections")]
+        let each = |grown_kib: f64| grown_kib * 1.024 / self.plan.idle as f64;
+        (self.found)(Measure::RssPerIdleClient, each(client_held - client));
+        (self.found)(Measure::RssPerIdleServer, each(server_held - server));
+        thread::sleep(SETTLE);
+        Ok(())
+    }
+
+    fn exchanges(&mut self) -> Result<()> {
+        for (connections, p50, p99, rate) in [
+            (1, Measure::P50Of1, Measure::P99Of1, Measure::RateOf1),
+            (16, Measure::P50Of16, Measure::P99Of16, Measure::RateOf16),
+            (64, Measure::P50Of64, Measure::P99Of64, Measure::RateOf64),
+        ] {
+            let (outcome, _) = self.work(Work::Exchange, connections, self.plan.seconds)?;
+            (self.found)(p50, outcome.p50_us);
+            (self.found)(p99, outcome.p99_us);
+            (self.found)(rate, outcome.rate);
+        }
+        Ok(())
+    }
+
+    fn bulk(
+        &mut self,
+        flows: usize,
+        throughput: Measure,
+        machine_per_gb: Measure,
+        agent_per_gb: [Measure; 2],
+    ) -> Result<()> {
+        let (outcome, used) = self.work(Work::Bulk, flows, self.plan.seconds)?;
+        (self.found)(throughput, outcome.gbit_per_s());
+        (self.found)(machine_per_gb, used.machine / outcome.gigabytes());
+        for (measure, used_s) in agent_per_gb.into_iter().zip(used.agents.into_iter().flatten()) {
+            (self.found)(measure, used_s / outcome.gigabytes());
+        }
+        Ok(())
+    }
+
+    fn new_connections(&mut self) -> Result<()> {
+        let (one, used) = self.work(Work::Connect, 1, self.plan.connect_seconds)?;
+        (self.found)(Measure::NewBy1, one.rate);
+        (self.found)(Measure::NewDecayBy1, one.decay);
+        #[expect(clippy::cast_precision_loss, reason = "far below 2^53 connections")]
+        let each_us = |used_s: f64| used_s * 1e6 / one.count.max(1) as f64;
+        (self.found)(Measure::CpuPerNew, each_us(used.machine));
+        let agents = [Measure::ClientAgentPerNew, Measure::ServerAgentPerNew];
+        for (measure, used_s) in agents.into_iter().zip(used.agents.into_iter().flatten()) {
+            (self.found)(measure, each_us(used_s));
+        }
+        let (many, _) = self.work(Work::Connect, 16, self.plan.connect_seconds)?;
+        (self.found)(Measure::NewBy16, many.rate);
+        (self.found)(Measure::NewDecayBy16, many.decay);
+        #[expect(clippy::cast_precision_loss, reason = "far below 2^53 connections")]
+        let failed = (one.errors + many.errors) as f64;
+        (self.found)(Measure::NewFailed, failed);
+        Ok(())
+    }
+
+    /// Runs a client to its end: what came of it, and what the machine used meanwhile.
+    fn work(&self, work: Work, connections: usize, seconds: f64) -> Result<(Outcome, Used)> {
+        let mut command = self.order(work, connections, seconds)?;
+        let before = Used::so_far(self.agents)?;
+        let client = (self.client)(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
+        let done = client.wait_with_output().context("wait for a client")?;
+        let used = Used::so_far(self.agents)?.since(before);
+        ensure!(done.status.success(), "{work:?} over {connections}: the reason is above");
+        let outcome = serde_json::from_slice(&done.stdout).context("read a client's outcome")?;
+        thread::sleep(SETTLE);
+        Ok((outcome, used))
+    }
+
+    fn order(&self, work: Work, connections: usize, seconds: f64) -> Result<Command> {
+        let order = Order { work, server: self.server, connections, seconds };
+        let mut command = ourselves()?;
+        command.args(order.args());
+        Ok(command)
+    }
+}
+
+impl Order {
+    /// The arguments that [`crate::Role::Client`] reads back into this.
+    pub(crate) fn args(&self) -> [String; 8] {
+        let work = self.work.to_possible_value().map(|name| name.get_name().to_owned());
+        [
+            "client".to_owned(),
+            work.unwrap_or_default(),
+            "--server".to_owned(),
+            self.server.to_string(),
+            "--connections".to_owned(),
+            self.connections.to_string(),
+            "--seconds".to_owned(),
+            self.seconds.to_string(),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::{Cli, Role};
+
+    #[test]
+    fn a_client_reads_its_order_as_it_was_given() {
+        for work in Work::value_variants() {
+            let server = "fd00::1".parse().unwrap();
+            let given = Order { work: *work, server, connections: 16, seconds: 1.5 };
+            let read = Cli::parse_from([&["malla-bench".to_owned()], &given.args()[..]].concat());
+            let Some(Role::Client(read)) = read.role else { panic!("{:?}", read.role) };
+            assert_eq!((read.work, read.server), (given.work, given.server));
+            assert_eq!((read.connections, read.seconds), (16, 1.5));
+        }
+    }
+
+    #[test]
+    fn a_process_without_a_first_line_is_an_error_and_is_reaped() {
+        let here = |command: &mut Command| Ok(command.spawn()?);
+        assert!(Held::start(&here, &mut Command::new("true")).is_err());
+        let mut lasting = Command::new("sh");
+        lasting.args(["-c", "echo here; cat >/dev/null"]);
+        let (held, line) = Held::start(&here, &mut lasting).unwrap();
+        assert_eq!(line, "here");
+        drop(held);
+    }
+}

@@ -1,0 +1,86 @@
+//! The system calls that the standard library does not offer.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::ptr;
+
+/// Moves the calling thread into the network namespace that `file` is open on.
+pub(crate) fn enter_netns(file: &File) -> io::Result<()> {
+    // SAFETY: setns(2) takes two integers; `file` is open for the duration of the call.
+    check(unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) })
+}
+
+/// Mounts a new bpf file system on the directory `target`.
+pub(crate) fn mount_bpffs(target: &Path) -> io::Result<()> {
+    let target = path(target)?;
+    // SAFETY: the strings are NUL-terminated and outlive the call; bpffs takes no data.
+    check(unsafe {
+        libc::mount(c"bpffs".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, ptr::null())
+    })
+}
+
+/// Unmounts `target` at once, also while something in it is open.
+pub(crate) fn unmount(target: &Path) -> io::Result<()> {
+    let target = path(target)?;
+    // SAFETY: the string is NUL-terminated and outlives the call.
+    check(unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) })
+}
+
+/// Sends `signal` to the process `pid`, which must be a child that was not waited for: only then
+/// does its id still mean it.
+pub(crate) fn kill(pid: u32, signal: i32) -> io::Result<()> {
+    let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+    // SAFETY: kill(2) takes two integers.
+    check(unsafe { libc::kill(pid, signal) })
+}
+
+/// Keeps SIGINT and SIGTERM from ending the calling thread, and every thread that it starts later.
+pub(crate) fn block_interrupts() -> io::Result<()> {
+    let set = interrupts();
+    // SAFETY: `set` is an initialised signal set; the old one is not asked for.
+    match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+/// Undoes [`block_interrupts`] for the calling thread: a child inherits what is blocked.
+pub(crate) fn unblock_interrupts() -> io::Result<()> {
+    let set = interrupts();
+    // SAFETY: as above.
+    match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut()) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+/// Waits for SIGINT or SIGTERM, which must be blocked.
+pub(crate) fn wait_for_interrupt() {
+    let set = interrupts();
+    let mut signal = 0;
+    // SAFETY: both arguments are valid for the duration of the call.
+    unsafe { libc::sigwait(&raw const set, &raw mut signal) };
+}
+
+fn interrupts() -> libc::sigset_t {
+    // SAFETY: a signal set is plain memory, and sigemptyset initialises it before it is used.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGINT);
+        libc::sigaddset(&raw mut set, libc::SIGTERM);
+        set
+    }
+}
+
+fn path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
