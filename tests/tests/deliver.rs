@@ -1,0 +1,128 @@
+//! Deliver: what the application in the destination pod sees of a connection.
+
+use std::io::Read as _;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use harness::{Carrier, Family, Mesh, PodSpec, Serve, exchange};
+
+#[test]
+fn application_sees_the_client_and_its_own_address() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = Mesh::two_nodes_builder().carrier(carrier).start()?;
+        let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+        for family in Family::BOTH {
+            // b2 lives on the same node, a1 on the other.
+            for client in ["a1", "b2"] {
+                let mut stream = mesh.pod(client).connect(mesh.service("b").addr(family, 80))?;
+                exchange(&mut stream, b"hello")?;
+                let seen = server.clients().pop().map(|client| client.ip());
+                assert_eq!(seen, Some(stream.local_addr()?.ip()), "from {client}");
+                assert_eq!(server.locals().pop(), Some(mesh.pod("b1").addr(family, 8080)));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn application_sees_its_own_pod_where_the_client_is_not_preserved() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("b1", "b").annotation("malla.dev/preserve-client-address", "false"))
+        .start()?;
+    let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    for family in Family::BOTH {
+        let mut stream = mesh.pod("a1").connect(mesh.service("b").addr(family, 80))?;
+        exchange(&mut stream, b"hello")?;
+        let seen = server.clients().pop().map(|client| client.ip());
+        assert_eq!(seen, Some(mesh.pod("b1").ip(family)));
+    }
+    Ok(())
+}
+
+#[test]
+fn pod_that_calls_itself_reaches_itself() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    for family in Family::BOTH {
+        for to in [mesh.pod("b1").addr(family, 8080), mesh.service("b").addr(family, 80)] {
+            let before = server.clients().len();
+            let mut stream = mesh.pod("b1").connect(to)?;
+            exchange(&mut stream, b"it is me")?;
+            assert_eq!(server.clients().len(), before + 1, "{to}: once, and no loop");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn pods_of_one_node_are_joined_without_a_wire() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    for family in Family::BOTH {
+        let mut stream = mesh.pod("b2").connect(mesh.service("b").addr(family, 80))?;
+        exchange(&mut stream, b"neighbour")?;
+    }
+    for direction in ["outbound", "inbound"] {
+        let record = mesh.agent("b").wait_for_record(&[
+            ("direction", direction),
+            ("way", "local"),
+            ("carrier", "local"),
+        ])?;
+        assert_eq!(record.text("src.identity"), mesh.pod("b2").identity());
+        assert_eq!(record.text("dst.identity"), mesh.pod("b1").identity());
+    }
+    assert_eq!(mesh.agent("b").metric("mesh_tunnels", &[])?, 0.0, "nothing was encrypted");
+    Ok(())
+}
+
+#[test]
+fn port_that_nobody_listens_at_is_refused_at_once() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = Mesh::two_nodes_builder().carrier(carrier).start()?;
+        for family in Family::BOTH {
+            let took = mesh.pod("a1").refused(mesh.service("b").addr(family, 80))?;
+            ensure!(took < Duration::from_secs(2), "{carrier:?}: refused after {took:?}");
+        }
+        for agent in ["a", "b"] {
+            let failed = &[("stage", "deliver"), ("reason", "connection_refused")];
+            mesh.agent(agent).wait_for_record(failed)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn endpoint_that_refuses_is_passed_over() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    // Only one of the two endpoints of the service works.
+    let _server = mesh.pod("b2").serve(8080, Serve::Greet("b2"))?;
+    for _ in 0..20 {
+        let mut stream = mesh.pod("a1").connect(mesh.service("both").v4(80))?;
+        let mut greeting = [0; 2];
+        stream.read_exact(&mut greeting)?;
+        assert_eq!(&greeting, b"b2");
+    }
+    Ok(())
+}
+
+#[test]
+fn service_is_balanced_over_its_pods() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let servers =
+        [mesh.pod("b1").serve(8080, Serve::Echo)?, mesh.pod("b2").serve(8080, Serve::Echo)?];
+    for _ in 0..40 {
+        exchange(&mut mesh.pod("a1").connect(mesh.service("both").v4(80))?, b"hello")?;
+    }
+    let [b1, b2] = servers.map(|server| server.clients().len());
+    assert_eq!(b1 + b2, 40);
+    ensure!(b1 >= 8 && b2 >= 8, "{b1} and {b2} of 40 is no balance");
+    Ok(())
+}

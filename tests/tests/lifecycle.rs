@@ -1,0 +1,234 @@
+//! Pods come into the mesh and leave it, agents end and start, and programs keep running.
+
+use std::fs;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use harness::{Load, Mesh, PodSpec, Serve, exchange, is_reset};
+
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+#[test]
+fn client_enrols_and_leaves_fifty_times_without_a_failed_request() -> Result<()> {
+    harness::require!("nft");
+    let mesh = Mesh::two_nodes_builder().translated_services().start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let mut held = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+    exchange(&mut held, b"before")?;
+
+    Load::during(mesh.pod("a1"), mesh.service("b").v4(80), |load| {
+        for toggle in 0..50 {
+            mesh.enrol("a1", toggle % 2 == 1)?;
+            load.wait_for(2)?;
+            exchange(&mut held, b"an open connection is left as it is")?;
+        }
+        Ok(())
+    })?;
+    let opened = |policy| {
+        let labels = [("source_workload", "a1"), ("connection_security_policy", policy)];
+        mesh.agent("a").metric("istio_tcp_connections_opened_total", &labels)
+    };
+    ensure!(opened("mutual_tls")? >= 50.0, "some went through the mesh");
+    ensure!(
+        mesh.agent("b").metric(
+            "istio_tcp_connections_opened_total",
+            &[("reporter", "destination"), ("connection_security_policy", "unknown"),]
+        )? >= 50.0,
+        "and some did not"
+    );
+    Ok(())
+}
+
+#[test]
+fn server_enrols_and_leaves_fifty_times_without_a_failed_request() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let mut held = mesh.pod("a1").connect(mesh.pod("b1").v4(8080))?;
+    exchange(&mut held, b"before")?;
+    Load::during(mesh.pod("a1"), mesh.pod("b1").v4(8080), |load| {
+        for toggle in 0..50 {
+            mesh.enrol("b1", toggle % 2 == 1)?;
+            load.wait_for(2)?;
+            exchange(&mut held, b"an open connection is left as it is")?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+#[test]
+fn agent_that_is_asked_to_end_lets_connections_finish() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes_builder().flag("--drain-s=20").start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.service("b").v4(80);
+    let mut held = mesh.pod("a1").connect(to)?;
+    exchange(&mut held, b"before")?;
+
+    mesh.agent_mut("a").terminate()?;
+    harness::wait::until(harness::wait::SOON, "the agent to be no longer ready", || {
+        !mesh.agent("a").is_ready()
+    })?;
+    for _ in 0..10 {
+        exchange(&mut held, b"while it drains")?;
+    }
+    let took = mesh.pod("a1").refused(to)?;
+    ensure!(took < AT_ONCE, "a new connection was refused after {took:?}");
+    drop(held);
+
+    let started = Instant::now();
+    let status = mesh.agent_mut("a").wait_until_gone(Duration::from_secs(10))?;
+    ensure!(status.success(), "{status}");
+    ensure!(started.elapsed() < Duration::from_secs(5), "nothing was open any more");
+    mesh.agent_mut("a").restart()?;
+    exchange(&mut mesh.pod("a1").connect(to)?, b"after")
+}
+
+#[test]
+fn connections_that_do_not_finish_are_cut_when_the_drain_ends() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes_builder().flag("--drain-s=2").start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let mut held = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+    exchange(&mut held, b"before")?;
+    mesh.agent_mut("a").terminate()?;
+    mesh.agent_mut("a").wait_until_gone(Duration::from_secs(10))?;
+    assert!(is_reset(&mut held), "cut off must not look like an end");
+    Ok(())
+}
+
+#[test]
+fn killed_agent_is_an_error_to_both_programs_and_comes_back() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.service("b").v4(80);
+    for node in ["a", "b"] {
+        let before = server.outcomes().len();
+        let mut held = mesh.pod("a1").connect(to)?;
+        exchange(&mut held, b"before")?;
+        mesh.agent_mut(node).kill()?;
+        assert!(is_reset(&mut held), "{node}: the client must see an error");
+        harness::wait::until(harness::wait::SOON, "the server to see an error", || {
+            server.outcomes().len() > before
+        })?;
+        assert!(server.outcomes().last().is_some_and(Result::is_err), "{node}");
+
+        let took = mesh.pod("a1").refused(to)?;
+        ensure!(took < Duration::from_secs(6), "{node}: refused after {took:?}");
+        if node == "a" {
+            ensure!(took < AT_ONCE, "nobody listens: refused after {took:?}");
+        }
+        mesh.agent_mut(node).restart()?;
+        harness::wait::until(harness::wait::SOON, "the mesh to work again", || {
+            mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"after")).is_ok()
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn agent_that_is_killed_again_and_again_starts_every_time() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let pins = |mesh: &Mesh| -> Result<usize> {
+        let mut pending = vec![mesh.agent("a").bpffs()];
+        let mut files = 0;
+        while let Some(path) = pending.pop() {
+            for entry in fs::read_dir(&path)? {
+                let path = entry?.path();
+                if path.is_dir() { pending.push(path) } else { files += 1 }
+            }
+        }
+        Ok(files)
+    };
+    let before = pins(&mesh)?;
+    for _ in 0..5 {
+        mesh.agent_mut("a").kill()?;
+        mesh.agent_mut("a").restart()?;
+        exchange(&mut mesh.pod("a1").connect(mesh.service("b").v4(80))?, b"again")?;
+        assert_eq!(pins(&mesh)?, before, "a restart takes the pins over and adds none");
+    }
+    Ok(())
+}
+
+#[test]
+fn detach_leaves_no_trace() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.pod("b1").v4(8080);
+    exchange(&mut mesh.pod("a1").connect(to)?, b"through the mesh")?;
+    for node in ["a", "b"] {
+        mesh.agent_mut(node).kill()?;
+    }
+    // What is pinned goes on capturing, and nobody listens.
+    mesh.pod("a1").refused(to)?;
+    for node in ["a", "b"] {
+        let cli = mesh.agent(node).cli(&["detach"])?;
+        ensure!(cli.code == 0, "detach: {}{}", cli.stdout, cli.stderr);
+        let dir = mesh.agent(node).bpffs();
+        let left = fs::read_dir(&dir).map_or(0, Iterator::count);
+        assert_eq!(left, 0, "{} is not empty", dir.display());
+    }
+    let mut stream = mesh.pod("a1").connect(to)?;
+    exchange(&mut stream, b"plain")?;
+    assert_eq!(server.clients().pop(), Some(stream.local_addr()?));
+    Ok(())
+}
+
+#[test]
+fn pod_that_fails_open_goes_on_without_its_agent() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("a1", "a").annotation("malla.dev/fail-open", "true"))
+        .start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.pod("b1").v4(8080);
+    exchange(&mut mesh.pod("a1").connect(to)?, b"through the mesh")?;
+    mesh.agent_mut("a").kill()?;
+    // The agent's heartbeat counts as missing after five seconds.
+    harness::wait::until(Duration::from_secs(20), "the pod to bypass the mesh", || {
+        mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"plain")).is_ok()
+    })?;
+    mesh.pod("a2").refused(to)?;
+
+    mesh.agent_mut("a").restart()?;
+    let before = mesh.agent("a").metric("istio_tcp_connections_opened_total", &[])?;
+    exchange(&mut mesh.pod("a1").connect(to)?, b"back in the mesh")?;
+    mesh.agent("a").wait_for_metric("istio_tcp_connections_opened_total", &[], before + 1.0)
+}
+
+#[test]
+fn pod_whose_own_agent_hears_of_it_last_is_reached_all_the_same() -> Result<()> {
+    harness::require!();
+    let late = PodSpec::new("late", "b").annotation("malla.dev/mesh", "disabled");
+    let mesh = Mesh::two_nodes_builder().pod(late).start()?;
+    let _server = mesh.pod("late").serve(8080, Serve::Echo)?;
+    let agent_b = mesh.agent("b").pid().to_string();
+    let signal = |name: &str| -> Result<()> {
+        let status = Command::new("kill").args([name, &agent_b]).status()?;
+        ensure!(status.success(), "kill {name}: {status}");
+        Ok(())
+    };
+    thread::scope(|scope| {
+        signal("-STOP")?;
+        let enrolling = scope.spawn(|| mesh.enrol("late", true));
+        harness::wait::until(harness::wait::SOON, "node a to know the pod", || {
+            mesh.agent("a").is_enrolled(mesh.pod("late")) == Some(true)
+        })?;
+        let client = scope
+            .spawn(|| exchange(&mut mesh.pod("a1").connect(mesh.pod("late").v4(8080))?, b"early"));
+        mesh.agent("a").wait_for_metric("mesh_tunnel_events_total", &[("event", "dial")], 1.0)?;
+        signal("-CONT")?;
+        client.join().expect("the client panicked")?;
+        enrolling.join().expect("the enrolment panicked")
+    })?;
+    // Otherwise agent b was quicker, and this has shown nothing.
+    let refused = [("side", "server"), ("reason", "unknown_workload")];
+    mesh.agent("b").wait_for_metric("mesh_tunnel_refusals_total", &refused, 1.0)
+}

@@ -1,0 +1,305 @@
+//! Tunnel: bytes, ends and errors cross both carriers as they cross plain TCP.
+
+use std::fs;
+use std::io::{self, Read as _, Write as _};
+use std::net::Shutdown;
+use std::process::Command;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use harness::{
+    Carrier, Family, Mesh, Pattern, Serve, exchange, exchange_patterns, is_reset, linger_zero,
+    receive_pattern, send_pattern,
+};
+
+/// Both directions at once, so twice this crosses the link.
+const BULK: u64 = 100 << 20;
+
+fn mesh(carrier: Carrier) -> Result<Mesh> {
+    Mesh::two_nodes_builder().carrier(carrier).start()
+}
+
+fn bulk(carrier: Carrier, family: Family) -> Result<()> {
+    let mesh = mesh(carrier)?;
+    let server = mesh.pod("b1").serve(8080, Serve::Exchange(BULK))?;
+    let stream = mesh.pod("a1").connect(mesh.service("b").addr(family, 80))?;
+    exchange_patterns(&stream, BULK, Pattern::CLIENT, Pattern::SERVER)?;
+    harness::wait::until(harness::wait::SOON, "the server to have seen it all", || {
+        server.outcomes() == [Ok(())]
+    })?;
+
+    let (a1, b1) = (mesh.pod("a1").identity(), mesh.pod("b1").identity());
+    for (agent, direction, peer) in [("a", "outbound", "b"), ("b", "inbound", "a")] {
+        let record = mesh.agent(agent).wait_for_record(&[
+            ("direction", direction),
+            ("carrier", carrier.as_str()),
+            ("way", "tunnel"),
+            ("peer.node", peer),
+            ("src.identity", &a1),
+            ("dst.identity", &b1),
+            ("response_flags", "-"),
+        ])?;
+        assert_eq!((record.number("bytes_sent"), record.number("bytes_recv")), (BULK, BULK));
+    }
+    Ok(())
+}
+
+#[test]
+fn lane_carries_bulk_both_ways_at_once_v4() -> Result<()> {
+    harness::require!();
+    bulk(Carrier::Lane, Family::V4)
+}
+
+#[test]
+fn lane_carries_bulk_both_ways_at_once_v6() -> Result<()> {
+    harness::require!();
+    bulk(Carrier::Lane, Family::V6)
+}
+
+#[test]
+fn quic_carries_bulk_both_ways_at_once_v4() -> Result<()> {
+    harness::require!();
+    bulk(Carrier::Quic, Family::V4)
+}
+
+#[test]
+fn quic_carries_bulk_both_ways_at_once_v6() -> Result<()> {
+    harness::require!();
+    bulk(Carrier::Quic, Family::V6)
+}
+
+#[test]
+fn server_may_speak_first() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let _server = mesh.pod("b1").serve(8080, Serve::Greet("220 ready\r\n"))?;
+        for family in Family::BOTH {
+            let mut stream = mesh.pod("a1").connect(mesh.service("b").addr(family, 80))?;
+            let mut greeting = [0; 11];
+            stream.read_exact(&mut greeting)?;
+            assert_eq!(&greeting, b"220 ready\r\n");
+            exchange(&mut stream, b"HELO")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn client_that_ends_sending_still_gets_its_answer() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let _server = mesh.pod("b1").serve(8080, Serve::Count)?;
+        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+        send_pattern(&mut stream, 1_000_000, Pattern::CLIENT)?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        assert_eq!(answer, "1000000", "{carrier:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn server_that_ends_sending_still_gets_the_rest() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let (counted, count) = mpsc::channel();
+        let _server = mesh.pod("b1").serve(
+            8080,
+            Serve::custom(move |mut stream| {
+                stream.write_all(b"bye")?;
+                stream.shutdown(Shutdown::Write)?;
+                counted.send(io::copy(&mut stream, &mut io::sink())?)?;
+                Ok(())
+            }),
+        )?;
+        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+        let mut heard = String::new();
+        stream.read_to_string(&mut heard)?;
+        assert_eq!(heard, "bye");
+        send_pattern(&mut stream, 1_000_000, Pattern::CLIENT)?;
+        drop(stream);
+        assert_eq!(count.recv_timeout(harness::wait::SOON)?, 1_000_000, "{carrier:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn reset_by_the_server_reaches_the_client() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let _server = mesh.pod("b1").serve(8080, Serve::ResetAfter(4))?;
+        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+        stream.write_all(b"over")?;
+        assert!(is_reset(&mut stream), "{carrier:?}: a reset must not look like an end");
+    }
+    Ok(())
+}
+
+#[test]
+fn reset_by_the_client_reaches_the_server() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let (ended, end) = mpsc::channel();
+        let _server = mesh.pod("b1").serve(
+            8080,
+            Serve::custom(move |mut stream| {
+                stream.read_exact(&mut [0; 4])?;
+                stream.write_all(b"here")?;
+                ended.send(is_reset(&mut stream))?;
+                Ok(())
+            }),
+        )?;
+        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+        stream.write_all(b"over")?;
+        stream.read_exact(&mut [0; 4])?;
+        linger_zero(&stream)?;
+        drop(stream);
+        assert!(end.recv_timeout(harness::wait::SOON)?, "{carrier:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn close_with_data_in_flight_loses_none_of_it() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let bytes = 8 << 20;
+        let _server = mesh.pod("b1").serve(8080, Serve::Source(bytes))?;
+        let stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+        // The server has closed long before the last byte is read.
+        receive_pattern(&mut &stream, bytes, Pattern::SERVER)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn client_that_goes_without_reading_is_an_error_to_the_server() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let server = mesh.pod("b1").serve(8080, Serve::Source(1 << 30))?;
+        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+        stream.read_exact(&mut [0; 1])?;
+        drop(stream);
+        harness::wait::until(harness::wait::SOON, "the server to fail", || {
+            server.outcomes().iter().any(Result::is_err)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn reader_that_stalls_holds_a_bounded_number_of_bytes() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let (release, released) = mpsc::channel::<()>();
+        let released = std::sync::Mutex::new(released);
+        let _server = mesh.pod("b1").serve(
+            8080,
+            Serve::custom(move |_stream| {
+                released.lock().unwrap().recv().ok();
+                Ok(())
+            }),
+        )?;
+        let before = mesh.agent("a").rss_bytes()? + mesh.agent("b").rss_bytes()?;
+        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+        stream.set_write_timeout(Some(Duration::from_secs(1)))?;
+        let block = vec![0; 256 * 1024];
+        let mut sent = 0;
+        while sent < 256 << 20 {
+            match stream.write(&block) {
+                Ok(n) => sent += n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error).context("write to a reader that stalls"),
+            }
+        }
+        let after = mesh.agent("a").rss_bytes()? + mesh.agent("b").rss_bytes()?;
+        ensure!(sent < 64 << 20, "{carrier:?}: {sent} bytes went to nobody");
+        let grown = after.saturating_sub(before);
+        ensure!(grown < 24 << 20, "{carrier:?}: the agents grew by {grown} bytes");
+        release.send(()).ok();
+    }
+    Ok(())
+}
+
+#[test]
+fn peer_that_does_not_answer_fails_all_who_wait_together() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes_builder().flag("--connect-timeout-s=2").start()?;
+    mesh.agent_mut("b").signal(libc::SIGSTOP)?;
+    let (mesh, to) = (&mesh, mesh.service("b").v4(80));
+    let started = Instant::now();
+    thread::scope(|scope| {
+        let waiting: Vec<_> =
+            (0..6).map(|_| scope.spawn(move || mesh.pod("a1").refused(to))).collect();
+        waiting.into_iter().try_for_each(|one| one.join().unwrap().map(drop))
+    })?;
+    let took = started.elapsed();
+    ensure!(took < Duration::from_secs(8), "six connections took {took:?}, one after another?");
+    mesh.agent("a").wait_for_record(&[("stage", "tunnel"), ("reason", "connect_timeout")])?;
+    Ok(())
+}
+
+#[test]
+fn payload_cannot_be_read_on_the_link() -> Result<()> {
+    harness::require!("tcpdump");
+    const MARKER: &[u8] = b"the-marker-that-must-not-be-read";
+    let seen = |mesh: &Mesh| -> Result<bool> {
+        let file = mesh.state_dir().join("link.pcap");
+        let mut tcpdump = Command::new("tcpdump");
+        // As root it would become another user, who may not write here.
+        tcpdump.args(["-U", "-n", "-Z", "root", "-i", &mesh.node("a").link_to(1), "-w"]).arg(&file);
+        let mut capturing =
+            mesh.node("a").netns().spawn(tcpdump.stderr(std::process::Stdio::null()))?;
+        let length = || fs::metadata(&file).map_or(0, |file| file.len());
+        // The header of the file comes when the capture has begun.
+        harness::wait::until(harness::wait::SOON, "tcpdump", || length() >= 24)?;
+        let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+        for _ in 0..8 {
+            exchange(&mut stream, MARKER)?;
+        }
+        harness::wait::until(harness::wait::SOON, "packets in the capture", || length() > 2000)?;
+        capturing.kill()?;
+        capturing.wait()?;
+        let packets = fs::read(&file)?;
+        Ok(packets.windows(MARKER.len()).any(|bytes| bytes == MARKER))
+    };
+    // Without the mesh the capture shows it: so it would show it with the mesh, too.
+    assert!(seen(&Mesh::two_nodes_builder().plain().start()?)?);
+    for carrier in Carrier::BOTH {
+        assert!(!seen(&mesh(carrier)?)?, "{carrier:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn carrier_that_does_not_pass_is_replaced_by_the_other() -> Result<()> {
+    harness::require!("nft");
+    let mesh = Mesh::two_nodes_builder().flag("--connect-timeout-s=2").start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    // TCP to the tunnel port is dropped on the way, as by a firewall that nobody remembers.
+    let rules = "add table inet block { chain in { type filter hook input priority 0; tcp dport 15019 drop; }; }";
+    mesh.node("b").netns().run(|| {
+        let status = Command::new("nft").arg(rules).status()?;
+        ensure!(status.success(), "nft: {status}");
+        Ok(())
+    })?;
+    let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+    exchange(&mut stream, b"by the other way")?;
+    drop(stream);
+    mesh.agent("a").wait_for_record(&[("carrier", "quic"), ("response_flags", "-")])?;
+    let log = mesh.agent("a").log();
+    ensure!(log.contains("quic"), "the agent must say so:\n{log}");
+    Ok(())
+}
