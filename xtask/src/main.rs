@@ -1,2 +1,86 @@
-//! Build, run and test automation.
-fn main() {}
+//! Build, run and test automation: `cargo xtask --help`. CI runs these and nothing else.
+#![forbid(unsafe_code)]
+
+mod build;
+mod check;
+mod clean;
+mod fuzz;
+mod layers;
+mod licences;
+mod process;
+mod setup;
+mod test;
+mod toolchain;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::{Args, Parser};
+
+/// Builds, runs and tests Malla.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Task {
+    /// Install what building and testing need: the eBPF toolchain, and the programs that tests run.
+    ///
+    /// Done in under a second when nothing is missing; every other task calls it. As another user
+    /// than root it prints the commands that root has to run.
+    Setup,
+    /// Build the agent (with its eBPF programs) and the programs of the tests.
+    Build(build::Build),
+    /// Format, lints, layers, licences: everything that needs no privileges and runs no program.
+    Check,
+    /// Everything: setup, check, unit tests, end-to-end tests. The last line is
+    /// `N passed, N failed, N skipped`.
+    Test,
+    /// The end-to-end tests alone, as root because they make namespaces and load eBPF.
+    E2e(test::E2e),
+    /// Plain TCP and the mesh between the same pods, measured in one run.
+    Bench(Program),
+    /// Feed the parsers of what peers send with random input for a while.
+    Fuzz(fuzz::Fuzz),
+    /// Two nodes, four services, a load, and the proof that it crossed the wire encrypted.
+    Demo(Program),
+    /// Remove what a killed test or demo left on this machine: namespaces, links, cgroups, pins.
+    Clean,
+}
+
+/// Arguments for the program that does the work; `-- --help` lists them.
+#[derive(Debug, Args)]
+struct Program {
+    /// Passed on unchanged, for example `--duration 20 --keep`.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let well = |()| ExitCode::SUCCESS;
+    let done = match Task::parse() {
+        Task::Setup => setup::run(setup::Say::Everything).map(|_| ExitCode::SUCCESS),
+        Task::Build(build) => build.run().map(well),
+        Task::Check => check::run().map(well),
+        Task::Test => Ok(test::everything()),
+        Task::E2e(e2e) => e2e.run(),
+        Task::Bench(program) => build::run_program("malla-bench", &program.args).map(well),
+        Task::Fuzz(fuzz) => fuzz.run().map(well),
+        Task::Demo(program) => build::run_program("malla-demo", &program.args).map(well),
+        Task::Clean => clean::run().map(well),
+    };
+    done.unwrap_or_else(|error| {
+        say(&format!("error: {error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+/// Tells the user something: the one place of xtask that prints.
+#[expect(clippy::print_stdout, reason = "a command-line tool's output")]
+fn say(text: &str) {
+    println!("{text}");
+}
+
+/// The top of the checkout.
+fn root() -> Result<PathBuf> {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    here.parent().map(PathBuf::from).context("xtask lies in the checkout")
+}

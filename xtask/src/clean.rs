@@ -1,0 +1,147 @@
+//! `cargo xtask clean`: removes what killed tests and a demo with `--keep` left on this machine.
+//!
+//! Everything of theirs is called `malla-<pid>-…` after the process that made it, or lies inside
+//! such a thing (links, addresses, qdiscs and listeners go with their namespace). What belongs to a
+//! process that still lives is left alone, and so is an agent that was installed in earnest.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::process::answer;
+use crate::say;
+
+const PREFIX: &str = "malla-";
+
+/// Removes what is left, and says what it was.
+///
+/// # Errors
+///
+/// Fails if something cannot be removed, after trying everything else.
+pub(crate) fn run() -> Result<()> {
+    let mut removed = 0;
+    let mut problems = Vec::new();
+    let mut tell = |what: String, done: Result<()>| match done {
+        Ok(()) => {
+            removed += 1;
+            say(&format!("removed {what}"));
+        }
+        Err(error) => problems.push(format!("{what}: {error:#}")),
+    };
+    // Processes first: they hold the rest.
+    for name in leftovers_in(Path::new("/run/netns"))? {
+        tell(format!("namespace {name}"), namespace(&name));
+    }
+    for root in cgroup2_roots()? {
+        for name in leftovers_in(&root)? {
+            tell(format!("cgroup {}", root.join(&name).display()), cgroup(&root.join(&name)));
+        }
+    }
+    for root in [std::env::temp_dir(), PathBuf::from("/sys/fs/bpf")] {
+        for name in leftovers_in(&root)? {
+            tell(format!("directory {}", root.join(&name).display()), directory(&root.join(&name)));
+        }
+    }
+    ensure!(problems.is_empty(), "not removed:\n    {}", problems.join("\n    "));
+    say(if removed == 0 { "nothing was left" } else { "clean" });
+    Ok(())
+}
+
+/// Names in `dir` that are ours and whose maker is gone.
+fn leftovers_in(dir: &Path) -> Result<Vec<String>> {
+    if !dir.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).with_context(|| format!("read {}", dir.display()))? {
+        let name = entry.context("read a directory")?.file_name().to_string_lossy().into_owned();
+        match maker(&name) {
+            Some(pid) if Path::new("/proc").join(pid.to_string()).exists() => {
+                say(&format!("left {}: process {pid} still uses it", dir.join(&name).display()));
+            }
+            Some(_) => names.push(name),
+            None => {}
+        }
+    }
+    Ok(names)
+}
+
+/// The process id in `malla-<pid>-…`.
+fn maker(name: &str) -> Option<u32> {
+    let (pid, _) = name.strip_prefix(PREFIX)?.split_once('-')?;
+    pid.parse().ok()
+}
+
+fn namespace(name: &str) -> Result<()> {
+    for pid in answer("ip", &["netns", "pids", name]).unwrap_or_default().lines() {
+        kill(pid);
+    }
+    succeed(Command::new("ip").args(["netns", "delete", name]))
+}
+
+fn cgroup(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).context("read the cgroup")? {
+        let path = entry.context("read the cgroup")?.path();
+        if path.is_dir() {
+            cgroup(&path)?;
+        }
+    }
+    // A killed process leaves its cgroup a moment later.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let members = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        if members.is_empty() || Instant::now() > deadline {
+            return fs::remove_dir(dir).context("remove the cgroup");
+        }
+        for pid in members.lines() {
+            kill(pid);
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A directory with what is mounted in it.
+fn directory(dir: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
+    let inside = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    for target in inside.filter(|target| Path::new(target).starts_with(dir)) {
+        succeed(Command::new("umount").arg(target))?;
+    }
+    fs::remove_dir_all(dir).context("remove the directory")
+}
+
+fn cgroup2_roots() -> Result<Vec<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
+    let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let cgroup2 = fields.filter(|fields| fields.get(2) == Some(&"cgroup2"));
+    Ok(cgroup2.filter_map(|fields| fields.get(1).map(PathBuf::from)).collect())
+}
+
+fn kill(pid: &str) {
+    // It may be gone already, and that is what was wanted.
+    drop(Command::new("kill").args(["-KILL", pid]).output());
+}
+
+fn succeed(command: &mut Command) -> Result<()> {
+    let output = command.output().context("start it")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}", said.trim());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_with_a_process_id_are_ours() {
+        assert_eq!(maker("malla-4711-0-pod"), Some(4711));
+        for other in ["malla", "malla-0", "malla-system-x", "other-4711-x", "malla-x-1"] {
+            assert_eq!(maker(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! `cargo xtask test` and `cargo xtask e2e`: runs every test binary and adds the results up.
+//!
+//! A test that cannot run here passes as far as its runner knows; it appends `name<TAB>why` to the
+//! file named by `MALLA_SKIPPED`, and is counted as skipped.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+
+use crate::build::{self, Executable};
+use crate::check;
+use crate::process::{self, Finished};
+use crate::{say, setup};
+
+/// No test binary is allowed to take longer.
+const BINARY_LIMIT: Duration = Duration::from_secs(900);
+
+/// The package whose tests need privileges and make nodes and pods.
+const E2E_PACKAGE: &str = "mesh-tests";
+
+/// Everything is built by one command, so that every crate is built with one set of features.
+const BUILD: &str = "build --workspace --all-targets";
+
+#[derive(Debug, Args)]
+pub(crate) struct E2e {
+    /// Only tests whose name contains this.
+    filter: Option<String>,
+
+    /// Only this file of tests, for example `capture`.
+    #[arg(long)]
+    file: Option<String>,
+
+    /// Tests that run at the same time. Default: the number of cores, 2 to 4.
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
+/// Results so far.
+#[derive(Debug, Default)]
+struct Tally {
+    passed: usize,
+    failed: Vec<String>,
+    skipped: usize,
+}
+
+/// Everything that can be tested. The last line printed is `N passed, N failed, N skipped`.
+pub(crate) fn everything() -> ExitCode {
+    let mut tally = Tally::default();
+    match setup::run(setup::Say::Everything) {
+        Ok(toolchain) => {
+            for step in check::STEPS {
+                tally.step(step.name, (step.run)(&toolchain));
+            }
+            tally.binaries(&E2e { filter: None, file: None, threads: None }, |_| true);
+            let doc = process::cargo("test --workspace --doc")
+                .and_then(|command| process::watch("doc tests", command, BINARY_LIMIT));
+            tally.record("doc tests", doc);
+        }
+        Err(error) => tally.fail("setup", &format!("{error:#}")),
+    }
+    tally.finish()
+}
+
+impl E2e {
+    /// Runs the end-to-end tests.
+    pub(crate) fn run(&self) -> Result<ExitCode> {
+        setup::run(setup::Say::Changes)?;
+        let mut tally = Tally::default();
+        tally.binaries(self, |binary| {
+            binary.package == E2E_PACKAGE
+                && binary.kind == "test"
+                && self.file.as_ref().is_none_or(|file| *file == binary.name)
+        });
+        Ok(tally.finish())
+    }
+
+    fn threads(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        self.threads.unwrap_or_else(|| cores.clamp(2, 4))
+    }
+}
+
+impl Tally {
+    /// Builds everything and runs the test binaries that `wanted` picks.
+    fn binaries(&mut self, options: &E2e, wanted: impl Fn(&Executable) -> bool) {
+        if let Ok(logs) = logs() {
+            // Those of the last run; there may be none.
+            drop(fs::remove_dir_all(logs));
+        }
+        say("building tests");
+        let built = match build::executables("building tests", BUILD) {
+            Ok(built) => built,
+            Err(error) => return self.fail("build", &format!("{error:#}")),
+        };
+        let agent = built.iter().find(|e| e.name == "mesh-agent" && !e.is_test);
+        let agent = agent.map(|agent| agent.path.clone());
+        let mut tests: Vec<_> = built.iter().filter(|e| e.is_test && wanted(e)).collect();
+        // What is quick and needs nothing fails first.
+        tests.sort_by_key(|e| (e.package == E2E_PACKAGE, e.package.clone(), e.name.clone()));
+        for test in tests {
+            let name = match test.kind.as_str() {
+                "test" => format!("{} {}", test.package, test.name),
+                kind => format!("{} ({kind})", test.package),
+            };
+            let ran = run_binary(test, options, agent.as_ref(), &name);
+            self.record(&name, ran);
+        }
+    }
+
+    fn step(&mut self, name: &str, outcome: Result<()>) {
+        match outcome {
+            Ok(()) => {
+                self.passed += 1;
+                say(&format!("ok      {name}"));
+            }
+            Err(error) => self.fail(name, &format!("{error:#}")),
+        }
+    }
+
+    fn fail(&mut self, name: &str, why: &str) {
+        say(&format!("FAILED  {name}: {why}"));
+        self.failed.push(name.to_owned());
+    }
+
+    /// Adds what a test runner printed.
+    fn record(&mut self, name: &str, ran: Result<Finished>) {
+        let ran = match ran {
+            Ok(ran) => ran,
+            Err(error) => return self.fail(name, &format!("{error:#}")),
+        };
+        let results = Results::read(&ran.lines);
+        for (test, why) in &results.skipped {
+            say(&format!("SKIPPED {name} {test}: {why}"));
+        }
+        self.passed += results.passed;
+        self.skipped += results.skipped.len();
+        if ran.success && results.failed.is_empty() && results.complete {
+            let took = ran.took.as_secs_f32();
+            return say(&format!("ok      {name}: {} passed, {took:.1} s", results.passed));
+        }
+        // A runner that died took its other results along: it is one more failure itself.
+        if results.failed.is_empty() {
+            return self.fail(name, &format!("{}\n{}", ran.how, ran.tail()));
+        }
+        say(&format!("FAILED  {name}: {}\n{}", ran.how, failures(&ran.lines)));
+        self.failed.extend(results.failed.iter().map(|test| format!("{name} {test}")));
+        if !results.complete {
+            self.fail(name, &ran.how);
+        }
+    }
+
+    fn finish(self) -> ExitCode {
+        for name in &self.failed {
+            say(&format!("failed: {name}"));
+        }
+        let failed = self.failed.len();
+        match logs() {
+            Ok(logs) if failed == 0 => drop(fs::remove_dir_all(logs)),
+            Ok(logs) if logs.is_dir() => say(&format!("the agents' logs: {}", logs.display())),
+            _ => {}
+        }
+        say(&format!("{} passed, {failed} failed, {} skipped", self.passed, self.skipped));
+        if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+}
+
+fn run_binary(
+    test: &Executable,
+    options: &E2e,
+    agent: Option<&PathBuf>,
+    name: &str,
+) -> Result<Finished> {
+    // Unit tests need nothing; what lies in `tests/` loads eBPF and makes namespaces.
+    // Where root cannot be had, those that need it skip themselves, and are counted.
+    let mut command = if test.kind == "test" && build::can_be_root() {
+        build::as_root(&test.path)?
+    } else {
+        std::process::Command::new(&test.path)
+    };
+    command.current_dir(&test.dir).arg("--color=never");
+    let skipped = std::env::temp_dir().join(format!("malla-skipped-{}", std::process::id()));
+    fs::write(&skipped, "").context("create the list of skipped tests")?;
+    command.env("MALLA_SKIPPED", &skipped).env("CARGO_MANIFEST_DIR", &test.dir);
+    // An error that a test returns tells where it was by its context.
+    command.env("RUST_LIB_BACKTRACE", "0");
+    if test.package == E2E_PACKAGE {
+        command.arg(format!("--test-threads={}", options.threads()));
+        command.args(&options.filter).env("MALLA_LOGS", logs()?);
+        if let Some(agent) = agent {
+            command.env("MALLA_AGENT", agent);
+        }
+    }
+    let finished = process::watch(name, command, BINARY_LIMIT);
+    let list = fs::read_to_string(&skipped).context("read the list of skipped tests")?;
+    fs::remove_file(&skipped).context("remove the list of skipped tests")?;
+    let mut finished = finished?;
+    finished.lines.extend(list.lines().map(|line| format!("{SKIPPED}{line}")));
+    Ok(finished)
+}
+
+/// Where the agents' logs of every end-to-end test are kept until all of them pass.
+fn logs() -> Result<PathBuf> {
+    Ok(crate::root()?.join("target/e2e-logs"))
+}
+
+/// Marks a line of the list of skipped tests among a runner's output.
+const SKIPPED: &str = "\u{1}skipped ";
+
+/// What one test runner did.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Results {
+    passed: usize,
+    failed: Vec<String>,
+    skipped: Vec<(String, String)>,
+    /// Whether the runner came to its end.
+    complete: bool,
+}
+
+impl Results {
+    /// Reads the output of Rust's test runner, of one binary or (doc tests) of several.
+    fn read(lines: &[String]) -> Self {
+        let mut this = Self::default();
+        for line in lines {
+            if let Some(skipped) = line.strip_prefix(SKIPPED) {
+                let (test, why) = skipped.split_once('\t').unwrap_or((skipped, "no reason"));
+                this.skipped.push((test.to_owned(), why.to_owned()));
+                // The runner takes it for passed.
+                this.passed = this.passed.saturating_sub(1);
+            } else if line.starts_with("test result: ") {
+                this.complete = true;
+            } else if let Some((test, result)) =
+                line.strip_prefix("test ").and_then(|rest| rest.rsplit_once(" ... "))
+            {
+                match result {
+                    "ok" => this.passed += 1,
+                    "FAILED" => this.failed.push(test.to_owned()),
+                    _ if result.starts_with("ignored") => {
+                        let why = result.strip_prefix("ignored, ").unwrap_or("marked #[ignore]");
+                        this.skipped.push((test.to_owned(), why.to_owned()));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        // A package without doc tests prints no results at all, and that is no failure.
+        this.complete |= lines.iter().any(|line| line.contains("Doc-tests"));
+        this
+    }
+}
+
+/// The part of a runner's output that tells why tests failed.
+fn failures(lines: &[String]) -> String {
+    let from = lines.iter().position(|line| line == "failures:").unwrap_or(0);
+    lines[from..]
+        .iter()
+        .filter(|line| !line.starts_with(SKIPPED))
+        .map(|line| format!("    {line}\n"))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(text: &str) -> Vec<String> {
+        text.lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn results_of_a_runner_are_added_up() {
+        let mut output = lines(
+            "running 4 tests\ntest a ... ok\ntest m::b ... FAILED\ntest c ... ignored, slow\n\
+             test d - should panic ... ok\n\ntest result: FAILED. 2 passed; 1 failed; 1 ignored",
+        );
+        output.push(format!("{SKIPPED}a\tneeds root"));
+        let results = Results::read(&output);
+        assert_eq!(results.passed, 1);
+        assert_eq!(results.failed, ["m::b"]);
+        assert_eq!(
+            results.skipped,
+            [("c".to_owned(), "slow".to_owned()), ("a".to_owned(), "needs root".to_owned())]
+        );
+        assert!(results.complete);
+    }
+
+    #[test]
+    fn runner_that_dies_is_not_complete() {
+        assert!(!Results::read(&lines("running 2 tests\ntest a ... ok\n")).complete);
+    }
+}
