@@ -1,0 +1,267 @@
+//! Lanes: a handshake, then one flow after the other.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use mesh_core::stage::Stage;
+use mesh_core::wire::{Reason, Refusal, Role, encode_answer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tracing::{debug, warn};
+
+use super::{Arrivals, NO_AGE, Parties, Server, take, turned};
+use crate::identity::verify::{PeerRefused, PeerRole};
+use crate::tunnel::dial::{expiry, prepare, within};
+use crate::tunnel::error::DialError;
+use crate::tunnel::flow::{AnswerOn, Request, Slot};
+use crate::tunnel::lane::{Handshake, Lane, LaneError, LaneEvent};
+use crate::tunnel::session::Session;
+use crate::tunnel::stats::Side;
+use crate::tunnel::tls::{self, ServedBySni};
+use crate::tunnel::tunnels::{Tunnels, lock};
+
+/// Long enough for a file descriptor to come free, short enough not to show as latency.
+const ACCEPT_RETRY: Duration = Duration::from_millis(10);
+
+impl Tunnels {
+    /// Serves lanes until `drain` turns true: then idle lanes are closed, and the others after their
+    /// flow. Returns when all are; dropping the future cuts them.
+    ///
+    /// `handler` answers a request, relays, and returns when the flow has ended.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the TLS configuration is refused.
+    pub async fn serve_lanes<H, F>(
+        self: Arc<Self>,
+        listener: TcpListener,
+        drain: watch::Receiver<bool>,
+        handler: H,
+    ) -> io::Result<()>
+    where
+        H: Fn(Request) -> F + Send + Sync + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let server = Arc::new(Server::new(self, handler, drain.clone())?);
+        let handshakes = Arc::new(Semaphore::new(server.tunnels.config.max_handshakes));
+        let listening = Listening { listener, handshakes };
+        let mut lanes = take(&listening, drain, |(permit, tcp, peer), _| {
+            Some(Arc::clone(&server).lane(tcp, peer, permit))
+        })
+        .await;
+        drop(listening);
+        while lanes.join_next().await.is_some() {}
+        Ok(())
+    }
+}
+
+/// A listener, and places for handshakes: without one nothing is accepted.
+struct Listening {
+    listener: TcpListener,
+    handshakes: Arc<Semaphore>,
+}
+
+impl Arrivals for Listening {
+    type Carrier = (OwnedSemaphorePermit, TcpStream, SocketAddr);
+
+    async fn next(&self) -> Option<Self::Carrier> {
+        Some(accept(&self.listener, &self.handshakes).await)
+    }
+}
+
+async fn accept(
+    listener: &TcpListener,
+    permits: &Arc<Semaphore>,
+) -> (OwnedSemaphorePermit, TcpStream, SocketAddr) {
+    #[expect(clippy::expect_used, reason = "nothing closes this semaphore")]
+    let permit = Arc::clone(permits).acquire_owned().await.expect("never closed");
+    loop {
+        match listener.accept().await {
+            Ok((tcp, peer)) => return (permit, tcp, peer),
+            // The peer went away between SYN and accept (accept(2)): nothing is wrong with us.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            // EMFILE and its kin persist until something closes: spinning would starve that.
+            Err(error) => {
+                warn!(%error, stage = "tunnel", "accept failed");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+impl<H, F> Server<H>
+where
+    H: Fn(Request) -> F + Send + Sync + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    /// One lane, from its handshake to its end.
+    async fn lane(self: Arc<Self>, tcp: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
+        let Some(_place) = self.place(peer.ip()) else {
+            self.report(peer, &DialError::Overloaded, None);
+            return;
+        };
+        let accepted = self.handshake(tcp, peer).await;
+        drop(permit);
+        match accepted {
+            Ok((lane, parties, doubt)) => self.flows(lane, parties, doubt).await,
+            Err(Some(handshake)) => handshake.linger().await,
+            Err(None) => {}
+        }
+    }
+
+    /// Ends with the lane and its parties, and with what is wrong with the caller's certificate if a
+    /// resumed session kept that from the handshake. On failure everything is reported.
+    async fn handshake(
+        &self,
+        tcp: TcpStream,
+        peer: SocketAddr,
+    ) -> Result<(Box<Lane>, Parties, Option<PeerRefused>), Option<Handshake>> {
+        let resolver = Arc::new(ServedBySni::new(&self.tunnels.credentials));
+        // A resolver for each connection is how rustls tells which workload was asked for.
+        let mut tls = self.tls.clone();
+        tls.cert_resolver = Arc::clone(&resolver) as Arc<dyn rustls::server::ResolvesServerCert>;
+        let session = prepare(&tcp)
+            .map_err(DialError::Network)
+            .and_then(|()| Session::server(Arc::new(tls)).map_err(DialError::Tls));
+        let session = match session {
+            Ok(session) => session,
+            Err(error) => {
+                self.report(peer, &error, None);
+                return Err(None);
+            }
+        };
+        let mut handshake = Handshake::new(tcp, session, Role::Server);
+        let result = within(self.config().handshake_timeout, &mut handshake).await;
+        let served = resolver.found();
+        if let Err(error) = result {
+            self.report(peer, &error, served.map(|(id, _)| id));
+            return Err(Some(handshake));
+        }
+        let Some((served_as, certified)) = served else { return Err(Some(handshake)) };
+        let chain = handshake.session().state().peer_certificates();
+        let not_after = chain.map_or(0, tls::not_after).min(tls::not_after(&certified.cert));
+        let found = tls::identify(&self.tunnels.credentials, chain, PeerRole::Client);
+        let expires = expiry(not_after, NO_AGE).unwrap_or_else(Instant::now);
+        self.tunnels.stats.completed(Side::Server, handshake.kind());
+        let (caller, doubt) = match found {
+            Ok(caller) => (caller, None),
+            Err(refused) => {
+                self.report(peer, &DialError::Certificate(refused), Some(served_as));
+                // Nobody: its requests are refused before anyone asks who it is.
+                (served_as.clone(), Some(refused))
+            }
+        };
+        let parties = Parties { caller, served_as: served_as.clone(), peer, expires };
+        let lane = handshake.into_lane(expires, &self.tunnels.stats);
+        Ok((Box::new(lane), parties, doubt))
+    }
+
+    /// One flow after the other.
+    async fn flows(&self, mut lane: Box<Lane>, parties: Parties, doubt: Option<PeerRefused>) {
+        let slot = Arc::new(Slot::default());
+        let mut drain = self.drain.clone();
+        loop {
+            let event = tokio::select! {
+                biased; // What has arrived is served, also while draining.
+                event = lane.next_event() => event,
+                () = turned(&mut drain) => return lane.close().await,
+                () = tokio::time::sleep(2 * self.config().lane_idle) => return lane.close().await,
+            };
+            let open = match event {
+                Ok(LaneEvent::Open(open)) => open,
+                Ok(LaneEvent::Closed) => return lane.close_now(),
+                Ok(LaneEvent::Unsupported) => return unsupported(lane).await,
+                Ok(event) => {
+                    debug!(peer = %parties.peer, ?event, stage = "tunnel", "lane ended");
+                    return;
+                }
+                Err(error) => {
+                    self.lane_failed(&parties, error);
+                    return;
+                }
+            };
+            let request = Request {
+                open,
+                caller: parties.caller.clone(),
+                served_as: parties.served_as.clone(),
+                peer: parties.peer,
+                answer: AnswerOn::Lane {
+                    lane,
+                    slot: Arc::clone(&slot),
+                    patience: self.config().answer_timeout,
+                },
+            };
+            self.tunnels.stats.flows.fetch_add(1, Relaxed);
+            match self.why_not(&parties, doubt) {
+                Some(refusal) => {
+                    self.tunnels.stats.flows_refused.fetch_add(1, Relaxed);
+                    request.refuse(refusal).await;
+                }
+                None => (self.handler)(request).await,
+            }
+            match slot.take() {
+                Some(back) => lane = back,
+                None => return,
+            }
+        }
+    }
+
+    /// A lane that ends between flows without `close_notify` is a peer that went away; an alert is a
+    /// peer that does not trust us.
+    fn lane_failed(&self, parties: &Parties, error: LaneError) {
+        match error {
+            LaneError::Tls(error) => {
+                self.report(parties.peer, &error, Some(&parties.served_as));
+            }
+            LaneError::Wire(error) => self.refused(
+                parties.peer,
+                Reason::Protocol.as_str(),
+                &error,
+                Some(&parties.served_as),
+            ),
+            error => {
+                debug!(peer = %parties.peer, %error, stage = "tunnel", "lane ended");
+            }
+        }
+    }
+
+    /// A place among the lanes of one address, if there is one left.
+    fn place(self: &Arc<Self>, address: IpAddr) -> Option<Place<H>> {
+        let mut lanes = lock(&self.lanes);
+        let taken = lanes.entry(address).or_default();
+        if *taken >= self.config().max_lanes_per_address {
+            return None;
+        }
+        *taken += 1;
+        Some(Place { server: Arc::clone(self), address })
+    }
+}
+
+/// A lane's place among those of its address.
+struct Place<H> {
+    server: Arc<Server<H>>,
+    address: IpAddr,
+}
+
+impl<H> Drop for Place<H> {
+    fn drop(&mut self) {
+        let mut lanes = lock(&self.server.lanes);
+        if let Some(taken) = lanes.get_mut(&self.address) {
+            *taken -= 1;
+            if *taken == 0 {
+                lanes.remove(&self.address);
+            }
+        }
+    }
+}
+
+/// Answers a client of another version, and ends the lane.
+async fn unsupported(mut lane: Box<Lane>) {
+    let refusal = Refusal::new(Stage::Tunnel, Reason::Version);
+    if lane.codec.queue(&encode_answer(Err(refusal))).is_ok() {
+        lane.close().await;
+    }
+}

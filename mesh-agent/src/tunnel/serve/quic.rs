@@ -1,0 +1,197 @@
+//! QUIC connections: a handshake, then a task per stream.
+
+use std::io;
+use std::net::UdpSocket;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use mesh_core::stage::Stage;
+use mesh_core::wire::{Reason, Refusal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tracing::debug;
+
+use super::{Arrivals, NO_AGE, Parties, Server, take, turned};
+use crate::identity::verify::PeerRole;
+use crate::tunnel::dial::expiry;
+use crate::tunnel::error::DialError;
+use crate::tunnel::flow::{AnswerOn, Request};
+use crate::tunnel::quic::{self, Head, QuicAnswer, QuicLink};
+use crate::tunnel::stats::{SessionKind, Side};
+use crate::tunnel::tls::{self, Refusals, ServedBySni};
+use crate::tunnel::tunnels::Tunnels;
+
+impl Tunnels {
+    /// Serves QUIC connections in the same way, on a UDP socket that the caller has bound.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the socket cannot be used or the TLS configuration is refused.
+    pub async fn serve_quic<H, F>(
+        self: Arc<Self>,
+        socket: UdpSocket,
+        drain: watch::Receiver<bool>,
+        handler: H,
+    ) -> io::Result<()>
+    where
+        H: Fn(Request) -> F + Send + Sync + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let server = Arc::new(Server::new(self, handler, drain.clone())?);
+        let transport = quic::transport(&server.tunnels.config);
+        let first = quic::server_config(server.tls.clone(), &transport)?;
+        let endpoint = quic::endpoint(socket, Some(first))?;
+        let mut connections = take(&endpoint, drain, |incoming: quinn::Incoming, open| {
+            if open >= server.config().quic_max_connections {
+                incoming.refuse();
+                return None;
+            }
+            Some(Arc::clone(&server).connection(incoming, Arc::clone(&transport)))
+        })
+        .await;
+        endpoint.set_server_config(None);
+        while connections.join_next().await.is_some() {}
+        endpoint.wait_idle().await;
+        Ok(())
+    }
+}
+
+impl Arrivals for quinn::Endpoint {
+    type Carrier = quinn::Incoming;
+
+    async fn next(&self) -> Option<quinn::Incoming> {
+        self.accept().await
+    }
+}
+
+impl<H, F> Server<H>
+where
+    H: Fn(Request) -> F + Send + Sync + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    /// One QUIC connection, from its handshake to its end.
+    async fn connection(
+        self: Arc<Self>,
+        incoming: quinn::Incoming,
+        transport: Arc<quinn::TransportConfig>,
+    ) {
+        let peer = incoming.remote_address();
+        let Some((link, parties)) = self.quic_handshake(incoming, &transport).await else { return };
+        let mut drain = self.drain.clone();
+        let mut flows = JoinSet::new();
+        loop {
+            let (send, mut recv) = tokio::select! {
+                biased; // As for lanes.
+                stream = link.connection().accept_bi() => match stream {
+                    Ok(stream) => stream,
+                    Err(error) => {
+                        debug!(%peer, %error, stage = "tunnel", "connection ended");
+                        break;
+                    }
+                },
+                () = turned(&mut drain) => break,
+                Some(_ended) = flows.join_next() => continue,
+            };
+            let (server, link, parties) = (Arc::clone(&self), link.clone(), parties.clone());
+            flows.spawn(async move {
+                let claim = link.claim();
+                let limit = server.config().handshake_timeout;
+                let head = match timeout(limit, quic::read_open(&mut recv)).await {
+                    Ok(Ok(head)) => head,
+                    Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
+                        let served_as = Some(&parties.served_as);
+                        server.refused(peer, Reason::Protocol.as_str(), &error, served_as);
+                        return link.close(Reason::Protocol);
+                    }
+                    // Given up by the client before OPEN was read, or by us: no other flow's concern.
+                    _given_up => return drop(QuicAnswer::new(send, recv, claim)),
+                };
+                let answer = QuicAnswer::new(send, recv, claim);
+                let Head::Open(open) = head else {
+                    let refusal = Refusal::new(Stage::Tunnel, Reason::Version);
+                    return answer.refuse(refusal).await;
+                };
+                let request = Request {
+                    open,
+                    caller: parties.caller.clone(),
+                    served_as: parties.served_as.clone(),
+                    peer: parties.peer,
+                    answer: AnswerOn::Quic(answer),
+                };
+                server.tunnels.stats.flows.fetch_add(1, Relaxed);
+                match server.why_not(&parties, None) {
+                    Some(refusal) => {
+                        server.tunnels.stats.flows_refused.fetch_add(1, Relaxed);
+                        request.refuse(refusal).await;
+                    }
+                    None => (server.handler)(request).await,
+                }
+            });
+        }
+        link.retire();
+        while flows.join_next().await.is_some() {}
+        link.settle().await;
+    }
+
+    async fn quic_handshake(
+        &self,
+        incoming: quinn::Incoming,
+        transport: &Arc<quinn::TransportConfig>,
+    ) -> Option<(QuicLink, Parties)> {
+        let tunnels = &self.tunnels;
+        let peer = incoming.remote_address();
+        let resolver = Arc::new(ServedBySni::new(&tunnels.credentials));
+        let refusals = Refusals::default();
+        let as_resolver = Arc::clone(&resolver) as Arc<dyn rustls::server::ResolvesServerCert>;
+        let config =
+            tls::server_config(&tunnels.credentials, &tunnels.tickets, as_resolver, &refusals)
+                .map_err(DialError::Tls)
+                .and_then(|tls| quic::server_config(tls, transport).map_err(DialError::Network));
+        let config = match config {
+            Ok(config) => config,
+            Err(error) => {
+                self.report(peer, &error, None);
+                return None;
+            }
+        };
+        let handshake = async {
+            let connecting = incoming.accept_with(Arc::new(config))?;
+            connecting.await
+        };
+        let connected = timeout(self.config().handshake_timeout, handshake).await;
+        let served = resolver.found();
+        let connection = match connected {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(error)) => {
+                let error = quic::server_cause(&error, refusals.take(""), served.is_some());
+                self.report(peer, &error, served.map(|(id, _)| id));
+                return None;
+            }
+            Err(_elapsed) => {
+                self.report(peer, &DialError::TimedOut, served.map(|(id, _)| id));
+                return None;
+            }
+        };
+        let (served_as, certified) = served?;
+        let chain = quic::peer_chain(&connection);
+        let chain = chain.as_deref();
+        let not_after = chain.map_or(0, tls::not_after).min(tls::not_after(&certified.cert));
+        let expires = expiry(not_after, NO_AGE);
+        let link = QuicLink::new(connection, expires.unwrap_or_else(Instant::now), &tunnels.stats);
+        tunnels.stats.completed(Side::Server, SessionKind::Full);
+        match tls::identify(&tunnels.credentials, chain, PeerRole::Client) {
+            Ok(caller) => {
+                let served_as = served_as.clone();
+                let expires = expires.unwrap_or_else(Instant::now);
+                Some((link, Parties { caller, served_as, peer, expires }))
+            }
+            Err(refused) => {
+                self.report(peer, &DialError::Certificate(refused), Some(served_as));
+                link.close(Reason::CallerCertificate);
+                None
+            }
+        }
+    }
+}
