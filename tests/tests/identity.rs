@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agent, Load, Mesh, Serve, exchange};
+use harness::{Agent, Carrier, Load, Mesh, Serve, exchange, is_reset};
 use serde_json::Value;
 
 /// The serial numbers of the agent's certificates for workloads.
@@ -68,14 +68,7 @@ fn root_that_is_added_to_the_bundle_is_trusted_without_a_restart() -> Result<()>
     let to = mesh.service("b").v4(80);
     mesh.pod("a1").refused(to)?;
 
-    let dirs = ["a", "b"].map(|node| mesh.agent(node).ca_dir());
-    let roots = dirs.map(|dir| fs::read_to_string(dir.join("root.pem")));
-    let [a, b] = roots;
-    let both = format!("{}{}", a?, b?);
-    for dir in dirs {
-        fs::write(dir.join("bundle.new"), &both)?;
-        fs::rename(dir.join("bundle.new"), dir.join("bundle.pem"))?;
-    }
+    trust_both_roots(&mesh)?;
     harness::wait::until(harness::wait::SOON, "both roots to be trusted", || {
         mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"now")).is_ok()
     })?;
@@ -86,6 +79,87 @@ fn root_that_is_added_to_the_bundle_is_trusted_without_a_restart() -> Result<()>
         assert_eq!(roots, 2);
     }
     Ok(())
+}
+
+/// Where each agent has a root of its own: both agents trust both roots.
+fn trust_both_roots(mesh: &Mesh) -> Result<()> {
+    let dirs = ["a", "b"].map(|node| mesh.agent(node).ca_dir());
+    let [a, b] = dirs.map(|dir| fs::read_to_string(dir.join("root.pem")));
+    let both = format!("{}{}", a?, b?);
+    dirs.iter().try_for_each(|dir| replace(dir, "bundle.pem", &both))?;
+    wait_for_roots(mesh, 2)
+}
+
+/// Open flows are reset within a second when one end stops trusting the other's root, no further flow
+/// begins, and both agents say why.
+fn root_is_removed(carrier: Carrier, at: &str) -> Result<()> {
+    let mesh = Mesh::two_nodes_builder().own_ca("b", "cluster.local").carrier(carrier).start()?;
+    let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.pod("b1").v4(8080);
+    trust_both_roots(&mesh)?;
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        let mut stream = mesh.pod("a1").connect(to)?;
+        exchange(&mut stream, b"before")?;
+        streams.push(stream);
+    }
+
+    let (agent, far) = (mesh.agent(at), mesh.agent(if at == "a" { "b" } else { "a" }));
+    let own = fs::read_to_string(agent.ca_dir().join("root.pem"))?;
+    let removed = Instant::now();
+    replace(agent.ca_dir(), "bundle.pem", &own)?;
+    for stream in &mut streams {
+        assert!(is_reset(stream), "{carrier:?}, {at}: it goes on");
+    }
+    let took = removed.elapsed();
+    ensure!(took < Duration::from_secs(1), "{carrier:?}, {at}: reset after {took:?}");
+    harness::wait::until(harness::wait::SOON, "the server to see every reset", || {
+        server.outcomes().iter().filter(|outcome| outcome.is_err()).count() == 3
+    })?;
+
+    let clients = server.clients().len();
+    mesh.pod("a1").refused(to)?;
+    assert_eq!(server.clients().len(), clients, "{carrier:?}, {at}");
+
+    let (side, direction, other) = match at {
+        "a" => ("client", "outbound", "inbound"),
+        _ => ("server", "inbound", "outbound"),
+    };
+    wait_for_refusal(agent, side, "unknown_issuer")?;
+    ensure!(agent.log().contains("peer is not trusted any more"), "{}", agent.log());
+    let carried = [("carrier", carrier.as_str()), ("stage", "tunnel")];
+    let with = |direction, reason| {
+        [&carried[..], &[("direction", direction), ("reason", reason)]].concat()
+    };
+    agent.wait_for_record(&with(direction, "unknown_issuer"))?;
+    far.wait_for_record(&with(other, "denied"))?;
+    let labels = [("stage", "tunnel"), ("reason", "denied"), ("direction", other)];
+    far.wait_for_metric("mesh_refusals_total", &labels, 3.0)?;
+    Ok(())
+}
+
+#[test]
+fn flows_end_when_the_servers_agent_removes_the_root_on_lanes() -> Result<()> {
+    harness::require!();
+    root_is_removed(Carrier::Lane, "b")
+}
+
+#[test]
+fn flows_end_when_the_servers_agent_removes_the_root_on_quic() -> Result<()> {
+    harness::require!();
+    root_is_removed(Carrier::Quic, "b")
+}
+
+#[test]
+fn flows_end_when_the_clients_agent_removes_the_root_on_lanes() -> Result<()> {
+    harness::require!();
+    root_is_removed(Carrier::Lane, "a")
+}
+
+#[test]
+fn flows_end_when_the_clients_agent_removes_the_root_on_quic() -> Result<()> {
+    harness::require!();
+    root_is_removed(Carrier::Quic, "a")
 }
 
 #[test]
@@ -134,7 +208,8 @@ fn wait_for_roots(mesh: &Mesh, number: usize) -> Result<()> {
 #[test]
 fn root_is_replaced_while_traffic_flows() -> Result<()> {
     harness::require!();
-    let mesh = Mesh::two_nodes_builder().cert_lifetime(Duration::from_secs(4)).start()?;
+    let lifetime = Duration::from_secs(4);
+    let mesh = Mesh::two_nodes_builder().cert_lifetime(lifetime).start()?;
     let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
     let (dir, next) = (mesh.ca_dir(), mesh.state_dir().join("next-ca"));
     harness::init_ca(&next, "cluster.local")?;
@@ -154,13 +229,20 @@ fn root_is_replaced_while_traffic_flows() -> Result<()> {
                 serials(mesh.agent(node)).is_ok_and(|now| now.is_disjoint(&before))
             })?;
         }
+        let renewed = Instant::now();
+        harness::wait::until(lifetime * 2, "the last certificate of the old root to end", || {
+            renewed.elapsed() > lifetime
+        })?;
         load.wait_for(2)?;
+        exchange(&mut held, b"both roots are trusted")?;
 
         replace(dir, "bundle.pem", &new)?;
         wait_for_roots(&mesh, 1)?;
         load.wait_for(20)
     })?;
-    exchange(&mut held, b"after")
+    // What began under the old root was proven by it alone.
+    assert!(is_reset(&mut held), "the old root counts still");
+    Ok(())
 }
 
 #[test]

@@ -360,6 +360,7 @@ fn credentials(identities: &Arc<Identities>) -> Credentials {
         certified: Box::new(move |id| certified.certified(id)),
         served: Box::new(move |name| served.served(name)),
         verify: Box::new(move |chain, role, now| verify_peer(&verify.trust(), chain, role, now)),
+        trusted: identities.trusted(),
     }
 }
 

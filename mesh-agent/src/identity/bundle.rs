@@ -231,8 +231,8 @@ fn system_time(unix_s: i64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(unix_s).unwrap_or(0))
 }
 
-/// Keeps the bundle of `identities` what the file says, for ever. Connections that exist are not
-/// touched; handshakes take the new roots from the moment it returns.
+/// Keeps the bundle of `identities` what the file says, for ever. Handshakes take the new
+/// roots from that moment on, and whoever holds open tunnels learns of it ([`Identities::trusted`]).
 ///
 /// A file that is wrong is reported once per change, and the last good roots stay in force.
 ///

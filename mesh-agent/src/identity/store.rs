@@ -122,7 +122,8 @@ pub struct Identities {
     wanted: watch::Sender<HashSet<SpiffeId>>,
     trust: ArcSwap<TrustBundles>,
     trust_problem: ArcSwapOption<BundleError>,
-    trust_changes: watch::Sender<()>,
+    /// Counts the roots that were in force.
+    trust_changes: watch::Sender<u64>,
     changes: watch::Sender<()>,
 }
 
@@ -191,8 +192,14 @@ impl Identities {
     /// Replaces the roots. A certificate of ours that they no longer cover is issued again at once.
     pub fn set_trust(&self, trust: TrustBundles) {
         self.trust.store(Arc::new(trust));
-        self.trust_changes.send_replace(());
+        // After the roots: who sees the number sees them too.
+        self.trust_changes.send_modify(|number| *number += 1);
         self.changes.send_replace(());
+    }
+
+    /// The number of the roots in force: another one after every change of them.
+    pub fn trusted(&self) -> watch::Receiver<u64> {
+        self.trust_changes.subscribe()
     }
 
     /// What is wrong with the bundle's file; the roots in force are then those it had before.

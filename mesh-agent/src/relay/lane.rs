@@ -21,12 +21,12 @@ struct LaneEnd<'a> {
 }
 
 pub(super) async fn run(app: &mut TcpStream, flow: &mut LaneFlow, live: &Live) -> RelayEnd {
-    let Lane { tcp, codec, .. } = &mut *flow.lane;
+    let Lane { tcp, codec, proof, .. } = &mut *flow.lane;
     let (read, write) = tcp.split();
     let far = LaneEnd { read, write, codec };
     // A lane is read as long as its flow lasts. While the application does not take what came, the
     // lane's end is of no interest: behind it may lie bytes that are still to be delivered.
-    super::run(app, far, pending(), Buf::default(), live).await
+    super::run(app, far, pending(), proof.withdrawn(), Buf::default(), live).await
 }
 
 impl LaneEnd<'_> {

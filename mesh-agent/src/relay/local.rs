@@ -1,5 +1,6 @@
 //! Another application's connection as the far end: both pods are on this node.
 
+use std::future::pending;
 use std::io;
 use std::net::Shutdown;
 use std::pin::Pin;
@@ -38,7 +39,8 @@ pub(super) async fn run(
         drop(write.as_ref().ready(Interest::ERROR).await);
         Outcome::PeerReset(ResetReason::Application)
     };
-    super::run(app, end, broken, up, live).await
+    // Both are pods of this node: its own word for it.
+    super::run(app, end, broken, pending(), up, live).await
 }
 
 /// The far application's connection broke.

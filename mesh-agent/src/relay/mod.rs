@@ -16,6 +16,8 @@
 //! - *Ends cross faithfully.* FIN crosses alone (RFC 9293 section 3.6); RST crosses as reset, also
 //!   when a direction has ended or nothing flows; a carrier that breaks is RST to the application and
 //!   never an end.
+//! - *Only among the trusted.* A flow whose peer is not trusted any more is reset at once, also when
+//!   nothing flows.
 //!
 //! # Not here
 //!
@@ -42,6 +44,7 @@ use tokio::io::{AsyncRead as _, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
+use crate::identity::verify::PeerRefused;
 use crate::telemetry::{self, Failure, Live, ResponseFlags};
 use crate::tunnel::{Buf, Flow, Held, MAX_CHUNK};
 
@@ -59,6 +62,8 @@ pub enum Outcome {
     ApplicationReset(ResetReason),
     /// The peer reset the flow.
     PeerReset(ResetReason),
+    /// The peer's agent is not trusted any more, for this reason: both ends were reset.
+    Distrusted(PeerRefused),
     /// The carrier broke: the application got RST.
     TunnelLost,
     /// The peer broke the protocol: the application got RST.
@@ -71,7 +76,9 @@ impl Outcome {
         match self {
             Self::Clean => "clean",
             Self::ApplicationReset(_) => "application_reset",
+            Self::PeerReset(ResetReason::Denied) => "denied",
             Self::PeerReset(_) => "peer_reset",
+            Self::Distrusted(refused) => refused.reason(),
             Self::TunnelLost => "tunnel_lost",
             Self::Protocol => "protocol",
         }
@@ -92,15 +99,22 @@ pub struct RelayEnd {
 /// What a relay's end means in a connection's record.
 impl From<RelayEnd> for telemetry::Outcome {
     fn from(end: RelayEnd) -> Self {
+        let stage = match end.outcome {
+            Outcome::Distrusted(_) | Outcome::PeerReset(ResetReason::Denied) => Stage::Tunnel,
+            _ => Stage::Telemetry,
+        };
         let detail = match end.outcome {
             Outcome::Clean => return Self::Complete,
             Outcome::ApplicationReset(why) => format!("the application on this side: {why}"),
             Outcome::PeerReset(why) => format!("the far side reset the flow: {why}"),
+            Outcome::Distrusted(why) => format!("not trusted any more: {why}"),
             Outcome::TunnelLost => "the tunnel broke: bytes may be lost".into(),
             Outcome::Protocol => "the far agent broke the wire protocol".into(),
         };
-        let failure = Failure::new(Stage::Telemetry, end.outcome.reason(), detail);
+        let failure = Failure::new(stage, end.outcome.reason(), detail);
         Self::Failed(match end.outcome {
+            Outcome::Distrusted(_) => failure.with_flags(ResponseFlags::IdentityError),
+            Outcome::PeerReset(ResetReason::Denied) => failure.with_flags(ResponseFlags::Deny),
             // An application's own way of ending: nothing failed in between.
             Outcome::ApplicationReset(_) | Outcome::PeerReset(_) => {
                 failure.with_flags(ResponseFlags::None)
@@ -186,7 +200,7 @@ trait Far {
     fn payload(&self) -> &[u8];
     /// Removes payload from the front.
     fn taken(&mut self, len: usize);
-    /// Ends both directions because the application's connection broke.
+    /// Ends both directions because the application's connection broke, or nothing more may cross.
     fn reset(&mut self, reason: ResetReason);
 }
 
@@ -214,17 +228,20 @@ struct Relay<'a, F> {
     live: &'a Live,
 }
 
-/// Runs a relay. `far_broken` completes when the far end broke in a way that receiving does not show.
+/// Runs a relay. `far_broken` completes when the far end broke in a way that receiving does not show,
+/// `distrusted` when nothing more may cross.
 async fn run<F: Far>(
     app: &mut TcpStream,
     far: F,
     far_broken: impl Future<Output = Outcome>,
+    distrusted: impl Future<Output = PeerRefused>,
     up: Buf,
     live: &Live,
 ) -> RelayEnd {
     let (app_read, app_write) = app.split();
     let mut app_broken = pin!(app_write.as_ref().ready(Interest::ERROR));
     let mut far_broken = pin!(far_broken);
+    let mut distrusted = pin!(distrusted);
     let mut relay = Relay {
         app_read,
         app_write: &app_write,
@@ -235,6 +252,10 @@ async fn run<F: Far>(
         live,
     };
     let outcome = poll_fn(|cx| {
+        // First: not a byte of a peer that is not trusted any more.
+        if let Poll::Ready(refused) = distrusted.as_mut().poll(cx) {
+            return Poll::Ready(Outcome::Distrusted(refused));
+        }
         let up = match relay.poll_up(cx) {
             Ok(direction) => direction,
             Err(outcome) => return Poll::Ready(outcome),
@@ -264,8 +285,10 @@ async fn run<F: Far>(
         Poll::Pending
     })
     .await;
-    if let Outcome::ApplicationReset(reason) = outcome {
-        relay.far.reset(reason);
+    match outcome {
+        Outcome::ApplicationReset(reason) => relay.far.reset(reason),
+        Outcome::Distrusted(_) => relay.far.reset(ResetReason::Denied),
+        _ => {}
     }
     RelayEnd { sent: live.sent.load(Relaxed), received: live.received.load(Relaxed), outcome }
 }

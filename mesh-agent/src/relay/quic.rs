@@ -23,8 +23,9 @@ pub(super) async fn run(app: &mut TcpStream, flow: &mut QuicFlow, live: &Live) -
             None => pending().await,
         }
     };
+    let proof = flow.proof();
     let far = QuicEnd { flow, down: Buf::default() };
-    super::run(app, far, broken, Buf::default(), live).await
+    super::run(app, far, broken, proof.withdrawn(), Buf::default(), live).await
 }
 
 impl Far for QuicEnd<'_> {

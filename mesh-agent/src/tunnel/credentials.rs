@@ -7,6 +7,7 @@ use std::sync::Arc;
 use mesh_core::spiffe::SpiffeId;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::sign::CertifiedKey;
+use tokio::sync::watch;
 
 use crate::identity::verify::{PeerRefused, PeerRole};
 
@@ -24,7 +25,7 @@ pub type Verify = Box<
 /// Certificates of this node's workloads, and what peers are trusted.
 ///
 /// Every function is called at each handshake and answers from the present state, so that a renewed
-/// certificate or a replaced root needs nothing here. An unchanged certificate must be the same
+/// certificate or a replaced root needs nothing here but `trusted`, for the carriers that are open. An unchanged certificate must be the same
 /// `Arc`: TLS sessions are resumed only under it.
 pub struct Credentials {
     /// The certificate under which a workload of this node calls.
@@ -33,6 +34,15 @@ pub struct Credentials {
     pub served: Served,
     /// Who a peer is.
     pub verify: Verify,
+    /// Which roots `verify` goes by: another number after every change of them.
+    pub trusted: watch::Receiver<u64>,
+}
+
+impl Credentials {
+    /// The number of the roots in force.
+    pub(super) fn generation(&self) -> u64 {
+        *self.trusted.borrow()
+    }
 }
 
 impl fmt::Debug for Credentials {

@@ -23,6 +23,7 @@ use super::error::DialError;
 use super::gate::Gate;
 use super::lane::{Handshake, Lane};
 use super::pool::{DialOrder, Ready};
+use super::proof::{Proof, Proofs};
 use super::quic::{self, QuicLink};
 use super::session::Session;
 use super::stats::{SessionKind, Side, TunnelStats};
@@ -37,6 +38,7 @@ const AFTER_REFUSAL: Duration = Duration::from_secs(1);
 /// What a worker needs to dial.
 pub(super) struct Dialler {
     credentials: Arc<Credentials>,
+    proofs: Arc<Proofs>,
     stats: Arc<TunnelStats>,
     lane_max_age: Duration,
     transport: Arc<quinn::TransportConfig>,
@@ -68,10 +70,12 @@ impl Dialler {
     pub(super) fn new(
         config: &TunnelConfig,
         credentials: &Arc<Credentials>,
+        proofs: &Arc<Proofs>,
         stats: &Arc<TunnelStats>,
     ) -> Self {
         Self {
             credentials: Arc::clone(credentials),
+            proofs: Arc::clone(proofs),
             stats: Arc::clone(stats),
             lane_max_age: config.lane_max_age,
             transport: quic::transport(config),
@@ -199,12 +203,12 @@ impl Dialler {
         }
         let kind = handshake.kind();
         let chain = handshake.session().state().peer_certificates();
-        let expires = match self.prove(peer, chain, &caller) {
-            Ok(expires) => expires,
+        let (expires, proof) = match self.prove(peer, chain, &caller) {
+            Ok(proven) => proven,
             Err(error) => return Err((error, kind)),
         };
         self.stats.completed(Side::Client, kind);
-        Ok(handshake.into_lane(expires, &self.stats))
+        Ok(handshake.into_lane(proof, expires, &self.stats))
     }
 
     async fn quic(&self, peer: &Peer) -> Result<QuicLink, DialError> {
@@ -218,10 +222,10 @@ impl Dialler {
             connecting.await.map_err(|error| quic::cause(&error, self.refusals.take(&name)))?;
         let chain = quic::peer_chain(&connection);
         match self.prove(peer, chain.as_deref(), &caller) {
-            Ok(expires) => {
+            Ok((expires, proof)) => {
                 // quinn does not say whether it resumed.
                 self.stats.completed(Side::Client, SessionKind::Full);
-                Ok(QuicLink::new(connection, expires, &self.stats))
+                Ok(QuicLink::new(connection, proof, expires, &self.stats))
             }
             Err(error) => {
                 // Its session may be a resumed one that no longer holds: the next one is not.
@@ -239,15 +243,16 @@ impl Dialler {
         peer: &Peer,
         chain: Option<&[CertificateDer<'_>]>,
         caller: &Caller,
-    ) -> Result<Instant, DialError> {
-        let found = tls::identify(&self.credentials, chain, PeerRole::Server)
-            .map_err(DialError::Certificate)?;
+    ) -> Result<(Instant, Arc<Proof>), DialError> {
+        let (found, proof) =
+            self.proofs.take(chain, PeerRole::Server).map_err(DialError::Certificate)?;
         if found != peer.to {
             return Err(DialError::WrongWorkload { found });
         }
         let not_after = chain.map_or(0, tls::not_after).min(caller.not_after);
         // Whether our own certificate still holds is for the peer to judge: its clock decides.
-        Ok(expiry(not_after, self.lane_max_age).unwrap_or_else(Instant::now))
+        let expires = expiry(not_after, self.lane_max_age).unwrap_or_else(Instant::now);
+        Ok((expires, proof))
     }
 
     /// How a workload calls at present.

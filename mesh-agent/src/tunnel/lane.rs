@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 
 use super::buffers::Buf;
 use super::error::DialError;
+use super::proof::Proof;
 use super::session::{MAX_RECORD, Record, Session};
 use super::stats::{Gauged, SessionKind, TunnelStats};
 use super::tls;
@@ -30,6 +31,8 @@ pub(crate) const MAX_CHUNK: usize = 4 * MAX_RECORD - HEADER_LEN;
 pub(crate) struct Lane {
     pub(crate) tcp: TcpStream,
     pub(crate) codec: Codec,
+    /// Who the peer is, as long as it is trusted.
+    pub(crate) proof: Arc<Proof>,
     /// After this no further flow begins: a certificate ends, or the lane is old.
     pub(super) expires: Instant,
     /// Whether a flow has ended on it before.
@@ -320,10 +323,16 @@ impl Handshake {
     }
 
     /// The lane, once its peer is known.
-    pub(super) fn into_lane(self, expires: Instant, stats: &Arc<TunnelStats>) -> Lane {
+    pub(super) fn into_lane(
+        self,
+        proof: Arc<Proof>,
+        expires: Instant,
+        stats: &Arc<TunnelStats>,
+    ) -> Lane {
         Lane {
             tcp: self.tcp,
             codec: self.codec,
+            proof,
             expires,
             used: false,
             _open: Gauged::new(stats, |stats| &stats.lanes_open),

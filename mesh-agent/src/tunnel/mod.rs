@@ -16,7 +16,8 @@
 //!
 //! - *Nobody unproven.* A flow exists only between two identities that were verified when its
 //!   carrier was made, also when the TLS session was resumed. A lane does not outlive either
-//!   certificate.
+//!   certificate. When the trusted roots change, all of this is judged again: a peer for which they no
+//!   longer vouch gets no further flow, and those that run are reset.
 //! - *At most once.* [`OpenError::may_retry`] is true only where no payload reached an application.
 //! - *Together.* What waits for a peer that does not answer fails together, within
 //!   [`TunnelConfig::connect_timeout`] of the first; then at once, until a back-off has passed.
@@ -38,6 +39,7 @@ mod gate;
 mod lane;
 mod open;
 mod pool;
+mod proof;
 mod quic;
 mod serve;
 mod session;

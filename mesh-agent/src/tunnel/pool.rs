@@ -158,7 +158,7 @@ impl PeerPool {
         } else if !fresh {
             while let Some(Idle { mut lane, .. }) = state.idle.pop() {
                 match lane.check() {
-                    Ok(()) if lane.expires > now => {
+                    Ok(()) if lane.expires > now && lane.proof.refused().is_none() => {
                         self.order_spare(&mut state, now, orders);
                         return Ok(Acquired::Now(Ready::Lane(lane)));
                     }
@@ -300,6 +300,9 @@ impl PeerPool {
                 None
             }
             Ready::Lane(mut lane) => {
+                if lane.proof.refused().is_some() {
+                    return Some(Ready::Lane(lane));
+                }
                 while let Some(waiter) = state.waiters.pop_front() {
                     match waiter.send(Ok(Ready::Lane(lane))) {
                         Ok(()) => return None,
@@ -360,6 +363,22 @@ impl PeerPool {
             lane.close_now();
         }
         forgotten
+    }
+
+    /// Closes what is idle to a peer that is not trusted any more, and begins no flow on the rest.
+    pub(super) fn distrust(&self) {
+        let mut state = self.lock();
+        let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut state.idle)
+            .into_iter()
+            .partition(|idle| idle.lane.proof.refused().is_none());
+        state.idle = kept;
+        if let Some(link) = state.quic.take_if(|link| link.is_distrusted()) {
+            state.retire(link);
+        }
+        drop(state);
+        for Idle { lane, .. } in gone {
+            lane.close_now();
+        }
     }
 
     /// Closes what is idle and refuses whatever is asked for from now on.

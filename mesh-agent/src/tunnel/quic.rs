@@ -24,6 +24,7 @@ use tokio::time::timeout;
 use super::config::TunnelConfig;
 use super::error::DialError;
 use super::pool::Lease;
+use super::proof::Proof;
 use super::stats::{Gauged, TunnelStats};
 use super::tls;
 use crate::identity::verify::PeerRefused;
@@ -41,6 +42,8 @@ pub(super) struct QuicLink(Arc<Link>);
 #[derive(Debug)]
 struct Link {
     connection: Connection,
+    /// Who the peer is, as long as it is trusted.
+    proof: Arc<Proof>,
     /// After this no further flow begins: a certificate ends.
     expires: Instant,
     flows: AtomicUsize,
@@ -54,9 +57,15 @@ struct Link {
 }
 
 impl QuicLink {
-    pub(super) fn new(connection: Connection, expires: Instant, stats: &Arc<TunnelStats>) -> Self {
+    pub(super) fn new(
+        connection: Connection,
+        proof: Arc<Proof>,
+        expires: Instant,
+        stats: &Arc<TunnelStats>,
+    ) -> Self {
         Self(Arc::new(Link {
             connection,
+            proof,
             expires,
             flows: AtomicUsize::new(0),
             idle_since: Mutex::new(Instant::now()),
@@ -73,8 +82,14 @@ impl QuicLink {
     /// Whether a flow may begin on it.
     pub(super) fn is_usable(&self, now: Instant) -> bool {
         self.0.expires > now
+            && !self.is_distrusted()
             && !self.0.retiring.load(Relaxed)
             && self.0.connection.close_reason().is_none()
+    }
+
+    /// Whether the peer is not trusted any more.
+    pub(super) fn is_distrusted(&self) -> bool {
+        self.0.proof.refused().is_some()
     }
 
     /// Flows on it now.
@@ -122,7 +137,7 @@ impl QuicLink {
 
     /// Closes at once, for a reason that the peer is told.
     pub(super) fn close(&self, reason: Reason) {
-        self.0.connection.close(VarInt::from_u32(reason.code().into()), b"");
+        close(&self.0.connection, reason);
     }
 
     pub(super) fn claim(&self) -> Claim {
@@ -171,6 +186,11 @@ impl QuicFlow {
         lease: Option<Lease>,
     ) -> Self {
         Self { send, recv, claim, _lease: lease, over: false }
+    }
+
+    /// Who the peer is.
+    pub(crate) fn proof(&self) -> Arc<Proof> {
+        Arc::clone(&self.claim.0.0.proof)
     }
 
     /// Both directions have ended. What was sent last is in flight still; that matters only if the
@@ -416,6 +436,11 @@ pub(super) fn server_config(
     // moved would reach a worker that does not know it.
     config.transport_config(Arc::clone(transport)).migration(false);
     Ok(config)
+}
+
+/// Closes a connection for a reason that the peer is told.
+pub(super) fn close(connection: &Connection, reason: Reason) {
+    connection.close(VarInt::from_u32(reason.code().into()), b"");
 }
 
 /// Who is at the other end.

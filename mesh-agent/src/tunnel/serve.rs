@@ -23,10 +23,10 @@ use super::config::TunnelConfig;
 use super::error::DialError;
 use super::flow::Request;
 use super::gate::Gate;
+use super::proof::Proof;
 use super::stats::Side;
 use super::tls::{self, Refusals, ServedBySni};
 use super::tunnels::Tunnels;
-use crate::identity::verify::PeerRefused;
 
 /// A server refuses a carrier only when a certificate has ended: its age is for the client to mind.
 const NO_AGE: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -45,6 +45,8 @@ struct Server<H> {
 #[derive(Clone, Debug)]
 struct Parties {
     caller: SpiffeId,
+    /// What shows that it is the caller.
+    proof: Arc<Proof>,
     served_as: SpiffeId,
     peer: SocketAddr,
     expires: Instant,
@@ -106,9 +108,9 @@ where
     }
 
     /// Whether the carrier itself forbids the flow.
-    fn why_not(&self, parties: &Parties, doubt: Option<PeerRefused>) -> Option<Refusal> {
+    fn why_not(&self, parties: &Parties) -> Option<Refusal> {
         let refuse = |reason| Some(Refusal::new(Stage::Tunnel, reason));
-        if doubt.is_some() || parties.expires <= Instant::now() {
+        if parties.proof.refused().is_some() || parties.expires <= Instant::now() {
             return refuse(Reason::CallerCertificate);
         }
         if *self.drain.borrow() {

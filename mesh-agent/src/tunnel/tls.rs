@@ -72,16 +72,6 @@ pub(super) fn client_config(
     Ok(config)
 }
 
-/// Asks [`Credentials`] about a peer's chain.
-pub(super) fn identify(
-    credentials: &Credentials,
-    chain: Option<&[CertificateDer<'_>]>,
-    role: PeerRole,
-) -> Result<SpiffeId, PeerRefused> {
-    let chain = chain.filter(|chain| !chain.is_empty()).ok_or(PeerRefused::Missing)?;
-    (credentials.verify)(chain, role, UnixTime::now())
-}
-
 /// When the first certificate of `chain` ends, in seconds since 1970. A leaf that cannot be read has
 /// not been verified either, and ends at once.
 pub(super) fn not_after(chain: &[CertificateDer<'_>]) -> u64 {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use mesh_core::addr::PeerAddr;
 use mesh_core::spiffe::SpiffeId;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::config::{Carrier, TunnelConfig};
@@ -19,6 +20,7 @@ use super::credentials::Credentials;
 use super::dial::Dialler;
 use super::error::{DialError, OpenError};
 use super::pool::{Acquired, DialOrder, PeerPool, Ready};
+use super::proof::Proofs;
 use super::stats::TunnelStats;
 
 /// How often pools are looked through for lanes that are idle for too long or broken.
@@ -85,8 +87,9 @@ pub struct Tunnels {
     pub(super) credentials: Arc<Credentials>,
     pub(super) stats: Arc<TunnelStats>,
     pub(super) dialler: Dialler,
+    pub(super) proofs: Arc<Proofs>,
     pools: Mutex<HashMap<Peer, Arc<PeerPool>>>,
-    /// Dials and the reaper: they end with this worker's tunnels.
+    /// Dials, the reaper and who follows the trusted roots: they end with this worker's tunnels.
     tasks: Mutex<JoinSet<()>>,
     draining: AtomicBool,
 }
@@ -109,19 +112,24 @@ impl Tunnels {
         credentials: Arc<Credentials>,
         stats: Arc<TunnelStats>,
     ) -> io::Result<Arc<Self>> {
-        let dialler = Dialler::new(&config, &credentials, &stats);
+        let proofs = Arc::new(Proofs::new(&credentials, &stats));
+        let dialler = Dialler::new(&config, &credentials, &proofs, &stats);
+        let trusted = credentials.trusted.clone();
         let tunnels = Arc::new(Self {
             config,
             tickets,
             credentials,
             stats,
             dialler,
+            proofs,
             pools: Mutex::default(),
             tasks: Mutex::default(),
             draining: AtomicBool::new(false),
         });
-        let reaper = reap(Arc::downgrade(&tunnels));
-        lock(&tunnels.tasks).spawn(reaper);
+        let mut tasks = lock(&tunnels.tasks);
+        tasks.spawn(reap(Arc::downgrade(&tunnels)));
+        tasks.spawn(follow_trust(Arc::downgrade(&tunnels), trusted));
+        drop(tasks);
         Ok(tunnels)
     }
 
@@ -234,6 +242,19 @@ async fn reap(tunnels: Weak<Tunnels>) {
         let now = Instant::now();
         lock(&tunnels.pools).retain(|_, pool| !pool.reap(now));
         tunnels.dialler.forget();
+        tunnels.proofs.forget();
+    }
+}
+
+/// Judges all peers again whenever other roots are trusted, and closes what is idle of those that are
+/// not trusted any more. Their flows end by themselves: each waits for the verdict.
+async fn follow_trust(tunnels: Weak<Tunnels>, mut trusted: watch::Receiver<u64>) {
+    while trusted.changed().await.is_ok() {
+        let Some(tunnels) = tunnels.upgrade() else { return };
+        tunnels.proofs.judge_all().await;
+        for pool in lock(&tunnels.pools).values() {
+            pool.distrust();
+        }
     }
 }
 

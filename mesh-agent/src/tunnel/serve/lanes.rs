@@ -13,7 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tracing::{debug, warn};
 
 use super::{Arrivals, NO_AGE, Parties, Server, take, turned};
-use crate::identity::verify::{PeerRefused, PeerRole};
+use crate::identity::verify::PeerRole;
 use crate::tunnel::dial::{expiry, prepare, within};
 use crate::tunnel::error::DialError;
 use crate::tunnel::flow::{AnswerOn, Request, Slot};
@@ -106,19 +106,20 @@ where
         let accepted = self.handshake(tcp, peer).await;
         drop(permit);
         match accepted {
-            Ok((lane, parties, doubt)) => self.flows(lane, parties, doubt).await,
+            Ok((lane, parties)) => self.flows(lane, parties).await,
             Err(Some(handshake)) => handshake.linger().await,
             Err(None) => {}
         }
     }
 
-    /// Ends with the lane and its parties, and with what is wrong with the caller's certificate if a
-    /// resumed session kept that from the handshake. On failure everything is reported.
+    /// Ends with the lane and its parties. What is wrong with the caller's certificate may have been
+    /// kept from the handshake by a resumed session: then the caller is nobody, and its requests are
+    /// refused. What fails is reported.
     async fn handshake(
         &self,
         tcp: TcpStream,
         peer: SocketAddr,
-    ) -> Result<(Box<Lane>, Parties, Option<PeerRefused>), Option<Handshake>> {
+    ) -> Result<(Box<Lane>, Parties), Option<Handshake>> {
         let resolver = Arc::new(ServedBySni::new(&self.tunnels.credentials));
         // A resolver for each connection is how rustls tells which workload was asked for.
         let mut tls = self.tls.clone();
@@ -143,31 +144,35 @@ where
         let Some((served_as, certified)) = served else { return Err(Some(handshake)) };
         let chain = handshake.session().state().peer_certificates();
         let not_after = chain.map_or(0, tls::not_after).min(tls::not_after(&certified.cert));
-        let found = tls::identify(&self.tunnels.credentials, chain, PeerRole::Client);
+        let found = self.tunnels.proofs.take(chain, PeerRole::Client);
         let expires = expiry(not_after, NO_AGE).unwrap_or_else(Instant::now);
         self.tunnels.stats.completed(Side::Server, handshake.kind());
-        let (caller, doubt) = match found {
-            Ok(caller) => (caller, None),
+        let (caller, proof) = match found {
+            Ok(proven) => proven,
             Err(refused) => {
                 self.report(peer, &DialError::Certificate(refused), Some(served_as));
                 // Nobody: its requests are refused before anyone asks who it is.
-                (served_as.clone(), Some(refused))
+                let nobody = served_as.clone();
+                (nobody.clone(), self.tunnels.proofs.none(nobody, refused))
             }
         };
-        let parties = Parties { caller, served_as: served_as.clone(), peer, expires };
-        let lane = handshake.into_lane(expires, &self.tunnels.stats);
-        Ok((Box::new(lane), parties, doubt))
+        let lane = handshake.into_lane(Arc::clone(&proof), expires, &self.tunnels.stats);
+        let parties = Parties { caller, proof, served_as: served_as.clone(), peer, expires };
+        Ok((Box::new(lane), parties))
     }
 
     /// One flow after the other.
-    async fn flows(&self, mut lane: Box<Lane>, parties: Parties, doubt: Option<PeerRefused>) {
+    async fn flows(&self, mut lane: Box<Lane>, parties: Parties) {
         let slot = Arc::new(Slot::default());
+        // Who proved nothing from the beginning is told so when it asks for a flow.
+        let proven = parties.proof.refused().is_none();
         let mut drain = self.drain.clone();
         loop {
             let event = tokio::select! {
                 biased; // What has arrived is served, also while draining.
                 event = lane.next_event() => event,
                 () = turned(&mut drain) => return lane.close().await,
+                _ = parties.proof.withdrawn(), if proven => return lane.close().await,
                 () = tokio::time::sleep(2 * self.config().lane_idle) => return lane.close().await,
             };
             let open = match event {
@@ -195,7 +200,7 @@ where
                 },
             };
             self.tunnels.stats.flows.fetch_add(1, Relaxed);
-            match self.why_not(&parties, doubt) {
+            match self.why_not(&parties) {
                 Some(refusal) => {
                     self.tunnels.stats.flows_refused.fetch_add(1, Relaxed);
                     request.refuse(refusal).await;

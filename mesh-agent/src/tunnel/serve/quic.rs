@@ -81,6 +81,7 @@ where
         let Some((link, parties)) = self.quic_handshake(incoming, &transport).await else { return };
         let mut drain = self.drain.clone();
         let mut flows = JoinSet::new();
+        let mut ending = false;
         loop {
             let (send, mut recv) = tokio::select! {
                 biased; // As for lanes.
@@ -92,6 +93,13 @@ where
                     }
                 },
                 () = turned(&mut drain) => break,
+                // What runs is reset by its relay, and who asks for more is told why not.
+                _ = parties.proof.withdrawn(), if !ending => {
+                    ending = true;
+                    link.retire();
+                    continue;
+                }
+                () = link.settle(), if ending => break,
                 Some(_ended) = flows.join_next() => continue,
             };
             let (server, link, parties) = (Arc::clone(&self), link.clone(), parties.clone());
@@ -121,7 +129,7 @@ where
                     answer: AnswerOn::Quic(answer),
                 };
                 server.tunnels.stats.flows.fetch_add(1, Relaxed);
-                match server.why_not(&parties, None) {
+                match server.why_not(&parties) {
                     Some(refusal) => {
                         server.tunnels.stats.flows_refused.fetch_add(1, Relaxed);
                         request.refuse(refusal).await;
@@ -178,18 +186,17 @@ where
         let chain = quic::peer_chain(&connection);
         let chain = chain.as_deref();
         let not_after = chain.map_or(0, tls::not_after).min(tls::not_after(&certified.cert));
-        let expires = expiry(not_after, NO_AGE);
-        let link = QuicLink::new(connection, expires.unwrap_or_else(Instant::now), &tunnels.stats);
+        let expires = expiry(not_after, NO_AGE).unwrap_or_else(Instant::now);
         tunnels.stats.completed(Side::Server, SessionKind::Full);
-        match tls::identify(&tunnels.credentials, chain, PeerRole::Client) {
-            Ok(caller) => {
+        match tunnels.proofs.take(chain, PeerRole::Client) {
+            Ok((caller, proof)) => {
                 let served_as = served_as.clone();
-                let expires = expires.unwrap_or_else(Instant::now);
-                Some((link, Parties { caller, served_as, peer, expires }))
+                let link = QuicLink::new(connection, Arc::clone(&proof), expires, &tunnels.stats);
+                Some((link, Parties { caller, proof, served_as, peer, expires }))
             }
             Err(refused) => {
                 self.report(peer, &DialError::Certificate(refused), Some(served_as));
-                link.close(Reason::CallerCertificate);
+                quic::close(&connection, Reason::CallerCertificate);
                 None
             }
         }

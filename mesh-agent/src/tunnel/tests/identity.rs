@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use mesh_core::stage::Stage;
-use mesh_core::wire::{Reason, Refusal, Role};
+use mesh_core::wire::{Reason, Refusal, ResetReason, Role};
 use rustls::NamedGroup;
 use rustls::pki_types::ServerName;
 use rustls::sign::CertifiedKey;
@@ -14,6 +14,8 @@ use tokio::net::TcpStream;
 
 use super::world::*;
 use crate::identity::sni_name;
+use crate::identity::verify::PeerRefused;
+use crate::relay::{Outcome, RelayEnd};
 use crate::tunnel::lane::Handshake;
 use crate::tunnel::session::Session;
 use crate::tunnel::tls::Refusals;
@@ -177,7 +179,8 @@ async fn a_caller_without_certificate_is_refused_on_a_lane() {
     handshake.complete().await.unwrap();
     let stats = Arc::new(TunnelStats::default());
     let expires = std::time::Instant::now() + Duration::from_secs(60);
-    let mut lane = handshake.into_lane(expires, &stats);
+    let proof = nobody(&holdings(&ca).0, &stats);
+    let mut lane = handshake.into_lane(proof, expires, &stats);
     match lane.next_event().await {
         Err(LaneError::Tls(DialError::PeerRefused { alert })) => {
             assert_eq!(alert, "certificate_required");
@@ -340,4 +343,150 @@ async fn a_lane_does_not_outlive_a_certificate() {
     ours.hold(CALLER, ca.issue(CALLER, VALID));
     exchange(&client).await;
     assert_ne!(agent.seen()[0].peer, agent.seen()[1].peer);
+}
+
+/// A flow through which one byte has gone.
+async fn running(client: &Client) -> (TcpStream, TcpStream, Relaying) {
+    let (address, mut apps) = application().await;
+    let (mut user, connection) = client.connect(address).await;
+    user.write_u8(1).await.unwrap();
+    let mut app = apps.recv().await.unwrap();
+    app.read_u8().await.unwrap();
+    (user, app, connection)
+}
+
+type Relaying = tokio::task::JoinHandle<Result<RelayEnd, OpenError>>;
+
+async fn is_reset(socket: &mut TcpStream) {
+    let read = tokio::time::timeout(Duration::from_secs(1), socket.read_u8());
+    let error = read.await.expect("it goes on").expect_err("a byte came");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// One of the two ends stops trusting the other's root, while two flows run and an end of a third one
+/// is idle: the flows are reset, and no further one begins.
+async fn root_is_removed(carrier: CarrierChoice, at: Side) {
+    // Each end has a root of its own, so that one can go.
+    let (client_ca, server_ca, other) = (Ca::new(), Ca::new(), Ca::new());
+    let (ours, theirs) = (Holdings::default(), Holdings::default());
+    for holdings in [&ours, &theirs] {
+        holdings.trust("cluster.local", &[&client_ca.root, &server_ca.root]);
+    }
+    ours.hold(CALLER, client_ca.issue(CALLER, VALID));
+    theirs.hold(SERVICE, server_ca.issue(SERVICE, VALID));
+    let agent = Agent::start(&theirs, config(carrier)).await;
+    let client = Client::new(&ours, config(carrier), agent.node);
+    let (mut user, mut app, relaying) = running(&client).await;
+    let (mut half_closed, mut its_app, its_relaying) = running(&client).await;
+    half_closed.shutdown().await.unwrap();
+    assert_eq!(its_app.read(&mut [0; 1]).await.unwrap(), 0);
+    exchange(&client).await;
+    assert_eq!(agent.seen().len(), 3);
+
+    // Another root is added: nobody is concerned.
+    ours.trust("cluster.local", &[&client_ca.root, &server_ca.root, &other.root]);
+    theirs.trust("cluster.local", &[&client_ca.root, &server_ca.root, &other.root]);
+    exchange(&client).await;
+    user.write_u8(2).await.unwrap();
+    assert_eq!(app.read_u8().await.unwrap(), 2);
+
+    let (stats, far) = match at {
+        Side::Client => (&client.stats, &agent.stats),
+        Side::Server => (&agent.stats, &client.stats),
+    };
+    match at {
+        Side::Client => ours.trust("cluster.local", &[&client_ca.root]),
+        Side::Server => theirs.trust("cluster.local", &[&server_ca.root]),
+    }
+    for socket in [&mut user, &mut app, &mut half_closed] {
+        is_reset(socket).await;
+    }
+    until("its end is reset too", || its_app.take_error().unwrap().is_some()).await;
+    for relaying in [relaying, its_relaying] {
+        let outcome = relaying.await.unwrap().unwrap().outcome;
+        let expected = match at {
+            Side::Client => Outcome::Distrusted(PeerRefused::UnknownIssuer),
+            Side::Server => Outcome::PeerReset(ResetReason::Denied),
+        };
+        assert_eq!(outcome, expected, "{carrier:?}, {at:?}");
+    }
+    assert_eq!(stats.refusals_for(at, "unknown_issuer"), 1, "{carrier:?}, {at:?}");
+    until("no carrier is left", || {
+        [stats, far].iter().all(|stats| {
+            stats.lanes_open.load(Relaxed) == 0 && stats.quic_connections.load(Relaxed) == 0
+        })
+    })
+    .await;
+    let seen = agent.seen().len();
+    let error = refused(&client).await;
+    let reason = match (at, carrier) {
+        (Side::Client, _) => "unknown_issuer",
+        // The session is resumed, and the caller told why it helps nothing.
+        (Side::Server, CarrierChoice::Lane) => "caller_certificate",
+        (Side::Server, _) => "peer_refused_certificate",
+    };
+    assert_eq!(error.reason(), reason, "{carrier:?}, {at:?}: {error:?}");
+    assert_eq!(agent.seen().len(), seen);
+}
+
+#[tokio::test]
+async fn flows_of_a_caller_whose_root_was_removed_are_reset_on_lanes() {
+    root_is_removed(CarrierChoice::Lane, Side::Server).await;
+}
+
+#[tokio::test]
+async fn flows_of_a_caller_whose_root_was_removed_are_reset_on_quic() {
+    root_is_removed(CarrierChoice::Quic, Side::Server).await;
+}
+
+#[tokio::test]
+async fn flows_to_a_server_whose_root_was_removed_are_reset_on_lanes() {
+    root_is_removed(CarrierChoice::Lane, Side::Client).await;
+}
+
+#[tokio::test]
+async fn flows_to_a_server_whose_root_was_removed_are_reset_on_quic() {
+    root_is_removed(CarrierChoice::Quic, Side::Client).await;
+}
+
+#[tokio::test]
+async fn a_flow_that_begins_is_judged_before_anyone_was_told_of_the_change() {
+    for carrier in CARRIERS {
+        let (ca, other) = (Ca::new(), Ca::new());
+        let (ours, theirs) = holdings(&ca);
+        let agent = Agent::start(&theirs, config(carrier)).await;
+        let client = Client::new(&ours, config(carrier), agent.node);
+        exchange(&client).await;
+        let acquired = client.tunnels.pool(&client.peer);
+        // No task has run between the change and the question.
+        ours.trust("cluster.local", &[&other.root]);
+        let mut orders = Vec::new();
+        let ready = acquired.acquire(std::time::Instant::now(), false, &mut orders);
+        assert!(matches!(ready, Ok(pool::Acquired::Later(_))), "{carrier:?}: was taken");
+        assert_eq!(orders.len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_flow_outlives_the_certificates_that_it_began_under() {
+    for carrier in CARRIERS {
+        const LIFE: Duration = Duration::from_secs(2);
+        let (ca, other) = (Ca::new(), Ca::new());
+        let (ours, theirs) = holdings(&ca);
+        ours.hold(CALLER, ca.issue(CALLER, (-60, 2)));
+        theirs.hold(SERVICE, ca.issue(SERVICE, (-60, 2)));
+        let issued = std::time::Instant::now();
+        let agent = Agent::start(&theirs, config(carrier)).await;
+        let client = Client::new(&ours, config(carrier), agent.node);
+        let (mut user, mut app, _relaying) = running(&client).await;
+        until("both have ended", || issued.elapsed() > LIFE).await;
+        for holdings in [&ours, &theirs] {
+            // Judged again, by roots that vouch for it still.
+            holdings.trust("cluster.local", &[&ca.root, &other.root]);
+        }
+        client.tunnels.proofs.judge_all().await;
+        user.write_u8(2).await.unwrap();
+        assert_eq!(app.read_u8().await.unwrap(), 2);
+        assert_eq!(agent.stats.refusals().map(|(_, _, count)| count).sum::<u64>(), 0);
+    }
 }

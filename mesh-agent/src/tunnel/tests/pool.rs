@@ -338,7 +338,8 @@ async fn an_unknown_version_is_answered_and_ends_the_lane() {
     let mut handshake = Handshake::new(tcp, session, Role::Client);
     handshake.complete().await.unwrap();
     let stats = Arc::new(TunnelStats::default());
-    let mut lane = handshake.into_lane(Instant::now() + Duration::from_secs(60), &stats);
+    let proof = nobody(&ours, &stats);
+    let mut lane = handshake.into_lane(proof, Instant::now() + Duration::from_secs(60), &stats);
 
     // A longer OPEN, as a later version may have.
     let mut open = [0; OPEN_LEN + 30];

@@ -96,6 +96,8 @@ struct Holding {
     ahead: Duration,
     keys: HashMap<SpiffeId, Arc<CertifiedKey>>,
     roots: HashMap<String, Vec<CertificateDer<'static>>>,
+    /// Counts the roots.
+    trusted: watch::Sender<u64>,
 }
 
 impl Holdings {
@@ -107,7 +109,9 @@ impl Holdings {
 
     pub(super) fn trust(&self, trust_domain: &str, roots: &[&CertificateDer<'static>]) {
         let roots = roots.iter().map(|root| (*root).clone()).collect();
-        self.0.lock().unwrap().roots.insert(trust_domain.into(), roots);
+        let mut holding = self.0.lock().unwrap();
+        holding.roots.insert(trust_domain.into(), roots);
+        holding.trusted.send_modify(|number| *number += 1);
     }
 
     /// Moves this agent's clock forward.
@@ -133,6 +137,7 @@ impl Holdings {
                 let now = Duration::from_secs(now.as_secs()) + holding.ahead;
                 verify(&holding.roots, chain, role, UnixTime::since_unix_epoch(now))
             }),
+            trusted: self.0.lock().unwrap().trusted.subscribe(),
         })
     }
 }
@@ -322,6 +327,12 @@ impl Client {
         });
         (user, connection)
     }
+}
+
+/// What stands for a peer that a test has not judged.
+pub(super) fn nobody(holdings: &Holdings, stats: &Arc<TunnelStats>) -> Arc<proof::Proof> {
+    let proofs = proof::Proofs::new(&holdings.credentials(), stats);
+    proofs.none(id(SERVICE), PeerRefused::Missing)
 }
 
 pub(super) fn open_to(destination: SocketAddr) -> Open {
