@@ -303,3 +303,24 @@ fn carrier_that_does_not_pass_is_replaced_by_the_other() -> Result<()> {
     ensure!(log.contains("quic"), "the agent must say so:\n{log}");
     Ok(())
 }
+
+#[test]
+fn agent_that_was_killed_and_started_again_is_reached_by_quic_at_once() -> Result<()> {
+    harness::require!();
+    let mut mesh = mesh(Carrier::Quic)?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.pod("b1").v4(8080);
+    exchange(&mut mesh.pod("a1").connect(to)?, b"before")?;
+    mesh.agent_mut("b").kill()?;
+    let killed = Instant::now();
+    mesh.agent_mut("b").restart()?;
+    // Since then nothing can have come from the one that was killed.
+    harness::wait::until(harness::wait::SOON, "silence", || {
+        killed.elapsed() > Duration::from_secs(2)
+    })?;
+    let asked = Instant::now();
+    exchange(&mut mesh.pod("a1").connect(to)?, b"after")?;
+    let took = asked.elapsed();
+    ensure!(took < Duration::from_secs(1), "it took {took:?}");
+    Ok(())
+}

@@ -15,6 +15,7 @@ mod views;
 use std::collections::{HashMap, HashSet};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
@@ -44,7 +45,7 @@ use crate::identity::verify::verify_peer;
 use crate::identity::{bundle, ca};
 use crate::node::{Limits, Node, Worker};
 use crate::telemetry::{self, LogLevel, Telemetry};
-use crate::tunnel::{Credentials, TicketKeys, TunnelConfig, TunnelStats, Tunnels};
+use crate::tunnel::{Credentials, ResetKey, TicketKeys, TunnelConfig, TunnelStats, Tunnels};
 use crate::workers::Workers;
 use crate::{inbound, net};
 
@@ -397,6 +398,7 @@ fn serve_tunnels(
     }
     let socket = net::udp_socket(SocketAddr::new(any, port))
         .with_context(|| format!("listen for tunnels on UDP port {port}"))?;
+    let key = reset_key(&options.admin.socket)?;
     let (context, drain) = (Arc::clone(&contexts[0]), node.draining.clone());
     let serving = workers.spawn(0, async move {
         let tunnels = Arc::clone(&context.tunnels);
@@ -404,12 +406,24 @@ fn serve_tunnels(
             let context = Arc::clone(&context);
             async move { inbound::serve_request(&context, request).await }
         };
-        if let Err(error) = tunnels.serve_quic(socket, drain, handler).await {
+        if let Err(error) = tunnels.serve_quic(socket, &key, drain, handler).await {
             error!(%error, stage = "tunnel", "QUIC is not served");
         }
     });
     tunnels.spawn(joined(serving));
     Ok(())
+}
+
+/// The key that the agent before this one had. Without it peers take longer to learn of a restart.
+fn reset_key(admin_socket: &Path) -> Result<ResetKey> {
+    let path = ResetKey::path(admin_socket);
+    ResetKey::open(&path).or_else(|error| {
+        warn!(
+            %error, path = %path.display(), stage = "tunnel",
+            "no lasting key for QUIC resets: after a restart peers' QUIC connections hang until they time out",
+        );
+        ResetKey::random().context("make a key for QUIC resets")
+    })
 }
 
 async fn joined(task: tokio::task::JoinHandle<()>) {

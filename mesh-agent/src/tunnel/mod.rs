@@ -41,6 +41,7 @@ mod open;
 mod pool;
 mod proof;
 mod quic;
+mod reset_key;
 mod serve;
 mod session;
 mod stats;
@@ -54,6 +55,7 @@ pub use credentials::{Certified, Credentials, Served, Verify};
 pub use error::{DialError, OpenError};
 pub use flow::{Flow, Held, LaneFlow, Request};
 pub use quic::QuicFlow;
+pub use reset_key::ResetKey;
 pub use stats::{SessionKind, Side, TunnelStats};
 pub use tunnels::{Peer, TicketKeys, TunnelView, Tunnels};
 

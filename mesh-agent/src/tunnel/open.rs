@@ -266,16 +266,18 @@ async fn open_quic(
     held: &mut Held,
 ) -> Result<Flow, Attempt> {
     let (lease, claim) = (pool.lease(), link.claim());
+    // No kernel says of a QUIC connection that its other end was killed. What could be lost with it waits
+    // for a sign of life: then the flow may go to another connection.
+    let asks_first = link.is_quiet(Instant::now());
+    // Whether payload can have reached the peer.
+    let sent = |held: &Held| !asks_first && !held.bytes().is_empty();
     let gone = |held: &Held| {
         let error = link.connection().close_reason()?;
         Some(match quic::cause(&error, None) {
             error @ (DialError::PeerRefused { .. } | DialError::Overloaded) => {
                 OpenError::Dial(Arc::new(error))
             }
-            _ => OpenError::Lost {
-                source: io::Error::other(error),
-                payload_sent: !held.bytes().is_empty(),
-            },
+            _ => OpenError::Lost { source: io::Error::other(error), payload_sent: sent(held) },
         })
     };
     // Waits while the peer's limit of streams is reached.
@@ -287,27 +289,34 @@ async fn open_quic(
         });
     };
     let mut flow = QuicFlow::new(send, recv, claim, Some(lease));
-    if held.wants_more() {
+    if !asks_first && held.wants_more() {
         held.read(app).map_err(OpenError::Application)?;
     }
-    let broke = |error: io::Error, held: &Held| {
-        gone(held).unwrap_or_else(|| OpenError::Lost {
-            source: error,
-            payload_sent: !held.bytes().is_empty(),
-        })
+    let broke = |error: io::Error, held: &Held| match gone(held) {
+        // A connection that has carried flows, and took nothing of this one with it.
+        Some(OpenError::Lost { payload_sent: false, .. }) if link.has_accepted() => {
+            Attempt::NotTaken
+        }
+        Some(error) => error.into(),
+        None => OpenError::Lost { source: error, payload_sent: sent(held) }.into(),
     };
     // Nothing is sent before this task waits: both writes leave in one packet.
-    let mut sent = flow.send.write_all(&open.encode()).await;
-    if sent.is_ok() {
-        sent = flow.send.write_all(held.bytes()).await;
+    let mut written = flow.send.write_all(&open.encode()).await;
+    if written.is_ok() && !asks_first {
+        written = flow.send.write_all(held.bytes()).await;
     }
-    if let Err(error) = sent {
-        return Err(broke(io::Error::other(error), held).into());
+    if let Err(error) = written {
+        return Err(broke(io::Error::other(error), held));
     }
-    let opened = answer_on_stream(&mut flow, app, held).await;
+    let opened = answer_on_stream(&mut flow, app, held, !asks_first).await;
     match opened {
         Ok(Ok(())) => {
             link.accepted();
+            // What an earlier attempt has read.
+            if asks_first && let Err(error) = flow.send.write_all(held.bytes()).await {
+                let source = io::Error::other(error);
+                return Err(OpenError::Lost { source, payload_sent: true }.into());
+            }
             Ok(Flow::Quic(flow))
         }
         Ok(Err(refusal)) => {
@@ -324,7 +333,7 @@ async fn open_quic(
             flow.reset(ResetReason::Application);
             Err(OpenError::Application(error).into())
         }
-        Err(Broken::Carrier(error)) => Err(broke(error, held).into()),
+        Err(Broken::Carrier(error)) => Err(broke(error, held)),
     }
 }
 
@@ -334,11 +343,12 @@ enum Broken {
     Carrier(io::Error),
 }
 
-/// Waits for the answer and forwards what the application sends meanwhile.
+/// Waits for the answer and, if `forwards`, sends on what comes from the application meanwhile.
 async fn answer_on_stream(
     flow: &mut QuicFlow,
     app: &TcpStream,
     held: &mut Held,
+    forwards: bool,
 ) -> Result<Result<(), Refusal>, Broken> {
     // Kept across the loop: reading the answer is not cancel-safe.
     let mut answer = std::pin::pin!(quic::read_answer(&mut flow.recv));
@@ -348,7 +358,7 @@ async fn answer_on_stream(
             answer = &mut answer => {
                 return answer.map(|answer| answer.verdict).map_err(Broken::Carrier);
             }
-            ready = app.readable(), if held.wants_more() => {
+            ready = app.readable(), if forwards && held.wants_more() => {
                 let early = ready.and_then(|()| held.read(app).map(<[u8]>::len));
                 let len = early.map_err(Broken::Application)?;
                 let payload = &held.bytes()[held.bytes().len() - len..];

@@ -343,6 +343,9 @@ impl PeerPool {
             }
         }
         state.idle = kept;
+        if let Some(link) = &state.quic {
+            link.listen(now);
+        }
         if let Some(link) = state.quic.take_if(|link| {
             !link.is_usable(now) || link.idle_for(now).is_some_and(|idle| idle >= self.limits.idle)
         }) {

@@ -14,8 +14,9 @@ use mesh_core::wire::{
 };
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
-    Connection, ConnectionError, Endpoint, EndpointConfig, MtuDiscoveryConfig, ReadError,
-    ReadExactError, RecvStream, SendStream, TransportConfig, VarInt, WriteError,
+    Connection, ConnectionError, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig,
+    MtuDiscoveryConfig, ReadError, ReadExactError, RecvStream, SendStream, TransportConfig, VarInt,
+    WriteError,
 };
 use rustls::AlertDescription;
 use rustls::pki_types::CertificateDer;
@@ -25,6 +26,7 @@ use super::config::TunnelConfig;
 use super::error::DialError;
 use super::pool::Lease;
 use super::proof::Proof;
+use super::reset_key::ResetKey;
 use super::stats::{Gauged, TunnelStats};
 use super::tls;
 use crate::identity::verify::PeerRefused;
@@ -32,8 +34,44 @@ use crate::identity::verify::PeerRefused;
 /// How long the last bytes of a flow may take to be acknowledged when its connection is going away.
 const LAST_BYTES: Duration = Duration::from_secs(2);
 
+/// Between two stateless resets.
+const BETWEEN_RESETS: Duration = Duration::from_millis(1);
+
+/// Who was not heard for this long may be gone: the next flow asks before it sends payload.
+const QUIET: Duration = Duration::from_secs(1);
+
 /// How long after its last flow a connection is kept for what was sent last: several round trips.
 const SETTLED: Duration = Duration::from_millis(300);
+
+/// Ids of a server's connections: 64 random bits. quinn's own have 24, and a check by a key of the
+/// process: the next agent would take none of them for a connection's, or, knowing that key, would soon
+/// give an id to two connections, whose reset tokens are then the same (RFC 9000 section 10.3.2).
+#[derive(Debug)]
+struct RandomIds;
+
+impl ConnectionIdGenerator for RandomIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let mut id = [0; size_of::<u64>()];
+        #[expect(clippy::expect_used, reason = "aws-lc ends the process rather than fail here")]
+        aws_lc_rs::rand::fill(&mut id).expect("randomness");
+        ConnectionId::new(&id)
+    }
+
+    fn cid_len(&self) -> usize {
+        size_of::<u64>()
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
+}
+
+/// What had arrived from the peer when somebody looked.
+#[derive(Debug)]
+struct Heard {
+    datagrams: u64,
+    at: Instant,
+}
 
 /// A QUIC connection to a peer and how much it is used. Clones are the same connection.
 #[derive(Clone, Debug)]
@@ -51,6 +89,8 @@ struct Link {
     idle_since: Mutex<Instant>,
     /// No further flow begins on it.
     retiring: AtomicBool,
+    /// When the peer was last known to live.
+    heard: Mutex<Heard>,
     /// The peer has accepted a flow on it.
     accepted: AtomicBool,
     _open: Gauged,
@@ -70,6 +110,7 @@ impl QuicLink {
             flows: AtomicUsize::new(0),
             idle_since: Mutex::new(Instant::now()),
             retiring: AtomicBool::new(false),
+            heard: Mutex::new(Heard { datagrams: 0, at: Instant::now() }),
             accepted: AtomicBool::new(false),
             _open: Gauged::new(stats, |stats| &stats.quic_connections),
         }))
@@ -106,6 +147,24 @@ impl QuicLink {
     /// No further flow begins, and those that end from now on wait until the peer has all of them.
     pub(super) fn retire(&self) {
         self.0.retiring.store(true, Relaxed);
+    }
+
+    /// Looks whether anything has come from the peer since the last look. Called every second; a flow
+    /// that begins looks too.
+    pub(super) fn listen(&self, now: Instant) {
+        let datagrams = self.0.connection.stats().udp_rx.datagrams;
+        let mut heard = self.0.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        if heard.datagrams != datagrams {
+            *heard = Heard { datagrams, at: now };
+        }
+    }
+
+    /// Whether nothing has come from the peer for a while: its agent may have been killed, and whatever
+    /// is sent now may be lost.
+    pub(super) fn is_quiet(&self, now: Instant) -> bool {
+        self.listen(now);
+        let heard = self.0.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        now.saturating_duration_since(heard.at) > QUIET
     }
 
     /// Notes that the peer has accepted a flow.
@@ -384,16 +443,33 @@ pub(super) fn client_endpoint(to: SocketAddr) -> io::Result<Endpoint> {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    endpoint(UdpSocket::bind((any, 0))?, None)
+    endpoint(UdpSocket::bind((any, 0))?, None, EndpointConfig::default())
 }
 
 /// An endpoint on a socket that the caller has bound.
 pub(super) fn endpoint(
     socket: UdpSocket,
     server: Option<quinn::ServerConfig>,
+    config: EndpointConfig,
 ) -> io::Result<Endpoint> {
     let runtime = Arc::new(quinn::TokioRuntime);
-    Endpoint::new(EndpointConfig::default(), server, socket, runtime)
+    Endpoint::new(config, server, socket, runtime)
+}
+
+/// A serving endpoint on a socket that the caller has bound. It tells peers that connections are dead
+/// of which only the agent before this one knew.
+pub(super) fn server_endpoint(
+    socket: UdpSocket,
+    server: quinn::ServerConfig,
+    key: &ResetKey,
+) -> io::Result<Endpoint> {
+    let mut config = EndpointConfig::new(Arc::new(key.hmac()));
+    config
+        .cid_generator(|| Box::new(RandomIds))
+        // After a restart all peers ask within a keep-alive. A reset is smaller than what it answers, so
+        // it amplifies nothing; the limit is for what it costs us.
+        .min_reset_interval(BETWEEN_RESETS);
+    endpoint(socket, Some(server), config)
 }
 
 /// How a connection behaves, on both ends.

@@ -19,12 +19,14 @@ use crate::tunnel::dial::expiry;
 use crate::tunnel::error::DialError;
 use crate::tunnel::flow::{AnswerOn, Request};
 use crate::tunnel::quic::{self, Head, QuicAnswer, QuicLink};
+use crate::tunnel::reset_key::ResetKey;
 use crate::tunnel::stats::{SessionKind, Side};
 use crate::tunnel::tls::{self, Refusals, ServedBySni};
 use crate::tunnel::tunnels::Tunnels;
 
 impl Tunnels {
-    /// Serves QUIC connections in the same way, on a UDP socket that the caller has bound.
+    /// Serves QUIC connections in the same way, on a UDP socket that the caller has bound. With the
+    /// `key` of the agent before this one, peers of that one learn that it is gone.
     ///
     /// # Errors
     ///
@@ -32,6 +34,7 @@ impl Tunnels {
     pub async fn serve_quic<H, F>(
         self: Arc<Self>,
         socket: UdpSocket,
+        key: &ResetKey,
         drain: watch::Receiver<bool>,
         handler: H,
     ) -> io::Result<()>
@@ -42,7 +45,7 @@ impl Tunnels {
         let server = Arc::new(Server::new(self, handler, drain.clone())?);
         let transport = quic::transport(&server.tunnels.config);
         let first = quic::server_config(server.tls.clone(), &transport)?;
-        let endpoint = quic::endpoint(socket, Some(first))?;
+        let endpoint = quic::server_endpoint(socket, first, key)?;
         let mut connections = take(&endpoint, drain, |incoming: quinn::Incoming, open| {
             if open >= server.config().quic_max_connections {
                 incoming.refuse();

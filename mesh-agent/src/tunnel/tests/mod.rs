@@ -3,5 +3,6 @@
 mod carriers;
 mod identity;
 mod pool;
+mod restart;
 mod session;
 mod world;

@@ -220,6 +220,16 @@ impl Agent {
         config: TunnelConfig,
         serves: Serves,
     ) -> Self {
+        Self::start_after(holdings, config, serves, ResetKey::random().unwrap()).await
+    }
+
+    /// With the reset key of an agent before this one.
+    pub(super) async fn start_after(
+        holdings: &Holdings,
+        config: TunnelConfig,
+        serves: Serves,
+        key: ResetKey,
+    ) -> Self {
         let (listener, socket) = loop {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
             let address = listener.local_addr().unwrap();
@@ -246,8 +256,9 @@ impl Agent {
             tasks.spawn(async move { serve.await.unwrap() });
         }
         if serves != Serves::OnlyLanes {
-            let serve = tunnels.serve_quic(socket, draining, handler);
-            tasks.spawn(async move { serve.await.unwrap() });
+            let serve =
+                async move { tunnels.serve_quic(socket, &key, draining, handler).await.unwrap() };
+            tasks.spawn(serve);
         }
         Self { node, stats, drain, behaviour, requests, tasks }
     }

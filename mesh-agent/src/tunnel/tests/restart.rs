@@ -1,0 +1,167 @@
+//! A peer's agent that was killed and started again, seen over QUIC: nobody says goodbye, and no kernel
+//! does it in its place.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use mesh_core::addr::PeerAddr;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UdpSocket;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::world::*;
+use crate::telemetry::Live;
+use crate::tunnel::*;
+
+/// Passes datagrams between clients and the agent that is in its place now, so that an agent can vanish
+/// without its last words being heard.
+struct Wire {
+    node: PeerAddr,
+    now: Arc<Mutex<SocketAddr>>,
+    _passing: JoinSet<()>,
+}
+
+impl Wire {
+    async fn to(agent: &Agent) -> Self {
+        let near = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap());
+        let far = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap());
+        let node = PeerAddr(near.local_addr().unwrap());
+        let now = Arc::new(Mutex::new(agent.node.0));
+        let client = Arc::new(Mutex::new(None));
+        let mut passing = JoinSet::new();
+        let (from, to, caller, agent) =
+            (Arc::clone(&near), Arc::clone(&far), Arc::clone(&client), Arc::clone(&now));
+        passing.spawn(async move {
+            let mut datagram = [0; 65_536];
+            while let Ok((len, source)) = from.recv_from(&mut datagram).await {
+                *caller.lock().unwrap() = Some(source);
+                let agent = *agent.lock().unwrap();
+                drop(to.send_to(&datagram[..len], agent).await);
+            }
+        });
+        let agent = Arc::clone(&now);
+        passing.spawn(async move {
+            let mut datagram = [0; 65_536];
+            while let Ok((len, source)) = far.recv_from(&mut datagram).await {
+                let caller = *client.lock().unwrap();
+                if source == *agent.lock().unwrap()
+                    && let Some(caller) = caller
+                {
+                    drop(near.send_to(&datagram[..len], caller).await);
+                }
+            }
+        });
+        Self { node, now, _passing: passing }
+    }
+
+    /// The agent in its place is another one from now on.
+    fn leads_to(&self, agent: &Agent) {
+        *self.now.lock().unwrap() = agent.node.0;
+    }
+}
+
+/// Nothing but a flow's own packets crosses: no keep-alive finds out what the flow is to find out.
+fn silent() -> TunnelConfig {
+    TunnelConfig {
+        quic_keep_alive: Duration::from_secs(60),
+        quic_idle: Duration::from_secs(120),
+        answer_timeout: Duration::from_secs(60),
+        ..config(CarrierChoice::Quic)
+    }
+}
+
+async fn echo_once(client: &Client, wait: Duration) {
+    let (address, mut apps) = application().await;
+    let (mut user, app) = pair().await;
+    // There before the flow is opened, so that it is sent with OPEN if anything is.
+    user.write_all(b"question").await.unwrap();
+    app.readable().await.unwrap();
+    let mut held = Held::default();
+    let opened = timeout(wait, client.open(&app, address, &mut held)).await.expect("it hangs");
+    let flow = opened.unwrap();
+    let relaying =
+        tokio::spawn(async move { crate::relay::relay(app, flow, held, &Live::default()).await });
+    let mut service = apps.recv().await.unwrap();
+    let mut question = [0; 8];
+    service.read_exact(&mut question).await.unwrap();
+    assert_eq!(&question, b"question");
+    drop((user, service));
+    relaying.await.unwrap();
+    assert!(apps.try_recv().is_err(), "delivered twice");
+}
+
+/// Until the connection to the peer has been silent for so long that a flow asks first.
+async fn silence(client: &Client) {
+    let pool = client.tunnels.pool(&client.peer);
+    until("the connection is quiet", || {
+        let now = std::time::Instant::now();
+        match pool.acquire(now, false, &mut Vec::new()) {
+            Ok(pool::Acquired::Now(pool::Ready::Quic(link))) => link.is_quiet(now),
+            _ => panic!("no connection"),
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_next_flow_reaches_an_agent_that_was_started_again() {
+    let (ours, theirs) = holdings(&Ca::new());
+    let key = ResetKey::random().unwrap();
+    let start = || Agent::start_after(&theirs, silent(), Serves::OnlyQuic, key.clone());
+    let before = start().await;
+    let wire = Wire::to(&before).await;
+    let client = Client::new(&ours, silent(), wire.node);
+    echo_once(&client, Duration::from_secs(10)).await;
+    let after = start().await;
+    silence(&client).await;
+    wire.leads_to(&after);
+    echo_once(&client, Duration::from_secs(2)).await;
+    assert_eq!((before.seen().len(), after.seen().len()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_flow_that_runs_is_reset_by_the_agent_that_was_started_again() {
+    let (ours, theirs) = holdings(&Ca::new());
+    let key = ResetKey::random().unwrap();
+    let start = || Agent::start_after(&theirs, silent(), Serves::OnlyQuic, key.clone());
+    let before = start().await;
+    let wire = Wire::to(&before).await;
+    let client = Client::new(&ours, silent(), wire.node);
+    let (address, mut apps) = application().await;
+    let (mut user, relaying) = client.connect(address).await;
+    user.write_u8(1).await.unwrap();
+    let mut service = apps.recv().await.unwrap();
+    assert_eq!(service.read_u8().await.unwrap(), 1);
+    service.write_u8(1).await.unwrap();
+    assert_eq!(user.read_u8().await.unwrap(), 1);
+    let after = start().await;
+    wire.leads_to(&after);
+    user.write_u8(2).await.unwrap();
+    let read = timeout(Duration::from_secs(2), user.read_u8()).await.expect("it hangs");
+    assert_eq!(read.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(relaying.await.unwrap().unwrap().outcome.reason(), "tunnel_lost");
+}
+
+#[tokio::test]
+async fn payload_that_may_have_arrived_is_not_sent_again() {
+    let (ours, theirs) = holdings(&Ca::new());
+    let key = ResetKey::random().unwrap();
+    let start = || Agent::start_after(&theirs, silent(), Serves::OnlyQuic, key.clone());
+    let before = start().await;
+    let wire = Wire::to(&before).await;
+    let client = Client::new(&ours, silent(), wire.node);
+    let after = start().await;
+    echo_once(&client, Duration::from_secs(10)).await;
+    let (address, mut apps) = application().await;
+    let (mut user, app) = pair().await;
+    user.write_all(b"question").await.unwrap();
+    app.readable().await.unwrap();
+    // The peer was heard a moment ago: the payload goes along.
+    wire.leads_to(&after);
+    let error = client.open(&app, address, &mut Held::default()).await.unwrap_err();
+    assert_eq!(error.reason(), "tunnel_lost", "{error:?}");
+    assert!(!error.may_retry());
+    assert!(apps.try_recv().is_err());
+}
