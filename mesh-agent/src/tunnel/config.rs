@@ -69,6 +69,10 @@ pub struct TunnelConfig {
     pub answer_timeout: Duration,
     /// How long a server waits for a handshake to end. Default 10 s.
     pub handshake_timeout: Duration,
+    /// How long a server waits for the rest of an OPEN whose first byte has come. Default 5 s. Longer lets
+    /// a peer hold a lane or a stream without asking for anything, shorter fails peers behind a lossy
+    /// path.
+    pub open_timeout: Duration,
     /// Handshakes that a server has under way at once. Default 256; more wait in the kernel's
     /// backlog.
     pub max_handshakes: usize,
@@ -125,6 +129,7 @@ impl Default for TunnelConfig {
             connect_timeout: Duration::from_secs(5),
             answer_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
+            open_timeout: Duration::from_secs(5),
             max_handshakes: 256,
             max_lanes_per_address: 4096,
             max_lanes_per_peer: 4096,

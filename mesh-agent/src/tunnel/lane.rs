@@ -5,7 +5,7 @@
 //! watches both sockets of a connection in one task.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use mesh_core::wire::{
@@ -14,6 +14,7 @@ use mesh_core::wire::{
 };
 use rustls::HandshakeKind;
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 
 use super::buffers::Buf;
 use super::error::DialError;
@@ -50,6 +51,8 @@ pub(crate) enum LaneError {
     Tls(DialError),
     /// The frames are wrong.
     Wire(WireError),
+    /// What had begun did not go on.
+    Late,
 }
 
 impl fmt::Display for LaneError {
@@ -58,6 +61,7 @@ impl fmt::Display for LaneError {
             Self::Io(_) => f.write_str("the lane broke"),
             Self::Tls(_) => f.write_str("the lane's TLS broke"),
             Self::Wire(_) => f.write_str("the peer broke the protocol"),
+            Self::Late => f.write_str("the peer began a request and did not go on"),
         }
     }
 }
@@ -68,6 +72,7 @@ impl std::error::Error for LaneError {
             Self::Io(source) => Some(source),
             Self::Tls(source) => Some(source),
             Self::Wire(source) => Some(source),
+            Self::Late => None,
         }
     }
 }
@@ -84,6 +89,7 @@ impl From<LaneError> for io::Error {
             LaneError::Io(error) => error,
             LaneError::Tls(error) => Self::other(error),
             LaneError::Wire(error) => Self::new(io::ErrorKind::InvalidData, error),
+            LaneError::Late => io::ErrorKind::TimedOut.into(),
         }
     }
 }
@@ -240,6 +246,11 @@ impl Codec {
         self.session.close(&mut self.inbox, &mut self.outbox);
     }
 
+    /// Whether a part of an event has arrived.
+    fn has_begun(&self) -> bool {
+        !self.inbox.is_empty() || !self.plain.is_empty() || !self.decoder.at_boundary()
+    }
+
     /// Whether nothing has arrived that belongs to a next flow, and nothing waits to be sent.
     fn is_quiet(&self) -> bool {
         self.plain.is_empty() && self.outbox.is_empty() && self.decoder.at_boundary()
@@ -361,6 +372,26 @@ impl Lane {
         }
     }
 
+    /// Waits for the next event: as long as it takes to begin, and then at most `limit`.
+    pub(super) async fn next_event_within(
+        &mut self,
+        limit: Duration,
+    ) -> Result<LaneEvent, LaneError> {
+        loop {
+            if let Some(event) = self.codec.event()? {
+                return Ok(event);
+            }
+            if self.codec.has_begun() {
+                break;
+            }
+            flush(&self.tcp, &mut self.codec).await?;
+            if receive(&self.tcp, &mut self.codec).await? == 0 {
+                return Err(LaneError::Io(io::ErrorKind::UnexpectedEof.into()));
+            }
+        }
+        timeout(limit, self.next_event()).await.unwrap_or(Err(LaneError::Late))
+    }
+
     /// Sends what is queued.
     pub(super) async fn flush(&mut self) -> io::Result<()> {
         flush(&self.tcp, &mut self.codec).await
@@ -409,7 +440,7 @@ impl Lane {
 
 /// Ends our direction and waits a little for the peer to end its own.
 async fn linger(tcp: TcpStream) {
-    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(1);
+    const PATIENCE: Duration = Duration::from_secs(1);
     const MOST: usize = 256 * 1024;
 
     if socket2::SockRef::from(&tcp).shutdown(std::net::Shutdown::Write).is_err() {
@@ -428,7 +459,7 @@ async fn linger(tcp: TcpStream) {
         }
     };
     // The peer may keep its end open; then the time is over and RST is right.
-    drop(tokio::time::timeout(PATIENCE, drain).await);
+    drop(timeout(PATIENCE, drain).await);
 }
 
 async fn flush(tcp: &TcpStream, codec: &mut Codec) -> io::Result<()> {

@@ -23,6 +23,7 @@ use super::config::TunnelConfig;
 use super::error::DialError;
 use super::flow::Request;
 use super::gate::Gate;
+use super::lane::LaneError;
 use super::proof::Proof;
 use super::stats::Side;
 use super::tls::{self, Refusals, ServedBySni};
@@ -117,6 +118,11 @@ where
             return refuse(Reason::Draining);
         }
         None
+    }
+
+    /// A request that has begun and does not go on.
+    fn unfinished(&self, parties: &Parties) {
+        self.refused(parties.peer, "open_timeout", &LaneError::Late, Some(&parties.served_as));
     }
 
     /// Counts a refused peer and logs it at a bounded rate.

@@ -46,7 +46,7 @@ impl SessionKind {
 
 /// Every reason for which a handshake can fail, at either end, and for which a carrier is ended after
 /// it; `other` takes what is not listed.
-const REASONS: [&str; 26] = [
+const REASONS: [&str; 27] = [
     "certificate_missing",
     "certificate_malformed",
     "no_spiffe_id",
@@ -68,6 +68,7 @@ const REASONS: [&str; 26] = [
     "handshake_timeout",
     "tls",
     "quic",
+    "open_timeout",
     "protocol",
     "no_certificate",
     "overloaded",

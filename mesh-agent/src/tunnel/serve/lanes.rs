@@ -170,7 +170,7 @@ where
         loop {
             let event = tokio::select! {
                 biased; // What has arrived is served, also while draining.
-                event = lane.next_event() => event,
+                event = lane.next_event_within(self.config().open_timeout) => event,
                 () = turned(&mut drain) => return lane.close().await,
                 _ = parties.proof.withdrawn(), if proven => return lane.close().await,
                 () = tokio::time::sleep(2 * self.config().lane_idle) => return lane.close().await,
@@ -227,6 +227,7 @@ where
                 &error,
                 Some(&parties.served_as),
             ),
+            LaneError::Late => self.unfinished(parties),
             error => {
                 debug!(peer = %parties.peer, %error, stage = "tunnel", "lane ended");
             }

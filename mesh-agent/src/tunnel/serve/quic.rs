@@ -108,7 +108,7 @@ where
             let (server, link, parties) = (Arc::clone(&self), link.clone(), parties.clone());
             flows.spawn(async move {
                 let claim = link.claim();
-                let limit = server.config().handshake_timeout;
+                let limit = server.config().open_timeout;
                 let head = match timeout(limit, quic::read_open(&mut recv)).await {
                     Ok(Ok(head)) => head,
                     Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
@@ -116,8 +116,12 @@ where
                         server.refused(peer, Reason::Protocol.as_str(), &error, served_as);
                         return link.close(Reason::Protocol);
                     }
+                    Err(_elapsed) => {
+                        server.unfinished(&parties);
+                        return drop(QuicAnswer::new(send, recv, claim));
+                    }
                     // Given up by the client before OPEN was read, or by us: no other flow's concern.
-                    _given_up => return drop(QuicAnswer::new(send, recv, claim)),
+                    Ok(Err(_given_up)) => return drop(QuicAnswer::new(send, recv, claim)),
                 };
                 let answer = QuicAnswer::new(send, recv, claim);
                 let Head::Open(open) = head else {

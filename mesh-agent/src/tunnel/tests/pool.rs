@@ -324,11 +324,9 @@ async fn auto_goes_back_to_lanes_when_quic_does_not_pass_any_more() {
     assert_eq!(client.stats.fallbacks.load(Relaxed), 2);
 }
 
-#[tokio::test]
-async fn an_unknown_version_is_answered_and_ends_the_lane() {
-    let ca = Ca::new();
-    let (agent, _client) = world_with(&ca, config(CarrierChoice::Lane)).await;
-    let (ours, _) = holdings(&ca);
+/// A lane to the agent that says what a test wants it to.
+async fn raw_lane(ca: &Ca, agent: &Agent) -> Lane {
+    let (ours, _) = holdings(ca);
     let credentials = ours.credentials();
     let certified = (credentials.certified)(&id(CALLER)).unwrap();
     let tls = tls::client_config(&credentials, &certified, &Refusals::default()).unwrap();
@@ -339,7 +337,14 @@ async fn an_unknown_version_is_answered_and_ends_the_lane() {
     handshake.complete().await.unwrap();
     let stats = Arc::new(TunnelStats::default());
     let proof = nobody(&ours, &stats);
-    let mut lane = handshake.into_lane(proof, Instant::now() + Duration::from_secs(60), &stats);
+    handshake.into_lane(proof, Instant::now() + Duration::from_secs(60), &stats)
+}
+
+#[tokio::test]
+async fn an_unknown_version_is_answered_and_ends_the_lane() {
+    let ca = Ca::new();
+    let (agent, _client) = world_with(&ca, config(CarrierChoice::Lane)).await;
+    let mut lane = raw_lane(&ca, &agent).await;
 
     // A longer OPEN, as a later version may have.
     let mut open = [0; OPEN_LEN + 30];
@@ -357,6 +362,46 @@ async fn an_unknown_version_is_answered_and_ends_the_lane() {
     }
     assert_eq!(lane.next_event().await.unwrap(), LaneEvent::Closed);
     assert!(agent.seen().is_empty());
+}
+
+#[tokio::test]
+async fn a_request_that_does_not_go_on_ends_the_lane_and_an_idle_one_stays() {
+    const LIMIT: Duration = Duration::from_millis(200);
+    let ca = Ca::new();
+    let config = TunnelConfig { open_timeout: LIMIT, ..without_spares() };
+    let (agent, _client) = world_with(&ca, config).await;
+    let mut idle = raw_lane(&ca, &agent).await;
+    let mut slow = raw_lane(&ca, &agent).await;
+    let open = open_to("127.0.0.1:1".parse().unwrap()).encode();
+    slow.codec.queue(&open[..20]).unwrap();
+    slow.flush().await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(5), slow.next_event()).await;
+    ended.expect("it is waited for").expect_err("it was answered");
+    assert_eq!(agent.stats.refusals_for(Side::Server, "open_timeout"), 1);
+
+    // As old as the other one, and it has not begun.
+    idle.codec.queue(&open).unwrap();
+    idle.flush().await.unwrap();
+    assert!(matches!(idle.next_event().await, Ok(LaneEvent::Answer(_))));
+}
+
+#[tokio::test]
+async fn a_request_that_does_not_go_on_is_given_up_on_quic() {
+    let ca = Ca::new();
+    let config =
+        TunnelConfig { open_timeout: Duration::from_millis(200), ..config(CarrierChoice::Quic) };
+    let (agent, client) = world_with(&ca, config).await;
+    exchange(&client, cleanly).await;
+    let ready = client.tunnels.acquire(&client.tunnels.pool(&client.peer), false).await.unwrap();
+    let pool::Ready::Quic(link) = ready else { panic!("{ready:?}") };
+    let (mut send, mut recv) = link.connection().open_bi().await.unwrap();
+    send.write_all(&open_to("127.0.0.1:1".parse().unwrap()).encode()[..20]).await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(5), recv.read(&mut [0; 1])).await;
+    ended.expect("it is waited for").expect_err("it was answered");
+    assert_eq!(agent.stats.refusals_for(Side::Server, "open_timeout"), 1);
+    // The other flows of the connection are not concerned.
+    exchange(&client, cleanly).await;
+    assert_eq!(client.stats.dials.load(Relaxed), 1);
 }
 
 #[tokio::test]
