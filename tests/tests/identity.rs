@@ -56,6 +56,9 @@ fn peer_of_another_trust_domain_is_refused() -> Result<()> {
         agent.wait_for_record(&[("reason", "peer_serves_no_such_workload")])?;
         wait_for_refusal(agent, "client", "peer_serves_no_such_workload")?;
         wait_for_refusal(agent, "server", "unknown_workload")?;
+        let log = agent.log();
+        let told = log.lines().filter(|line| line.contains("or has another trust domain"));
+        ensure!(told.count() >= 2, "both ends must say what to compare:\n{log}");
     }
     Ok(())
 }

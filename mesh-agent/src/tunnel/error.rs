@@ -31,6 +31,8 @@ pub enum DialError {
         /// RFC 9846 section 6.
         alert: &'static str,
     },
+    /// The peer, our client, meant a workload that is not here.
+    UnknownName,
     /// TLS failed in another way.
     Tls(rustls::Error),
     /// QUIC failed in another way.
@@ -54,6 +56,7 @@ impl DialError {
             Self::WrongWorkload { .. } => "wrong_workload",
             Self::PeerRefused { alert: "access_denied" } => "peer_serves_no_such_workload",
             Self::PeerRefused { .. } => "peer_refused_certificate",
+            Self::UnknownName => "unknown_workload",
             Self::Tls(_) => "tls",
             Self::Quic(_) => "quic",
             Self::NoCertificate => "no_certificate",
@@ -76,6 +79,16 @@ impl fmt::Display for DialError {
             Self::Network(_) => f.write_str("the peer cannot be reached"),
             Self::Certificate(_) => f.write_str("the peer's certificate was not accepted"),
             Self::WrongWorkload { found } => write!(f, "the peer proved to be {found}"),
+            // What a server name stands for cannot be said by who does not answer to it, and what the
+            // peer's trust domain is not by who sees no certificate: both are told what to compare.
+            Self::PeerRefused { alert: "access_denied" } => f.write_str(
+                "the peer's agent serves no such workload: it does not know the pod (yet), has no \
+                 certificate for it, or has another trust domain than the identity meant",
+            ),
+            Self::UnknownName => f.write_str(
+                "no workload of this node answers to the server name: the caller's agent knows other \
+                 pods than this one (yet), or has another trust domain",
+            ),
             Self::PeerRefused { alert } => write!(f, "the peer refused the handshake: {alert}"),
             Self::Tls(_) => f.write_str("the handshake failed"),
             Self::Quic(why) => write!(f, "the QUIC connection failed: {why}"),

@@ -558,9 +558,7 @@ pub(super) fn server_cause(
     served: bool,
 ) -> DialError {
     match (error, refused) {
-        (ConnectionError::TransportError(_), None) if !served => {
-            DialError::Tls(rustls::Error::General("no such workload".into()))
-        }
+        (ConnectionError::TransportError(_), None) if !served => DialError::UnknownName,
         (ConnectionError::TransportError(error), None)
             if alert(error.code) == Some("certificate_required") =>
         {

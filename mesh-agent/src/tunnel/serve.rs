@@ -129,7 +129,9 @@ where
     fn report(&self, peer: SocketAddr, error: &DialError, served_as: Option<&SpiffeId>) {
         let reason = match (error, served_as) {
             // rustls has no word for a server name that nobody here answers to.
-            (DialError::Tls(rustls::Error::General(_)), None) => "unknown_workload",
+            (DialError::Tls(rustls::Error::General(_)), None) => {
+                return self.report(peer, &DialError::UnknownName, None);
+            }
             (DialError::TimedOut, _) => "handshake_timeout",
             _ => error.reason(),
         };

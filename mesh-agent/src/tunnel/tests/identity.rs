@@ -124,6 +124,8 @@ async fn a_workload_that_is_not_there_is_refused() {
         client.peer.to = id(OTHER);
         let error = refused(&client).await;
         assert_eq!(error.reason(), "peer_serves_no_such_workload", "{carrier:?}: {error:?}");
+        let OpenError::Dial(why) = &error else { panic!("{error:?}") };
+        assert!(why.to_string().contains("trust domain"), "{why}: nobody knows what to compare");
         until("the server counted it", || {
             agent.stats.refusals_for(Side::Server, "unknown_workload") == 1
         })
