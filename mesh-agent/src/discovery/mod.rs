@@ -11,7 +11,8 @@
 //! | [`objects`] | the set of objects that a snapshot is made from |
 //! | [`enrol`] | who takes part, and how: the `malla.dev/…` annotations |
 //! | [`translate`] | objects into a snapshot, and what is wrong with them |
-//! | [`mod@file`] | a directory of manifests, followed |
+//! | `directory` | a directory of manifests, file by file, and the snapshot that follows from it |
+//! | [`mod@file`] | such a directory, followed |
 //!
 //! # Guarantees
 //!
@@ -21,6 +22,7 @@
 //! - [`translate`] reads no clock, file or socket, and does not care in which order objects came: any
 //!   source may feed it.
 
+mod directory;
 pub mod enrol;
 pub mod file;
 pub mod manifest;

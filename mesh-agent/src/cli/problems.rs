@@ -1,0 +1,154 @@
+//! What is wrong with the flags of `run` that clap cannot see: values that do not go together, and
+//! directories that are not there. All at once, each with its remedy.
+
+use std::fmt;
+use std::fs;
+use std::time::Duration;
+
+use super::Run;
+
+/// A flag whose value cannot work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlagProblem {
+    /// The flag.
+    pub flag: &'static str,
+    /// What is wrong with its value.
+    pub problem: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+impl fmt::Display for FlagProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { flag, problem, remedy } = self;
+        write!(f, "{flag}: {problem}: {remedy}")
+    }
+}
+
+impl Run {
+    /// Everything that clap cannot see, all at once: values that do not go together, directories
+    /// that are not there.
+    pub fn problems(&self) -> Vec<FlagProblem> {
+        let mut found = Vec::new();
+        let mut note = |flag, problem: String, remedy: &str| {
+            found.push(FlagProblem { flag, problem, remedy: remedy.to_owned() });
+        };
+        if !is_node_name(&self.node) {
+            let problem = format!("`{}` is not the name of a Kubernetes node", self.node);
+            note("--node", problem, "lower-case letters, digits, - and ., 253 characters at most");
+        }
+        if !self.manifests.is_dir() {
+            let problem = format!("{} is not a directory", self.manifests.display());
+            note("--manifests", problem, "create it; it may be empty");
+        }
+        if let Err(error) = fs::metadata(self.ca_dir.join("root.pem")) {
+            let problem = format!("no root.pem in {} ({error})", self.ca_dir.display());
+            note("--ca-dir", problem, "make one with `mesh-agent ca init --dir DIR`");
+        }
+        // Every cgroup v2 directory has this file, and no v1 directory does.
+        if !self.cgroup.join("cgroup.controllers").exists() {
+            let problem = format!("{} is not a cgroup v2 directory", self.cgroup.display());
+            note("--cgroup", problem, "`findmnt -t cgroup2` shows where there is one");
+        }
+        let ports = [
+            ("--tunnel-port", self.tunnel_port.get()),
+            ("--metrics-addr", self.metrics_addr.port()),
+            ("--ready-addr", self.ready_addr.port()),
+        ];
+        for (index, (flag, port)) in ports.iter().enumerate() {
+            if let Some((other, _)) = ports[..index].iter().find(|(_, taken)| taken == port)
+                && *port != 0
+            {
+                note(flag, format!("port {port} is that of {other} too"), "choose another port");
+            }
+        }
+        let within = |value: Duration, range: std::ops::RangeInclusive<u64>| {
+            range.contains(&value.as_secs())
+        };
+        if !within(self.connect_timeout, 1..=300) {
+            let problem = format!("{} s", self.connect_timeout.as_secs());
+            note("--connect-timeout-s", problem, "1 to 300");
+        }
+        if !within(self.drain, 0..=86_400) {
+            note("--drain-s", format!("{} s", self.drain.as_secs()), "0 to 86400, a day");
+        }
+        if !within(self.cert_lifetime, 2..=31_536_000) {
+            let problem = format!("{} s", self.cert_lifetime.as_secs());
+            note("--cert-lifetime-s", problem, "2 to 31536000, a year");
+        }
+        if self.workers.is_some_and(|workers| workers.get() > MAX_WORKERS) {
+            note("--workers", "too many".into(), "1 to 1024, one for each CPU is best");
+        }
+        if self.metrics_series_limit == 0 {
+            let remedy = "at least 1; to save series leave labels out with --metrics-drop-labels";
+            note("--metrics-series-limit", "no series at all".into(), remedy);
+        }
+        found
+    }
+}
+
+const MAX_WORKERS: usize = 1024;
+
+/// RFC 1123 subdomain, as Kubernetes demands of a node's name.
+fn is_node_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        !label.is_empty()
+            && label.bytes().all(allowed)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn run(line: &str) -> Box<Run> {
+        match Cli::try_parse_from(line.split_whitespace()).unwrap().command {
+            Command::Run(run) => run,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn all_problems_of_run_are_told_at_once_with_flag_and_remedy() {
+        let run = run("mesh-agent run --node N_1 --manifests /nowhere --ca-dir /nowhere \
+                       --cgroup /nowhere --metrics-addr 127.0.0.1:15019 --connect-timeout-s 0 \
+                       --drain-s 90000 --cert-lifetime-s 1 --workers 2000 --metrics-series-limit 0");
+        let flags: Vec<_> = run.problems().iter().map(|problem| problem.flag).collect();
+        let expected = [
+            "--node",
+            "--manifests",
+            "--ca-dir",
+            "--cgroup",
+            "--metrics-addr",
+            "--connect-timeout-s",
+            "--drain-s",
+            "--cert-lifetime-s",
+            "--workers",
+            "--metrics-series-limit",
+        ];
+        assert_eq!(flags, expected);
+        assert!(run.problems().iter().all(|problem| !problem.remedy.is_empty()));
+    }
+
+    #[test]
+    fn node_names_are_those_of_kubernetes() {
+        for (name, is_one) in [
+            ("node-1", true),
+            ("ip-10-0-0-1.eu-west-1.compute.internal", true),
+            ("", false),
+            ("Node", false),
+            ("-a", false),
+            ("a..b", false),
+            ("a_b", false),
+        ] {
+            assert_eq!(is_node_name(name), is_one, "{name}");
+        }
+    }
+}
