@@ -1,0 +1,164 @@
+//! Pods come in and leave, and their agent goes silent.
+
+use std::collections::HashSet;
+use std::io;
+use std::process::Command;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mesh_core::settings::Settings;
+use socket2::Domain;
+
+use crate::world::*;
+
+#[test]
+fn fifty_toggles_fail_no_connection() {
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let capture = world.start();
+    capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
+    let outside = world.listen_outside("10.90.0.1:8080");
+    let stop = AtomicBool::new(false);
+    let connected = AtomicU64::new(0);
+    // Two more have ended, so one has happened wholly in the present state.
+    let one_more = || {
+        let before = connected.load(Ordering::Relaxed);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while connected.load(Ordering::Relaxed) < before + 2 {
+            if Instant::now() > deadline {
+                stop.store(true, Ordering::Relaxed);
+                panic!("nothing connects any more");
+            }
+            while outside[0].accept().is_ok() {}
+            thread::yield_now();
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                world.dial("10.90.0.1:8080").unwrap();
+                // The port of a reset connection is free at once.
+                connected.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let mut kept = Vec::new();
+        for _ in 0..50 {
+            kept.push(world.enrol(&capture, &Settings::default()));
+            one_more();
+            capture.leave(UID).unwrap();
+            one_more();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let (captured, connected) = (count(&capture, "captured"), connected.load(Ordering::Relaxed));
+    assert!(captured >= 50 && captured + 50 <= connected, "{captured} of {connected} captured");
+}
+
+#[test]
+fn pod_that_leaves_is_left_alone_and_its_connections_live() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let capture = world.start();
+    capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
+    let listeners = world.enrol(&capture, &Settings::default());
+    let app = world.app(Domain::IPV4);
+    app.connect(&sock_addr("10.90.0.1:8080")).unwrap();
+    let (mut agent, _) = learn(&world, &capture, &listeners, &app);
+
+    capture.leave(UID).unwrap();
+    let outside = world.listen_outside("10.90.0.1:8080");
+    let _direct = world.dial("10.90.0.1:8080").unwrap();
+    accept(&outside);
+    let own = world.listen("0.0.0.0:8080");
+    let _into = world.dial_in("10.90.0.2:8080").unwrap();
+    accept(&own);
+    assert_eq!(peer(&app), "10.90.0.1:8080");
+    io::Write::write_all(&mut agent, b"still").unwrap();
+    let mut read = [0; 5];
+    io::Read::read_exact(&mut &app, &mut read).unwrap();
+    assert_eq!(&read, b"still");
+    assert!(capture.leave(UID).is_err(), "not enrolled any more");
+}
+
+#[test]
+fn without_an_agent_connections_fail_at_once() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let capture = world.start();
+    drop(world.enrol(&capture, &Settings::default()));
+    drop(capture);
+    let _app = world.listen("0.0.0.0:8080");
+    let started = Instant::now();
+    let out = world.dial(SERVICE4).unwrap_err();
+    let into = world.dial_in("10.90.0.2:8080").unwrap_err();
+    assert_eq!(out.kind(), io::ErrorKind::ConnectionRefused);
+    assert_eq!(into.kind(), io::ErrorKind::ConnectionRefused);
+    assert!(started.elapsed() < Duration::from_millis(200), "{:?}", started.elapsed());
+}
+
+#[test]
+fn pod_that_fails_open_bypasses_a_silent_agent() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let capture = world.start();
+    capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
+    let open = settings(|settings| settings.fail_open = true);
+    drop(world.enrol(&capture, &open));
+    let app = world.listen("0.0.0.0:8080");
+    let outside = world.listen_outside("10.90.0.1:8080");
+    assert!(world.dial("10.90.0.1:8080").is_err(), "the heartbeat is fresh");
+
+    thread::sleep(Duration::from_millis(5100));
+    let _out = world.dial("10.90.0.1:8080").unwrap();
+    accept(&outside);
+    let _into = world.dial_in("10.90.0.2:8080").unwrap();
+    accept(&app);
+    assert_eq!(count(&capture, "connect_fail_open"), 1);
+    assert_eq!(count(&capture, "lookup_fail_open"), 1);
+}
+
+#[test]
+fn namespace_is_left_as_it_was_without_client_addresses() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let capture = world.start();
+    let plain = settings(|settings| settings.preserve_client_address = false);
+    let _listeners = world.enrol(&capture, &plain);
+    let rules = || {
+        let rules = Command::new("ip").args(["-n", &world.names[0], "rule"]).output().unwrap();
+        String::from_utf8(rules.stdout).unwrap()
+    };
+    assert!(!rules().contains("fwmark"), "{}", rules());
+    capture.update(UID, &Settings::default()).unwrap();
+    assert!(rules().contains("fwmark 0x6d616c6c lookup 27745"), "{}", rules());
+}
+
+#[test]
+fn full_map_is_said_with_its_limit() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let capture = world.start();
+    let _listeners = world.enrol(&capture, &Settings::default());
+    let many = settings(|settings| {
+        let blocks = (0..=255).map(|third| format!("10.97.{third}.0/24").parse().unwrap());
+        settings.skip_outbound_cidrs = blocks.collect();
+    });
+    let error = capture.update(UID, &many).unwrap_err();
+    assert_eq!(error.reason(), "map_full");
+    assert!(error.to_string().contains("SKIP_CIDRS is full at 128"), "{error}");
+}

@@ -1,0 +1,107 @@
+//! What the manifests and the roots say changes under traffic.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use harness::{Carrier, Family, Load, Mesh, PodSpec, Serve, exchange, wait};
+
+use crate::{mesh, wait_until_idle};
+
+#[test]
+fn address_that_another_pod_takes_over_means_the_new_one() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+        let (to, agent) = (mesh.pod("b1").v4(8080), mesh.agent("a"));
+        exchange(&mut mesh.pod("a1").connect(to)?, b"to the old one")?;
+        let old = fs::read_to_string(mesh.manifests().dir().join("pod-default-b1.yaml"))?;
+        let new = old
+            .replace(mesh.pod("b1").uid(), "successor")
+            .replace("name: \"b1\"", "name: \"successor\"")
+            .replace("serviceAccountName: \"b1\"", "serviceAccountName: \"successor\"");
+        mesh.delete_pod_manifest("b1")?;
+        mesh.manifests().write("pod-default-successor", &new)?;
+        let ours = |identity: &str| identity.ends_with("/sa/successor");
+        wait::until(wait::SOON, "the successor to be called", || {
+            mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"hello")).is_ok()
+                && agent.access_log().iter().any(|record| ours(record.text("dst.identity")))
+        })?;
+        wait_until_idle(&mesh)?;
+        let before = agent.access_log().len();
+        for _ in 0..20 {
+            exchange(&mut mesh.pod("a1").connect(to)?, b"hello")?;
+        }
+        wait::until(wait::SOON, "20 records", || agent.access_log().len() >= before + 20)?;
+        for record in &agent.access_log()[before..] {
+            ensure!(ours(record.text("dst.identity")), "{carrier:?}: {record:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn pod_in_strict_mode_reaches_itself_through_its_service() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("b1", "b").annotation("malla.dev/mode", "strict"))
+        .start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    for family in Family::BOTH {
+        for to in [mesh.service("b").addr(family, 80), mesh.pod("b1").addr(family, 8080)] {
+            exchange(&mut mesh.pod("b1").connect(to)?, b"it is me")
+                .with_context(|| to.to_string())?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn server_enrols_and_leaves_under_quic_without_a_failed_request() -> Result<()> {
+    harness::require!();
+    let mesh = mesh(Carrier::Quic)?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.pod("b1").v4(8080);
+    let mut held = mesh.pod("a1").connect(to)?;
+    exchange(&mut held, b"before")?;
+    Load::during(mesh.pod("a1"), to, |load| {
+        for toggle in 0..20 {
+            mesh.enrol("b1", toggle % 2 == 1)?;
+            load.wait_for(3)?;
+            exchange(&mut held, b"an open connection is left as it is")?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+#[test]
+fn short_certificates_and_new_roots_fail_no_connection() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let lifetime = Duration::from_secs(4);
+        let mesh = Mesh::two_nodes_builder().carrier(carrier).cert_lifetime(lifetime).start()?;
+        let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+        let (dir, next) = (mesh.ca_dir(), mesh.state_dir().join("next-ca"));
+        harness::init_ca(&next, "cluster.local")?;
+        let put = |name: &str, text: &[u8]| -> Result<()> {
+            fs::write(dir.join("new"), text)?;
+            Ok(fs::rename(dir.join("new"), dir.join(name))?)
+        };
+        Load::during(mesh.pod("a1"), mesh.pod("b1").v4(8080), |_load| {
+            let (old, new) = (fs::read(dir.join("root.pem"))?, fs::read(next.join("root.pem"))?);
+            put("bundle.pem", &[old, new.clone()].concat())?;
+            thread::sleep(Duration::from_secs(1));
+            put("root.key", &fs::read(next.join("root.key"))?)?;
+            put("root.pem", &new)?;
+            // All that the old root has signed ends meanwhile.
+            thread::sleep(lifetime + Duration::from_secs(1));
+            put("bundle.pem", &new)?;
+            thread::sleep(Duration::from_secs(1));
+            Ok(())
+        })?;
+    }
+    Ok(())
+}

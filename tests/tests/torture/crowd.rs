@@ -1,0 +1,121 @@
+//! Very many connections, and readers that stall.
+
+use std::io::Read as _;
+use std::net::{SocketAddr, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use harness::{Carrier, Serve, exchange, wait};
+
+use crate::{fds, mesh, wait_until_idle};
+
+#[test]
+fn readers_that_stall_hold_up_nobody_else() -> Result<()> {
+    harness::require!();
+    const READERS: u64 = 24;
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let _source = mesh.pod("b1").serve(8080, Serve::Source(1 << 30))?;
+        let _echo = mesh.pod("b1").serve(8081, Serve::Echo)?;
+        let rss = || anyhow::Ok(mesh.agent("a").rss_bytes()? + mesh.agent("b").rss_bytes()?);
+        let before = rss()?;
+        let connect = |_| mesh.pod("a1").connect(mesh.pod("b1").v4(8080));
+        let stalled = (0..READERS).map(connect).collect::<Result<Vec<_>>>()?;
+        let mut last = before;
+        // Until every buffer on the way is full, and nothing grows any more.
+        wait::until(wait::SOON, "the agents to hold what they will", || {
+            thread::sleep(Duration::from_millis(700));
+            let now = rss().unwrap_or_default();
+            let grown = now.saturating_sub(last);
+            last = now;
+            grown < 1 << 20
+        })?;
+        // Both workers, whichever the connection gets to.
+        for _ in 0..4 {
+            let mut other = mesh.pod("a1").connect(mesh.pod("b1").v4(8081))?;
+            other.set_read_timeout(Some(Duration::from_secs(5)))?;
+            exchange(&mut other, &[7; 100_000])
+                .with_context(|| format!("{carrier:?}: beside readers that stall"))?;
+        }
+        let grown = rss()?.saturating_sub(before);
+        ensure!(grown < READERS * (4 << 20), "{carrier:?}: grown by {grown} bytes");
+        drop(stalled);
+    }
+    Ok(())
+}
+
+/// What an agent may keep open for later: idle lanes, of every worker to every peer.
+const SPARE: usize = 2 * 2 * 2 * 64;
+
+#[test]
+fn crowd_is_served_and_leaves_nothing_behind() -> Result<()> {
+    harness::require!();
+    const EACH: usize = 1000;
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let _server = mesh.pod("b1").serve(8080, Serve::Greet("x"))?;
+        let to = mesh.pod("b1").v4(8080);
+        let before = [fds(mesh.agent("a"))?, fds(mesh.agent("b"))?];
+        let crowd = |pod: &str| {
+            mesh.pod(pod).run(|| {
+                let mut open = Vec::new();
+                for n in 0..EACH {
+                    open.push(TcpStream::connect(to).with_context(|| format!("number {n}"))?);
+                }
+                for (n, stream) in open.iter_mut().enumerate() {
+                    stream.set_read_timeout(Some(wait::SOON))?;
+                    stream.read_exact(&mut [0]).with_context(|| format!("number {n}"))?;
+                }
+                Ok(open)
+            })
+        };
+        // All of them are open before the first ends.
+        let open = thread::scope(|scope| {
+            let dialling = ["a1", "a2"].map(|pod| scope.spawn(move || crowd(pod)));
+            dialling.map(|one| one.join().unwrap()).into_iter().collect::<Result<Vec<_>>>()
+        });
+        drop(open.with_context(|| format!("{carrier:?}"))?);
+        wait_until_idle(&mesh)?;
+        for (node, before) in ["a", "b"].into_iter().zip(before) {
+            let after = fds(mesh.agent(node))?;
+            ensure!(after < before + SPARE, "{carrier:?}: {before} descriptors, then {after}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn many_short_connections_leave_nothing_behind() -> Result<()> {
+    harness::require!();
+    const EACH: usize = 600;
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let _servers = ["b1", "a2"].map(|pod| mesh.pod(pod).serve(8080, Serve::Echo).unwrap());
+        let agents = ["a", "b"].map(|node| mesh.agent(node));
+        let before = agents.map(|agent| fds(agent).unwrap());
+        let run = |to: SocketAddr| {
+            mesh.pod("a1").run(|| {
+                for _ in 0..EACH {
+                    let mut stream = TcpStream::connect(to)?;
+                    stream.set_read_timeout(Some(wait::SOON))?;
+                    exchange(&mut stream, b"x")?;
+                }
+                Ok(())
+            })
+        };
+        let run = &run;
+        thread::scope(|scope| {
+            let targets = ["b1", "a2", "b1", "a2"].map(|to| mesh.pod(to).v4(8080));
+            let running = targets.map(|to| scope.spawn(move || run(to)));
+            running.into_iter().try_for_each(|one| one.join().unwrap())
+        })?;
+        wait_until_idle(&mesh)?;
+        for (agent, before) in agents.into_iter().zip(before) {
+            let after = fds(agent)?;
+            ensure!(after < before + SPARE, "{carrier:?}: {before} descriptors, then {after}");
+            ensure!(agent.metric("mesh_refusals_total", &[])? == 0.0, "{carrier:?}: refused");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,33 @@
+//! Torture: crashes, stalls, crowds and bad manners. Whatever happens underneath, a program sees
+//! success, a refusal or a reset; never a wrong byte, never an early end.
+
+mod capture;
+mod change;
+mod crash;
+mod crowd;
+mod manners;
+
+use std::fs;
+
+use anyhow::Result;
+use harness::{Agent, Carrier, Mesh, wait};
+
+fn mesh(carrier: Carrier) -> Result<Mesh> {
+    Mesh::two_nodes_builder().carrier(carrier).start()
+}
+
+/// Waits until no agent knows of an open connection.
+fn wait_until_idle(mesh: &Mesh) -> Result<()> {
+    for node in mesh.nodes() {
+        wait::until(wait::SOON, "no connection to be left", || {
+            let open = mesh.agent(node.name()).ask(&["connections"]);
+            open.is_ok_and(|open| open.as_array().is_some_and(Vec::is_empty))
+        })?;
+    }
+    Ok(())
+}
+
+/// File descriptors that an agent has open.
+fn fds(agent: &Agent) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{}/fd", agent.pid()))?.count())
+}
