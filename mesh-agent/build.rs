@@ -26,7 +26,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         "mesh-common/src",
         "mesh-common/Cargo.toml",
     ] {
-        println!("cargo::rerun-if-changed={}", root.join(source).display());
+        // Relative to this crate: in another checkout to which `target` was copied, that one's sources
+        // count, and not those of the first.
+        println!("cargo::rerun-if-changed=../{source}");
     }
     for variable in ["MALLA_CACHE", "XDG_CACHE_HOME", "HOME"] {
         println!("cargo::rerun-if-env-changed={variable}");
