@@ -282,6 +282,10 @@ pub struct Log {
     #[command(flatten)]
     #[expect(missing_docs, reason = "clap would show it as help")]
     pub admin: Admin,
+
+    /// How to print the level. The keys of json and yaml are stable.
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Format,
 }
 
 /// `mesh-agent detach`.
@@ -290,6 +294,10 @@ pub struct Detach {
     /// Directory where the agent pinned its maps and links.
     #[arg(long, env = "MESH_BPFFS", value_name = "DIR", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,
+
+    /// How to print what was removed. The keys of json and yaml are stable.
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Format,
 }
 
 /// `mesh-agent ca`.

@@ -38,7 +38,7 @@ fn dispatch(command: Command, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
         Command::Run(run) => return start(*run),
         Command::Check(check) => return report(&check, out),
         Command::Detach(detach) => {
-            return detached(&Capture::detach(&detach.bpffs)?, out);
+            return detached(&Capture::detach(&detach.bpffs)?, detach.output, out);
         }
         Command::Ca(ca) => authority(ca, out)?,
         Command::Completion { shell } => {
@@ -53,7 +53,15 @@ fn dispatch(command: Command, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
 }
 
 /// Says what was removed; something left in place is a problem.
-fn detached(report: &Detached, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
+fn detached(report: &Detached, format: Format, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
+    match format {
+        Format::Table => tell_detached(report, out)?,
+        Format::Json | Format::Yaml => output::print_data(out, format, report)?,
+    }
+    Ok(if report.left.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(PROBLEM) })
+}
+
+fn tell_detached(report: &Detached, out: &mut dyn Write) -> io::Result<()> {
     for path in &report.removed {
         writeln!(out, "√ removed {}", path.display())?;
     }
@@ -66,7 +74,7 @@ fn detached(report: &Detached, out: &mut dyn Write) -> anyhow::Result<ExitCode> 
     for path in &report.left {
         writeln!(out, "‼ left {}: not ours", path.display())?;
     }
-    Ok(if report.left.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(PROBLEM) })
+    Ok(())
 }
 
 /// Starts the agent, unless a flag cannot work.

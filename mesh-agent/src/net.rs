@@ -199,7 +199,7 @@ fn cookie(socket: &Socket) -> io::Result<u64> {
 /// Where a listening socket is bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bind {
-    /// To this address, at a port of the kernel's choice.
+    /// To this address, at any port that is free.
     To(IpAddr),
     /// To an address of this one's family that nobody can dial: the socket is reached only because a
     /// program steers connections to it. 192.0.2.1 (RFC 5737) or 100::1 (RFC 6666).
@@ -226,9 +226,22 @@ pub fn listen(bind: Bind) -> io::Result<TcpListener> {
             socket.set_freebind_v6(true)?;
         }
     }
-    socket.bind(&SocketAddr::new(ip, 0).into())?;
+    bind_to_any_port(&socket, ip)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
+}
+
+/// Binds to a port of the kernel's choice. Its range may be used up by the pod's own connections, also
+/// by those in TIME_WAIT, which do not keep the pod from making more (to other destinations) and must
+/// not keep it out of the mesh: then outside of that range.
+fn bind_to_any_port(socket: &Socket, ip: IpAddr) -> io::Result<()> {
+    let mut bound = socket.bind(&SocketAddr::new(ip, 0).into());
+    for port in source_port::candidates(None, fastrand::u16) {
+        if bound.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
+            bound = socket.bind(&SocketAddr::new(ip, port).into());
+        }
+    }
+    bound
 }
 
 /// Connects from inside `netns` to a destination outside of the mesh, as the application would have.

@@ -72,7 +72,8 @@ fn capture(
         || DESTINATIONS.get_ptr(dst.ip).is_some(),
         || {
             let key = Key::new(FULL_PREFIX, SkipCidr::new(netns, dst.ip));
-            SKIP_CIDRS.get(key).is_some()
+            // 0: a block that is captured inside of a larger one that is not.
+            SKIP_CIDRS.get(key).is_some_and(|skipped| *skipped != 0)
         },
         agent,
     );

@@ -1,8 +1,10 @@
 //! Capture and original destination: whatever way a program connects, the agent takes the connection
 //! and carries it where the program meant, and the program cannot tell.
 
+use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -175,14 +177,16 @@ fn mptcp_socket_is_carried() -> Result<()> {
         if !available {
             harness::skip!("this kernel has no MPTCP");
         }
-        // getpeername() is not asked: the original destination is known to the subflow, and the
-        // kernel offers no hook on the MPTCP socket above it.
-        carried(&mesh, to, |_, to| {
+        let socket = carried(&mesh, to, |_, to| {
             let domain = Domain::for_address(to);
             let socket = Socket::new(domain, Type::STREAM, Some(Protocol::MPTCP))?;
             socket.connect_timeout(&to.into(), LIMIT)?;
             Ok(socket)
         })?;
+        // Before Linux 5.19, and without BTF, a program cannot find the MPTCP socket above a subflow.
+        if Path::new("/sys/kernel/btf/vmlinux").exists() {
+            assert_eq!(peer(&socket)?, to);
+        }
     }
     Ok(())
 }
@@ -310,6 +314,63 @@ fn address_blocks_of_the_skip_list_are_left_alone() -> Result<()> {
     assert_eq!(mesh.agent("a").metric("istio_tcp_connections_opened_total", &[])?, before);
     exchange(&mut mesh.pod("a1").connect(mesh.pod("b1").v6(8080))?, b"carried")?;
     mesh.agent("a").wait_for_metric("istio_tcp_connections_opened_total", &[], before + 1.0)
+}
+
+#[test]
+fn block_of_all_ipv6_addresses_leaves_ipv4_in_the_mesh() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .namespace("default", &[("malla.dev/skip-outbound-cidrs", "::/0")])
+        .start()?;
+    let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    // Dialled as IPv4 and as IPv6: the address is an IPv4 one in either case.
+    let v4 = mesh.pod("b1").v4(8080);
+    for to in [v4, (mesh.pod("b1").v4_ip().to_ipv6_mapped(), 8080).into()] {
+        let mut stream = mesh.pod("a1").connect(to)?;
+        exchange(&mut stream, b"carried")?;
+        let source = SocketAddr::from((mesh.pod("a1").v4_ip(), stream.local_addr()?.port()));
+        drop(stream);
+        let source = source.to_string();
+        mesh.agent("a").wait_for_record(&[("src.addr", &source), ("way", "tunnel")])?;
+    }
+    let before = mesh.agent("a").metric("istio_tcp_connections_opened_total", &[])?;
+    let mut stream = mesh.pod("a1").connect(mesh.pod("b1").v6(8080))?;
+    exchange(&mut stream, b"plain")?;
+    assert_eq!(server.clients().pop().map(|seen| seen.ip()), Some(mesh.pod("a1").ip(Family::V6)));
+    assert_eq!(mesh.agent("a").metric("istio_tcp_connections_opened_total", &[])?, before);
+    Ok(())
+}
+
+#[test]
+fn source_ports_in_time_wait_do_not_keep_the_pod_out() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("a1", "a").annotation("malla.dev/mesh", "disabled"))
+        .start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let a1 = mesh.pod("a1");
+    // All ports that the kernel would choose from, as those of a busy client.
+    let ports = 40_000..40_016;
+    a1.run(|| {
+        let path = "/proc/sys/net/ipv4/ip_local_port_range";
+        Ok(fs::write(path, format!("{} {}", ports.start, ports.end - 1))?)
+    })?;
+    for family in Family::BOTH {
+        for _ in ports.clone() {
+            let mut stream = a1.connect(mesh.pod("b1").addr(family, 8080))?;
+            // Who ends first is in TIME_WAIT.
+            stream.shutdown(Shutdown::Write)?;
+            ensure!(stream.read(&mut [0])? == 0, "the server ends, too");
+        }
+    }
+    let none_is_free = |to| a1.connect(to).is_err();
+    ensure!(none_is_free(mesh.pod("b1").v4(8080)), "there is no TIME_WAIT");
+    mesh.enrol("a1", true)?;
+    for family in Family::BOTH {
+        exchange(&mut a1.connect(mesh.service("b").addr(family, 80))?, b"in the mesh")?;
+    }
+    mesh.agent("a").wait_for_record(&[("src.workload", "a1"), ("way", "tunnel")])?;
+    Ok(())
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Route, balance and what they are decided from: manifests that change, are wrong, and heal.
 
+use std::fs;
 use std::io::Read as _;
 use std::time::Duration;
 
@@ -82,7 +83,76 @@ fn kind_that_is_not_known_is_ignored() -> Result<()> {
     let services = services.as_array().context("a list")?;
     ensure!(services.iter().any(|one| one["service"] == "added"), "{services:?}");
     assert_eq!(greeting(&mesh, "b")?, "b1");
+
+    // Told once, however often it is read.
+    let before = generation(&mesh)?;
+    mesh.manifests().write(
+        "another",
+        "apiVersion: example.com/v1\nkind: Unheard\nmetadata: {name: y}\n---\n\
+         apiVersion: v1\nkind: Service\nmetadata: {name: more, namespace: default}\n\
+         spec: {clusterIP: 10.250.0.2, ports: [{port: 80}]}\n",
+    )?;
+    wait::until(wait::SOON, "the other file to count", || {
+        generation(&mesh).is_ok_and(|now| now > before)
+    })?;
+    let log = mesh.agent("a").log();
+    let told = log.lines().filter(|line| line.contains("example.com/v1 Unheard")).count();
+    ensure!(told == 1, "told {told} times");
     Ok(())
+}
+
+/// A manifest that people write has no UID, and its name may have dots.
+#[test]
+fn pod_without_a_uid_takes_part() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.pod("b1").v4(8080);
+    for pod in ["a1", "b1"] {
+        let file = format!("pod-default-{pod}");
+        let text = fs::read_to_string(mesh.manifests().dir().join(format!("{file}.yaml")))?;
+        let (account, pod_text) = text.split_once("kind: \"Pod\"").context("no pod")?;
+        let lines = pod_text.lines().filter(|line| !line.trim_start().starts_with("uid:"));
+        let by_hand = lines.collect::<Vec<_>>().join("\n");
+        ensure!(by_hand.len() < pod_text.trim_end().len(), "the harness gives one:\n{text}");
+        let name = |pod: &str| format!("name: \"{pod}\"");
+        let by_hand = by_hand.replacen(&name(pod), &name(&format!("{pod}.by-hand")), 1);
+        mesh.manifests().write(&file, &format!("{account}kind: \"Pod\"{by_hand}\n"))?;
+    }
+    let carried = |mesh: &Mesh| {
+        mesh.agent("a").access_log().iter().any(|record| {
+            record.has(&[
+                ("src.workload", "a1.by-hand"),
+                ("dst.workload", "b1.by-hand"),
+                ("way", "tunnel"),
+                ("response_flags", "-"),
+            ])
+        })
+    };
+    wait::until(wait::SOON, "the pods to be in the mesh under their names", || {
+        mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"by hand")).is_ok()
+            && carried(&mesh)
+    })?;
+    assert_eq!(problems(&mesh)?, [Value::Null; 0]);
+
+    // The next agent knows whose pins it finds, and they go with their pod.
+    let lookups = |mesh: &Mesh| -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for layout in fs::read_dir(mesh.agent("a").bpffs())? {
+            for link in fs::read_dir(layout?.path().join("links"))? {
+                names.push(link?.file_name().to_string_lossy().into_owned());
+            }
+        }
+        names.retain(|name| name.starts_with("lookup_"));
+        Ok(names)
+    };
+    assert_eq!(lookups(&mesh)?.len(), 2);
+    mesh.agent_mut("a").kill()?;
+    mesh.agent_mut("a").restart()?;
+    exchange(&mut mesh.pod("a1").connect(to)?, b"again")?;
+    assert_eq!(lookups(&mesh)?.len(), 2);
+    mesh.delete_pod_manifest("a1")?;
+    wait::until(wait::SOON, "its pin to go", || lookups(&mesh).is_ok_and(|found| found.len() == 1))
 }
 
 #[test]

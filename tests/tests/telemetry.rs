@@ -249,7 +249,14 @@ fn command_line_tells_by_its_exit_code() -> Result<()> {
         }
         agent.ask(&[command])?;
     }
-    assert_eq!(agent.cli(&["log", "debug"])?.code, 0);
+    assert_eq!(agent.ask(&["log"])?["level"], "mesh_agent=debug,info");
+    assert_eq!(agent.ask(&["log", "debug"])?["level"], "debug");
+    let dir = agent.ca_dir().display().to_string();
+    let authority = agent.ask(&["ca", "show", "--dir", &dir])?;
+    assert_eq!(authority["trust_domain"], "cluster.local");
+    assert_eq!(authority["roots"][0]["kind"], "Root");
+    assert_eq!(agent.cli(&["ca", "show", "--dir", "/proc/self"])?.code, 1, "there is none");
+    assert_eq!(agent.cli(&["ca", "init", "--dir", &dir])?.code, 1, "it is never overwritten");
     assert_eq!(agent.cli(&["log", "loud"])?.code, 2);
     assert_eq!(agent.cli(&["status", "--no-such-flag"])?.code, 2);
     assert_eq!(agent.cli(&["completion", "bash"])?.code, 0);
@@ -257,6 +264,8 @@ fn command_line_tells_by_its_exit_code() -> Result<()> {
     assert_eq!(check.code, 0, "{}{}", check.stdout, check.stderr);
     mesh.agent_mut("a").kill()?;
     assert_eq!(mesh.agent("a").cli(&["status"])?.code, 3, "nobody is there to answer");
+    let detached = mesh.agent("a").ask(&["detach"])?;
+    ensure!(detached["removed"].as_array().is_some_and(|all| !all.is_empty()), "{detached}");
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Addresses with a meaning: an address that says what it is for cannot be passed for another.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Where the application meant to connect: what it passed to `connect()`, before any rewriting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -47,6 +47,9 @@ pub struct Cidr {
     prefix_len: u8,
 }
 
+/// Bits that all v4-mapped addresses share: `::ffff:0:0/96`.
+const MAPPED_BITS: u8 = 96;
+
 /// Why a text is not a [`Cidr`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CidrError(String);
@@ -60,6 +63,9 @@ impl fmt::Display for CidrError {
 impl std::error::Error for CidrError {}
 
 impl Cidr {
+    /// Every IPv4 address.
+    pub const ALL_V4: Self = Self { ip: IpAddr::V4(Ipv4Addr::UNSPECIFIED), prefix_len: 0 };
+
     /// The first address of the block.
     pub fn ip(&self) -> IpAddr {
         self.ip
@@ -77,19 +83,25 @@ impl Cidr {
                 let shift = 32 - u32::from(self.prefix_len);
                 u32::from(net).checked_shr(shift) == u32::from(ip).checked_shr(shift)
             }
-            (IpAddr::V6(net), IpAddr::V6(ip)) => {
-                let shift = 128 - u32::from(self.prefix_len);
-                u128::from(net).checked_shr(shift) == u128::from(ip).checked_shr(shift)
-            }
+            (IpAddr::V6(_), IpAddr::V6(ip)) => self.has_v6(ip),
             _ => false,
         }
+    }
+
+    /// Whether this is an IPv6 block that has `ip` in it, be that a v4-mapped address: where the two
+    /// families are one, as in the kernel's maps.
+    pub fn has_v6(&self, ip: Ipv6Addr) -> bool {
+        let IpAddr::V6(net) = self.ip else { return false };
+        let shift = 128 - u32::from(self.prefix_len);
+        u128::from(net).checked_shr(shift) == u128::from(ip).checked_shr(shift)
     }
 }
 
 impl std::str::FromStr for Cidr {
     type Err = CidrError;
 
-    /// A bare address is a block of one. Bits behind the prefix are cleared.
+    /// A bare address is a block of one. Bits behind the prefix are cleared. A block of v4-mapped
+    /// addresses is the IPv4 block, as everywhere.
     fn from_str(text: &str) -> Result<Self, CidrError> {
         let wrong = || CidrError(text.chars().take(64).collect());
         let (ip, prefix) = match text.split_once('/') {
@@ -97,14 +109,18 @@ impl std::str::FromStr for Cidr {
             None => (text, None),
         };
         let ip: IpAddr = ip.trim().parse().map_err(|_not_ip| wrong())?;
-        let bits = if ip.is_ipv4() { 32 } else { 128 };
-        let prefix_len = match prefix {
+        let bits: u8 = if ip.is_ipv4() { 32 } else { 128 };
+        let prefix_len: u8 = match prefix {
             Some(prefix) => prefix.trim().parse().map_err(|_not_number| wrong())?,
             None => bits,
         };
         if prefix_len > bits {
             return Err(wrong());
         }
+        let (ip, prefix_len) = match (ip, ip.to_canonical(), prefix_len.checked_sub(MAPPED_BITS)) {
+            (IpAddr::V6(_), v4 @ IpAddr::V4(_), Some(prefix_len)) => (v4, prefix_len),
+            _ => (ip, prefix_len),
+        };
         let ip = match ip {
             IpAddr::V4(v4) => {
                 let shift = 32 - u32::from(prefix_len);
@@ -154,6 +170,18 @@ mod tests {
         assert!(all.contains("203.0.113.7".parse().unwrap()));
         let all: Cidr = "::/0".parse().unwrap();
         assert!(all.contains("2001:db8::1".parse().unwrap()));
+    }
+
+    #[test]
+    fn mapped_block_is_the_ipv4_block() {
+        for (text, block) in [
+            ("::ffff:10.1.2.3/104", "10.0.0.0/8"),
+            ("::ffff:10.1.2.3", "10.1.2.3/32"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("::ffff:0:0/95", "::fffe:0:0/95"),
+        ] {
+            assert_eq!(text.parse::<Cidr>().unwrap().to_string(), block, "{text}");
+        }
     }
 
     #[test]

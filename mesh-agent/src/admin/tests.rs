@@ -165,7 +165,9 @@ async fn level_is_changed_and_a_mistyped_one_refused() {
     let socket = agent.dir.socket();
     let level = "info,mesh_agent::tunnel=trace";
     let admin = Admin { socket: socket.clone() };
-    let (_, text) = printed(&Question::Log(Log { level: Some(level.into()), admin })).await;
+    let (_, text) =
+        printed(&Question::Log(Log { level: Some(level.into()), admin, output: Format::Table }))
+            .await;
     assert!(text.contains("mesh_agent::tunnel=trace"), "{text}");
     assert_eq!(ask(&socket, "/log").await.unwrap()["level"], text.trim());
 

@@ -15,7 +15,7 @@ use aya::programs::{CgroupSockAddr, ProgramError, ProgramFd, SkLookup, SockOps};
 
 use super::CaptureError;
 use super::lock;
-use super::pins::{Pins, failed, lookups, open_link, remove_layout};
+use super::pins::{Pins, failed, lookup_name, lookups, open_link, remove_layout};
 use super::sys::{self, AttachType, Target};
 
 /// A program that hangs on the cgroup.
@@ -121,7 +121,7 @@ impl Programs {
         let what = "sk_lookup";
         let path = pins.lookup(uid);
         if !path.exists()
-            && let Some(old) = self.older_link(&format!("lookup_{uid}"))
+            && let Some(old) = self.older_link(&lookup_name(uid))
         {
             adopt(&old, &path, AttachType::SkLookup)?;
         }

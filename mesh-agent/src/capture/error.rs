@@ -90,8 +90,8 @@ pub enum CaptureError {
         /// Who was there first.
         other: String,
     },
-    /// The UID would not be a file name.
-    #[error("{uid:?} is no UID: letters, digits, `-` and `.` only, 200 at most")]
+    /// The UID is too long for a file name. A pod without one has its namespace and name in its stead.
+    #[error("{uid:?} is too long for a UID: give the pod a shorter metadata.uid")]
     Uid {
         /// What was given.
         uid: String,

@@ -1,10 +1,10 @@
 //! The maps as the agent holds them, and the translation of a pod's settings into their values.
 
 use std::borrow::Borrow;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::os::fd::AsRawFd as _;
 
 use aya::Ebpf;
@@ -113,9 +113,14 @@ impl Maps {
         absent_is_ok(self.listeners.remove(&key)).map_err(failed)
     }
 
-    pub(super) fn add_skip(&mut self, netns: u64, block: &Cidr) -> Result<(), CaptureError> {
+    pub(super) fn add_skip(
+        &mut self,
+        netns: u64,
+        block: &Cidr,
+        skipped: u32,
+    ) -> Result<(), CaptureError> {
         let failed = self.failed("SKIP_CIDRS");
-        self.skip.insert(&skip_key(netns, block), 1, 0).map_err(failed)
+        self.skip.insert(&skip_key(netns, block), skipped, 0).map_err(failed)
     }
 
     pub(super) fn remove_skip(&mut self, netns: u64, block: &Cidr) -> Result<(), CaptureError> {
@@ -123,13 +128,24 @@ impl Maps {
         absent_is_ok(self.skip.remove(&skip_key(netns, block))).map_err(failed)
     }
 
-    /// Removes all blocks of namespaces other than `netns`.
-    pub(super) fn keep_skips(&mut self, netns: &HashSet<u64>) -> Result<(), CaptureError> {
+    /// Removes all blocks of namespaces other than `netns`, and of these all but `known`, where that is
+    /// known.
+    pub(super) fn keep_skips(
+        &mut self,
+        netns: &HashSet<u64>,
+        known: &std::collections::HashMap<u64, BTreeMap<Cidr, u32>>,
+    ) -> Result<(), CaptureError> {
         let failed = self.failed("SKIP_CIDRS");
         let keys: Vec<_> = self.skip.keys().collect::<Result<_, _>>().map_err(&failed)?;
         for key in keys {
             let [low, high] = key.data().netns;
-            if !netns.contains(&(u64::from(low) | u64::from(high) << 32)) {
+            let of = u64::from(low) | u64::from(high) << 32;
+            let same = |block: &Cidr| {
+                let wanted = skip_key(of, block);
+                (wanted.prefix_len(), wanted.data()) == (key.prefix_len(), key.data())
+            };
+            let wanted = known.get(&of).is_none_or(|skips| skips.keys().any(same));
+            if !netns.contains(&of) || !wanted {
                 absent_is_ok(self.skip.remove(&key)).map_err(&failed)?;
             }
         }
@@ -202,6 +218,21 @@ fn skip_key(netns: u64, block: &Cidr) -> Key<SkipCidr> {
     let before = SkipCidr::NETNS_BITS + if block.ip().is_ipv4() { V4_MAPPED_BITS } else { 0 };
     let prefix_len = before + u32::from(block.prefix_len());
     Key::new(prefix_len, SkipCidr::new(netns, from_ip(block.ip())))
+}
+
+/// What `SKIP_CIDRS` holds for a pod with these blocks: 1 for a block that is skipped, 0 for one that is
+/// not, although it lies in a larger one that is.
+///
+/// In the kernel IPv4 is a part of IPv6. `::/0` means IPv6 to whoever writes it, and must not let IPv4
+/// leave in plain text.
+pub(super) fn skips(blocks: &[Cidr]) -> BTreeMap<Cidr, u32> {
+    let mut skips = BTreeMap::new();
+    let mapped = Ipv4Addr::UNSPECIFIED.to_ipv6_mapped();
+    if blocks.iter().any(|block| block.has_v6(mapped)) {
+        skips.insert(Cidr::ALL_V4, 0);
+    }
+    skips.extend(blocks.iter().map(|block| (*block, 1)));
+    skips
 }
 
 /// A pod's UID as its entries carry it.

@@ -30,7 +30,6 @@ pub mod probe;
 mod sys;
 
 use std::collections::HashSet;
-use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -46,6 +45,7 @@ use aya::sys::{BpfHelper, is_helper_supported};
 use mesh_common::WireAddr;
 use mesh_common::maps::{Control, ROLE_AGENT, ROLE_DELIVER, SPECS, SockMeta};
 use mesh_core::settings::Settings;
+use serde::Serialize;
 
 pub use error::CaptureError;
 pub use log::KernelLog;
@@ -92,7 +92,8 @@ impl Default for CaptureConfig {
 /// A pod to capture.
 #[derive(Clone, Copy, Debug)]
 pub struct PodCapture<'a> {
-    /// The pod's UID: letters, digits, `-`, `.`.
+    /// The pod's UID: what tells it from every other pod. At most 240 letters, digits and `-`; anything
+    /// else counts three times.
     pub uid: &'a str,
     /// Its addresses: one, or one of each family.
     pub ips: &'a [IpAddr],
@@ -138,7 +139,7 @@ pub enum Role {
 }
 
 /// What [`Capture::detach`] did.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Detached {
     /// Pins and directories that were removed.
     pub removed: Vec<PathBuf>,
@@ -146,24 +147,6 @@ pub struct Detached {
     pub namespaces: Vec<PathBuf>,
     /// What lies in the directory and is not ours.
     pub left: Vec<PathBuf>,
-}
-
-impl fmt::Display for Detached {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.removed.is_empty() {
-            f.write_str("nothing was attached")?;
-        } else {
-            let (pins, namespaces) = (self.removed.len(), self.namespaces.len());
-            write!(f, "removed {pins} pins and the routes of {namespaces} namespaces")?;
-        }
-        for path in self.removed.iter().chain(&self.namespaces) {
-            write!(f, "\n  {}", path.display())?;
-        }
-        for path in &self.left {
-            write!(f, "\nleft alone, not ours: {}", path.display())?;
-        }
-        Ok(())
-    }
 }
 
 /// Programs and maps in the kernel. They stay when this value is dropped.

@@ -22,8 +22,10 @@ const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
 
 /// All our programs' names begin with this.
 const PROGRAM_PREFIX: &str = "mesh_";
-/// Files of `links/` that belong to a pod's namespace: this and the pod's UID.
+/// Files of `links/` that belong to a pod's namespace: this and [`encoded`] the pod's UID.
 const LOOKUP_PREFIX: &str = "lookup_";
+/// With its prefix a name on a bpffs has at most 255 bytes (`NAME_MAX`).
+const MAX_ENCODED: usize = 240;
 
 /// Entries that a map of the given specification has under this configuration.
 pub(super) fn entries(spec: &MapSpec, config: &CaptureConfig) -> u32 {
@@ -86,7 +88,7 @@ impl Pins {
 
     /// Where the link to a pod's namespace is pinned.
     pub(super) fn lookup(&self, uid: &str) -> PathBuf {
-        self.link(&format!("{LOOKUP_PREFIX}{uid}"))
+        self.link(&lookup_name(uid))
     }
 
     /// The UIDs of pods with a link, and where it is pinned.
@@ -148,11 +150,48 @@ pub(super) fn lookups(layout: &Path) -> Result<Vec<(String, PathBuf)>, CaptureEr
     let mut found = Vec::new();
     for path in list(&layout.join("links"))? {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if let Some(uid) = name.strip_prefix(LOOKUP_PREFIX) {
-            found.push((uid.to_owned(), path));
+        if let Some(encoded) = name.strip_prefix(LOOKUP_PREFIX) {
+            found.push((decoded(encoded), path));
         }
     }
     Ok(found)
+}
+
+/// The pin of a pod's link, in any layout.
+pub(super) fn lookup_name(uid: &str) -> String {
+    format!("{LOOKUP_PREFIX}{}", encoded(uid))
+}
+
+/// Whether a pod's link can be pinned under its UID.
+pub(super) fn fits(uid: &str) -> bool {
+    !uid.is_empty() && encoded(uid).len() <= MAX_ENCODED
+}
+
+/// `uid` as a bpffs takes it: that one refuses dots (`bpf_lookup()` in kernel/bpf/inode.c), and a pod
+/// without a UID of its own has a slash in its stead. The UUIDs that Kubernetes gives stay as they are.
+fn encoded(uid: &str) -> String {
+    let mut name = String::new();
+    for byte in uid.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'-' {
+            name.push(char::from(byte));
+        } else {
+            name.push_str(&format!("_{byte:02x}"));
+        }
+    }
+    name
+}
+
+/// What [`encoded`] made of a UID; a name that it cannot have made stays itself, and is no pod's.
+fn decoded(name: &str) -> String {
+    let mut parts = name.split('_');
+    let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        let code = part.get(..2).and_then(|code| u8::from_str_radix(code, 16).ok());
+        let Some(byte) = code else { return name.to_owned() };
+        bytes.push(byte);
+        bytes.extend_from_slice(&part.as_bytes()[2..]);
+    }
+    String::from_utf8(bytes).unwrap_or_else(|_not_ours| name.to_owned())
 }
 
 /// Removes a layout's directory with all that it holds, links first. Returns what was removed.
@@ -228,4 +267,22 @@ pub(super) fn foreign(path: &Path, why: impl Into<String>) -> CaptureError {
 
 pub(super) fn failed(what: &'static str, path: &Path) -> impl Fn(io::Error) -> CaptureError {
     move |source| CaptureError::Pin { what, path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_uid_has_a_name_of_its_own_and_is_read_back() {
+        let uids = ["0a-1b", "shop/web-0", "shop/web.v1", "a_2fb", "a/b", "_", "ü", "kube.d/x"];
+        for uid in uids {
+            let name = encoded(uid);
+            assert!(!name.contains(['.', '/']), "{name}");
+            assert_eq!(decoded(&name), uid);
+        }
+        assert_eq!(encoded("0a-1b"), "0a-1b");
+        assert_eq!(decoded("x_zz"), "x_zz");
+        assert!(fits("shop/web") && !fits("") && !fits(&"a".repeat(MAX_ENCODED + 1)));
+    }
 }

@@ -11,9 +11,11 @@ use std::sync::Arc;
 use mesh_common::addr::{WireIp, from_ip};
 use mesh_common::maps::PodOutbound;
 use mesh_common::maps::{MAX_PORTS, MAX_SHARDS};
+use mesh_core::addr::Cidr;
 use mesh_core::settings::{Outbound, Settings};
 
 use super::maps::{self, Maps};
+use super::pins;
 use super::{CaptureError, Destinations, Listeners, PodCapture};
 use crate::net::{self, Bind, Netns};
 
@@ -28,6 +30,12 @@ struct Enrolled {
     /// Inbound listeners per address.
     shards: u32,
     settings: Settings,
+}
+
+impl Enrolled {
+    fn skips(&self) -> BTreeMap<Cidr, u32> {
+        maps::skips(&self.settings.skip_outbound_cidrs)
+    }
 }
 
 /// All enrolled pods, by UID.
@@ -156,7 +164,7 @@ impl Pods {
             self.maps.remove_inbound(from_ip(*ip))?;
         }
         detach()?;
-        for block in &pod.settings.skip_outbound_cidrs {
+        for block in pod.skips().keys() {
             self.maps.remove_skip(pod.netns, block)?;
         }
         for (ip, _ports) in &pod.ports {
@@ -168,7 +176,8 @@ impl Pods {
         Ok(())
     }
 
-    /// Removes the entries of pods that are neither enrolled nor in `uids`.
+    /// Removes the entries of pods that are neither enrolled nor in `uids`, and blocks that enrolled ones
+    /// do not skip.
     pub(super) fn retain(&mut self, uids: &HashSet<String>) -> Result<(), CaptureError> {
         let keep: HashSet<[u32; 2]> =
             uids.iter().chain(self.enrolled.keys()).map(|uid| maps::pod_hash(uid)).collect();
@@ -188,7 +197,9 @@ impl Pods {
                 self.maps.remove_inbound(ip)?;
             }
         }
-        self.maps.keep_skips(&netns)
+        // An earlier agent may have written blocks that the pod's settings do not have any more.
+        let known = self.enrolled.values().map(|pod| (pod.netns, pod.skips())).collect();
+        self.maps.keep_skips(&netns, &known)
     }
 
     pub(super) fn uids(&self) -> impl Iterator<Item = &str> {
@@ -204,8 +215,8 @@ impl Pods {
 
     /// The exceptions first: without them too much would be captured for a moment.
     fn write_outbound(&mut self, uid: &str, pod: &Enrolled) -> Result<(), CaptureError> {
-        for block in &pod.settings.skip_outbound_cidrs {
-            self.maps.add_skip(pod.netns, block)?;
+        for (block, skipped) in pod.skips() {
+            self.maps.add_skip(pod.netns, &block, skipped)?;
         }
         self.maps.set_outbound(pod.netns, &outbound_entry(uid, pod, self.everything))
     }
@@ -224,9 +235,9 @@ impl Pods {
                 self.maps.remove_listener(*ip, shard)?;
             }
         }
-        for block in &before.settings.skip_outbound_cidrs {
-            let stays = now.settings.skip_outbound_cidrs.contains(block);
-            if before.netns != now.netns || !stays {
+        let now_skipped = now.skips();
+        for block in before.skips().keys() {
+            if before.netns != now.netns || !now_skipped.contains_key(block) {
                 self.maps.remove_skip(before.netns, block)?;
             }
         }
@@ -235,8 +246,7 @@ impl Pods {
 
     fn check(&self, pod: &PodCapture<'_>) -> Result<(), CaptureError> {
         let uid = || pod.uid.to_owned();
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
-        if pod.uid.is_empty() || pod.uid.len() > 200 || !pod.uid.bytes().all(plain) {
+        if !pins::fits(pod.uid) {
             return Err(CaptureError::Uid { uid: pod.uid.chars().take(200).collect() });
         }
         let v4 = pod.ips.iter().filter(|ip| ip.is_ipv4()).count();

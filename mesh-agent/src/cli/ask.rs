@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 
-use super::output::{Table, Tabular, print};
+use super::output::{Format, Table, Tabular, print, print_data};
 use super::{Ask, Log, Question};
 use crate::admin::view::{
     CertificateView, ConnectionView, ServiceView, StatusView, TunnelView, WorkloadView,
@@ -119,8 +119,14 @@ async fn log(log: &Log, out: &mut dyn Write) -> Result<(), AskError> {
         Some(level) => admin::ask_to_change(socket, &format!("/log?level={level}")).await?,
         None => admin::ask(socket, "/log").await?,
     };
-    let level = answer.get("level").and_then(Value::as_str).unwrap_or_default();
-    Ok(writeln!(out, "{level}")?)
+    match log.output {
+        Format::Table => {
+            let level = answer.get("level").and_then(Value::as_str).unwrap_or_default();
+            writeln!(out, "{level}")?;
+        }
+        Format::Json | Format::Yaml => print_data(out, log.output, &answer)?,
+    }
+    Ok(())
 }
 
 /// An agent that does not run is no error here.
