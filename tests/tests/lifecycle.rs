@@ -1,12 +1,13 @@
 //! Pods come into the mesh and leave it, agents end and start, and programs keep running.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use harness::{Load, Mesh, PodSpec, Serve, exchange, is_reset};
+use harness::{Carrier, Load, Mesh, PodSpec, Serve, exchange, is_reset};
 
 const AT_ONCE: Duration = Duration::from_secs(1);
 
@@ -85,6 +86,47 @@ fn agent_that_is_asked_to_end_lets_connections_finish() -> Result<()> {
     ensure!(started.elapsed() < Duration::from_secs(5), "nothing was open any more");
     mesh.agent_mut("a").restart()?;
     exchange(&mut mesh.pod("a1").connect(to)?, b"after")
+}
+
+/// The other end of the tunnel: the clients' agent lives, and learns why.
+#[test]
+fn servers_agent_that_is_asked_to_end_lets_connections_finish() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mut mesh = Mesh::two_nodes_builder()
+            .pod(PodSpec::new("far", "a").annotation("malla.dev/mesh", "disabled"))
+            .carrier(carrier)
+            .flag("--drain-s=20")
+            .start()?;
+        let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+        let to = mesh.service("b").v4(80);
+        let mut held = mesh.pod("a1").connect(to)?;
+        exchange(&mut held, b"before")?;
+
+        mesh.agent_mut("b").terminate()?;
+        harness::wait::until(harness::wait::SOON, "the agent to be no longer ready", || {
+            !mesh.agent("b").is_ready()
+        })?;
+        let took = mesh.pod("a1").refused(to)?;
+        ensure!(took < Duration::from_secs(3), "{carrier:?}: refused after {took:?}");
+        // And so is whoever comes in plain text.
+        let took = mesh.pod("far").refused(mesh.pod("b1").v4(8080))?;
+        ensure!(took < AT_ONCE, "{carrier:?}: refused after {took:?}");
+        for _ in 0..10 {
+            exchange(&mut held, b"while it drains")?;
+        }
+        drop(held);
+
+        let started = Instant::now();
+        let status = mesh.agent_mut("b").wait_until_gone(Duration::from_secs(10))?;
+        ensure!(status.success(), "{carrier:?}: {status}");
+        ensure!(started.elapsed() < Duration::from_secs(5), "nothing was open any more");
+        mesh.agent_mut("b").restart()?;
+        harness::wait::until(harness::wait::SOON, "the mesh to work again", || {
+            mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"after")).is_ok()
+        })?;
+    }
+    Ok(())
 }
 
 #[test]
@@ -231,4 +273,37 @@ fn pod_whose_own_agent_hears_of_it_last_is_reached_all_the_same() -> Result<()> 
     // Otherwise agent b was quicker, and this has shown nothing.
     let refused = [("side", "server"), ("reason", "unknown_workload")];
     mesh.agent("b").wait_for_metric("mesh_tunnel_refusals_total", &refused, 1.0)
+}
+
+/// As when a machine's own scripts restart a pod: the manifest says nothing of it.
+#[test]
+fn pod_whose_namespace_is_made_anew_is_enrolled_again() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let (a1, to) = (mesh.pod("a1"), mesh.service("b").v4(80));
+    exchange(&mut a1.connect(to)?, b"before")?;
+
+    let (name, node) = (a1.netns().name(), mesh.node("a").netns());
+    let old = fs::metadata(a1.netns().path())?.ino();
+    a1.netns().ip(&format!("link set eth0 netns {}\n", node.name()))?;
+    node.ip("link set eth0 name kept\n")?;
+    let ip = |args: &[&str]| -> Result<()> {
+        let status = Command::new("ip").args(args).status()?;
+        ensure!(status.success(), "ip {args:?}: {status}");
+        Ok(())
+    };
+    ip(&["netns", "delete", name])?;
+    ip(&["netns", "add", name])?;
+    ensure!(fs::metadata(a1.netns().path())?.ino() != old, "it is another namespace");
+    node.ip(&format!("link set kept netns {name}\n"))?;
+    let v4 = a1.v4_ip();
+    a1.netns().ip(&format!(
+        "link set lo up\nlink set kept name eth0\naddr add {v4}/32 dev eth0\nlink set eth0 up\n"
+    ))?;
+    // The service's address leads nowhere but through the agent.
+    harness::wait::until(harness::wait::SOON, "the new namespace to be captured", || {
+        a1.try_connect(to).is_ok_and(|mut stream| exchange(&mut stream, b"after").is_ok())
+    })?;
+    Ok(())
 }

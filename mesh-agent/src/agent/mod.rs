@@ -215,7 +215,7 @@ impl Agent {
                 if self.pods.has_failing() {
                     tokio::time::sleep(RETRY).await;
                 } else {
-                    std::future::pending::<()>().await;
+                    self.pods.replaced().await;
                 }
             };
             tokio::select! {

@@ -5,7 +5,9 @@
 //! and our accept.
 
 use std::collections::{HashMap, HashSet};
+use std::fs;
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +33,9 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How long enrolling waits for pods' certificates, all together: without one a pod's connections are
 /// refused.
 const CERTIFICATE_WAIT: Duration = Duration::from_secs(2);
+
+/// How long a pod that was started anew, in a namespace of the same path, may be outside of the mesh.
+const LOOK_AT_NAMESPACES: Duration = Duration::from_secs(1);
 
 /// What the kernel's configuration of a pod has room for.
 const MAX_LISTENERS: usize = 16;
@@ -124,8 +129,18 @@ impl Shortfall {
 struct Enrolled {
     ips: Vec<IpAddr>,
     netns: Arc<str>,
+    /// The namespace that was at that path. It is held open, so no other gets this number.
+    inode: u64,
     settings: Settings,
     stop: watch::Sender<bool>,
+}
+
+impl Enrolled {
+    /// Whether its namespace was made anew under the same path: what runs there now is not captured.
+    /// One whose path is gone stays, since its programs may go on without a name.
+    fn is_replaced(&self) -> bool {
+        fs::metadata(&*self.netns).is_ok_and(|found| found.ino() != self.inode)
+    }
 }
 
 impl Pods {
@@ -150,6 +165,14 @@ impl Pods {
     /// Whether something waits for another try.
     pub(super) fn has_failing(&self) -> bool {
         !self.failing.is_empty() || self.uncaptured.is_some()
+    }
+
+    /// Waits until a pod's namespace is another one than when it was enrolled. No event tells: looked at
+    /// once a second, which costs a microsecond a pod.
+    pub(super) async fn replaced(&self) {
+        while !self.enrolled.values().any(Enrolled::is_replaced) {
+            tokio::time::sleep(LOOK_AT_NAMESPACES).await;
+        }
     }
 
     /// What is not as it should be.
@@ -210,7 +233,9 @@ impl Pods {
         let capture = Arc::clone(&self.contexts[0].node.capture);
         self.enrolled.retain(|uid, enrolled| {
             let stays = wanted.get(uid).is_some_and(|workload| {
-                workload.ips == enrolled.ips && workload.netns.as_ref() == Some(&enrolled.netns)
+                workload.ips == enrolled.ips
+                    && workload.netns.as_ref() == Some(&enrolled.netns)
+                    && !enrolled.is_replaced()
             });
             if !stays {
                 if let Err(error) = capture.leave(uid) {
@@ -259,6 +284,7 @@ impl Pods {
         let enrolled = Enrolled {
             ips: workload.ips.clone(),
             netns: path,
+            inode: pod.netns.inode(),
             settings: workload.settings.clone(),
             stop,
         };

@@ -54,8 +54,14 @@ impl Tunnels {
             Some(Arc::clone(&server).connection(incoming, Arc::clone(&transport)))
         })
         .await;
+        // Without a word the peers that still come would wait for their time-out.
+        loop {
+            tokio::select! {
+                ended = connections.join_next() => if ended.is_none() { break },
+                Some(late) = endpoint.accept() => late.refuse(),
+            }
+        }
         endpoint.set_server_config(None);
-        while connections.join_next().await.is_some() {}
         endpoint.wait_idle().await;
         Ok(())
     }
@@ -95,8 +101,13 @@ where
                         break;
                     }
                 },
-                () = turned(&mut drain) => break,
-                // What runs is reset by its relay, and who asks for more is told why not.
+                // What runs goes on, or is reset by its relay when the proof has gone; who asks for more
+                // is told why not.
+                () = turned(&mut drain), if !ending => {
+                    ending = true;
+                    link.retire();
+                    continue;
+                }
                 _ = parties.proof.withdrawn(), if !ending => {
                     ending = true;
                     link.retire();
