@@ -93,12 +93,14 @@ fn client_that_ends_sending_still_gets_its_answer() -> Result<()> {
     for carrier in Carrier::BOTH {
         let mesh = mesh(carrier)?;
         let _server = mesh.pod("b1").serve(8080, Serve::Count)?;
-        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
-        send_pattern(&mut stream, 1_000_000, Pattern::CLIENT)?;
-        stream.shutdown(Shutdown::Write)?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        assert_eq!(answer, "1000000", "{carrier:?}");
+        for family in Family::BOTH {
+            let mut stream = mesh.pod("a1").connect(mesh.service("b").addr(family, 80))?;
+            send_pattern(&mut stream, 1_000_000, Pattern::CLIENT)?;
+            stream.shutdown(Shutdown::Write)?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            assert_eq!(answer, "1000000", "{carrier:?} {family:?}");
+        }
     }
     Ok(())
 }
@@ -118,13 +120,16 @@ fn server_that_ends_sending_still_gets_the_rest() -> Result<()> {
                 Ok(())
             }),
         )?;
-        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
-        let mut heard = String::new();
-        stream.read_to_string(&mut heard)?;
-        assert_eq!(heard, "bye");
-        send_pattern(&mut stream, 1_000_000, Pattern::CLIENT)?;
-        drop(stream);
-        assert_eq!(count.recv_timeout(harness::wait::SOON)?, 1_000_000, "{carrier:?}");
+        for family in Family::BOTH {
+            let mut stream = mesh.pod("a1").connect(mesh.service("b").addr(family, 80))?;
+            let mut heard = String::new();
+            stream.read_to_string(&mut heard)?;
+            assert_eq!(heard, "bye");
+            send_pattern(&mut stream, 1_000_000, Pattern::CLIENT)?;
+            drop(stream);
+            let counted = count.recv_timeout(harness::wait::SOON)?;
+            assert_eq!(counted, 1_000_000, "{carrier:?} {family:?}");
+        }
     }
     Ok(())
 }
@@ -135,9 +140,12 @@ fn reset_by_the_server_reaches_the_client() -> Result<()> {
     for carrier in Carrier::BOTH {
         let mesh = mesh(carrier)?;
         let _server = mesh.pod("b1").serve(8080, Serve::ResetAfter(4))?;
-        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
-        stream.write_all(b"over")?;
-        assert!(is_reset(&mut stream), "{carrier:?}: a reset must not look like an end");
+        for family in Family::BOTH {
+            let mut stream = mesh.pod("a1").connect(mesh.service("b").addr(family, 80))?;
+            stream.write_all(b"over")?;
+            let reset = is_reset(&mut stream);
+            assert!(reset, "{carrier:?} {family:?}: a reset must not look like an end");
+        }
     }
     Ok(())
 }
@@ -157,12 +165,14 @@ fn reset_by_the_client_reaches_the_server() -> Result<()> {
                 Ok(())
             }),
         )?;
-        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
-        stream.write_all(b"over")?;
-        stream.read_exact(&mut [0; 4])?;
-        linger_zero(&stream)?;
-        drop(stream);
-        assert!(end.recv_timeout(harness::wait::SOON)?, "{carrier:?}");
+        for family in Family::BOTH {
+            let mut stream = mesh.pod("a1").connect(mesh.service("b").addr(family, 80))?;
+            stream.write_all(b"over")?;
+            stream.read_exact(&mut [0; 4])?;
+            linger_zero(&stream)?;
+            drop(stream);
+            assert!(end.recv_timeout(harness::wait::SOON)?, "{carrier:?} {family:?}");
+        }
     }
     Ok(())
 }
@@ -174,9 +184,11 @@ fn close_with_data_in_flight_loses_none_of_it() -> Result<()> {
         let mesh = mesh(carrier)?;
         let bytes = 8 << 20;
         let _server = mesh.pod("b1").serve(8080, Serve::Source(bytes))?;
-        let stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
-        // The server has closed long before the last byte is read.
-        receive_pattern(&mut &stream, bytes, Pattern::SERVER)?;
+        for family in Family::BOTH {
+            let stream = mesh.pod("a1").connect(mesh.service("b").addr(family, 80))?;
+            // The server has closed long before the last byte is read.
+            receive_pattern(&mut &stream, bytes, Pattern::SERVER)?;
+        }
     }
     Ok(())
 }
@@ -299,8 +311,14 @@ fn carrier_that_does_not_pass_is_replaced_by_the_other() -> Result<()> {
     exchange(&mut stream, b"by the other way")?;
     drop(stream);
     mesh.agent("a").wait_for_record(&[("carrier", "quic"), ("response_flags", "-")])?;
-    let log = mesh.agent("a").log();
-    ensure!(log.contains("quic"), "the agent must say so:\n{log}");
+    // And says so, in all the places where one would look.
+    let agent = mesh.agent("a");
+    let log = agent.log();
+    let said = log.lines().find(|line| line.contains("carrier does not pass"));
+    let said = said.with_context(|| format!("the agent must say so:\n{log}"))?;
+    ensure!(said.contains("tried=lane") && said.contains("using=quic"), "{said}");
+    agent.wait_for_metric("mesh_tunnel_events_total", &[("event", "fallback")], 1.0)?;
+    assert_eq!(agent.ask(&["status"])?["carriers"]["b"], "quic");
     Ok(())
 }
 

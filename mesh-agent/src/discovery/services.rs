@@ -1,6 +1,6 @@
 //! Services and their EndpointSlices into services with endpoints.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -56,6 +56,7 @@ pub(super) fn translate<'a>(
         };
         read_slice(slice, &key.namespace, (namespace, name), pods, &mut candidates, &mut report);
     }
+    let mut owners = HashMap::new();
     let translated = services.values().filter_map(|(key, service)| {
         let spec = service.spec.as_ref()?;
         // A name for another name: DNS answers it, and no address of ours is involved.
@@ -63,11 +64,13 @@ pub(super) fn translate<'a>(
             return None;
         }
         let mut report = Report::of(key.to_string(), problems);
+        let mut vips = vips(spec, &mut report);
+        vips.retain(|vip| claim(*vip, key, &mut owners, pods, &mut report));
         Some(Arc::new(Service {
             namespace: key.namespace.as_str().into(),
             name: key.name.as_str().into(),
             host: format!("{}.{}.svc.cluster.local", key.name, key.namespace).into(),
-            vips: vips(spec, &mut report),
+            vips,
             ports: ports(key, spec, &candidates, &mut report),
             selector: spec.selector.as_ref().is_some_and(|selector| !selector.is_empty()),
         }))
@@ -182,6 +185,28 @@ fn vips(spec: &ServiceSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
         }
     }
     vips
+}
+
+/// Whether the service may have this address: the first by name has it alone, and goes before a pod.
+fn claim<'a>(
+    vip: IpAddr,
+    key: &'a ObjectKey,
+    owners: &mut HashMap<IpAddr, &'a ObjectKey>,
+    pods: &Pods,
+    report: &mut Report<'_>,
+) -> bool {
+    let remedy = "correct the address: it must mean one thing";
+    if let Some(pod) = pods.at(vip) {
+        let (namespace, name) = (&pod.workload.namespace, &pod.workload.name);
+        let message = format!("{vip} is also Pod {namespace}/{name}'s, which is not reached by it");
+        report.say("spec.clusterIPs", message, remedy);
+    }
+    let owner = *owners.entry(vip).or_insert(key);
+    if owner != key {
+        let message = format!("{vip} is also {owner}'s, which keeps it");
+        report.say("spec.clusterIPs", message, remedy);
+    }
+    owner == key
 }
 
 fn ports(

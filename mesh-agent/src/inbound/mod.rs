@@ -175,9 +175,13 @@ fn open(
     let mut facts = ConnectionFacts::new(Direction::Inbound, arrival.source.clone());
     let to = canonical(arrival.to.0);
     let proven = !matches!(arrival.via, Via::Plain);
-    facts.destination = match snapshot.workload_at(to.ip()) {
-        Some(workload) if proven => Party::proven(to, workload),
-        workload => Party::unproven(to, workload),
+    facts.destination = match (snapshot.workload_at(to.ip()), arrival.via) {
+        (Some(workload), Via::Local { .. }) => Party::proven(to, workload),
+        // A caller may ask for another pod than the one whose certificate it was shown.
+        (Some(workload), Via::Tunnel { served_as, .. }) if workload.identity == *served_as => {
+            Party::proven(to, workload)
+        }
+        (workload, _) => Party::unproven(to, workload),
     };
     facts.peer_node = arrival.source.workload.as_ref().map(|workload| Arc::clone(&workload.node));
     facts.carrier = Some(arrival.carrier);

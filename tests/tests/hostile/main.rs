@@ -2,6 +2,8 @@
 
 mod peer;
 
+use std::io::Write as _;
+
 use anyhow::{Context as _, Result, ensure};
 use harness::{Carrier, Mesh, Serve, exchange, init_ca, wait};
 use peer::{Authority, Impostor, Shown, VALID, call, garble, open, self_signed, server_name};
@@ -101,6 +103,33 @@ fn server_that_proves_nothing_is_refused_on_quic() -> Result<()> {
     server_is_refused(Carrier::Quic)
 }
 
+/// A peer that never answers hears the payload all the same: it is not waited for.
+#[test]
+fn payload_leaves_before_the_answer() -> Result<()> {
+    harness::require!();
+    const PAYLOAD: &[u8] = b"no round trip before this";
+    for carrier in Carrier::BOTH {
+        let mut mesh = Mesh::two_nodes_builder().carrier(carrier).start()?;
+        mesh.agent_mut("b").kill()?;
+        let shown = Authority::of(mesh.ca_dir())?.issue(&mesh.pod("b1").identity(), VALID)?;
+        let peer = Impostor::new(mesh.node("b"), &shown)?;
+        let (from, to) = (mesh.pod("a1"), mesh.pod("b1").v4(8080));
+        let mut stream = from.connect(to)?;
+        stream.write_all(PAYLOAD)?;
+        wait::until(wait::SOON, "the payload", || peer.heard().ends_with(PAYLOAD))?;
+        let heard = peer.heard();
+        let mut expected = open(to, stream.local_addr()?);
+        // Flow and trace id are the agent's to choose.
+        expected[6..30].copy_from_slice(&heard[6..30]);
+        if carrier == Carrier::Lane {
+            expected.extend([3, 0, 0, u8::try_from(PAYLOAD.len())?]);
+        }
+        expected.extend(PAYLOAD);
+        assert_eq!(heard, expected, "{carrier:?}");
+    }
+    Ok(())
+}
+
 #[test]
 fn proven_caller_reaches_only_whom_it_asked_for() -> Result<()> {
     harness::require!();
@@ -138,7 +167,9 @@ fn proven_caller_reaches_only_whom_it_asked_for() -> Result<()> {
         mesh.agent("b").wait_for_metric("mesh_tunnel_refusals_total", &labels, before + 1.0)?;
     }
     let refused = [("stage", "authorize"), ("reason", "wrong_workload")];
-    mesh.agent("b").wait_for_record(&refused)?;
+    let record = mesh.agent("b").wait_for_record(&refused)?;
+    assert_eq!(record.text("dst.workload"), "b2", "whose address it is");
+    assert_eq!(record.text("dst.identity"), "", "which has proven nothing: b1 was served");
     assert!(b1.clients().is_empty() && b2.clients().is_empty());
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -192,6 +192,7 @@ fn runtime() -> Result<Runtime> {
 
 /// Takes the place of a node's agent, which must not run, until it is dropped.
 pub(crate) struct Impostor {
+    heard: Arc<Mutex<Vec<u8>>>,
     lanes: Arc<TcpListener>,
     accepting: Option<JoinHandle<()>>,
     // Its end ends the QUIC server.
@@ -205,33 +206,58 @@ impl Impostor {
             node.netns().run(|| Ok((TcpListener::bind(addr)?, UdpSocket::bind(addr)?)))?;
         let config = Arc::new(server_config(shown)?);
 
+        let heard = Arc::<Mutex<Vec<u8>>>::default();
         let quic = runtime()?;
         let of_quic = QuicServerConfig::try_from(Arc::clone(&config))?;
         let of_quic = quinn::ServerConfig::with_crypto(Arc::new(of_quic));
+        let listening = Arc::clone(&heard);
         quic.spawn(async move {
             let runtime = Arc::new(TokioRuntime);
             let endpoint = Endpoint::new(EndpointConfig::default(), Some(of_quic), udp, runtime)?;
             while let Some(incoming) = endpoint.accept().await {
                 // Whether the agent takes it is what the test asks the agent.
-                incoming.await.ok();
+                let Ok(connection) = incoming.await else { continue };
+                let Ok((_answer, mut said)) = connection.accept_bi().await else { continue };
+                let mut piece = [0; 4096];
+                while let Ok(Some(len)) = said.read(&mut piece).await {
+                    hear(&listening, &piece[..len]);
+                }
             }
             anyhow::Ok(())
         });
 
         let lanes = Arc::new(tcp);
-        let listener = Arc::clone(&lanes);
+        let (listener, listening) = (Arc::clone(&lanes), Arc::clone(&heard));
         let accepting = thread::spawn(move || {
             while let Ok((mut tcp, _)) = listener.accept() {
                 let Ok(mut session) = rustls::ServerConnection::new(Arc::clone(&config)) else {
                     return;
                 };
-                // As above.
-                tcp.set_read_timeout(Some(LIMIT)).ok();
-                session.complete_io(&mut tcp).ok();
+                let listening = Arc::clone(&listening);
+                // Several at once: an agent keeps spare ones. Ends with its connection, or LIMIT.
+                thread::spawn(move || {
+                    // As above.
+                    tcp.set_read_timeout(Some(LIMIT)).ok();
+                    session.complete_io(&mut tcp).ok();
+                    let mut said = StreamOwned::new(session, tcp);
+                    let mut piece = [0; 4096];
+                    while let Ok(len @ 1..) = said.read(&mut piece) {
+                        hear(&listening, &piece[..len]);
+                    }
+                });
             }
         });
-        Ok(Self { lanes, accepting: Some(accepting), _quic: quic })
+        Ok(Self { heard, lanes, accepting: Some(accepting), _quic: quic })
     }
+
+    /// What has been said to it, which it never answers.
+    pub(crate) fn heard(&self) -> Vec<u8> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+fn hear(heard: &Mutex<Vec<u8>>, said: &[u8]) {
+    heard.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(said);
 }
 
 impl Drop for Impostor {

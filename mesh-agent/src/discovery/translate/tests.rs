@@ -225,6 +225,29 @@ fn service_without_an_address_is_reported() {
 }
 
 #[test]
+fn address_of_two_services_is_one_services_and_reported() {
+    let copy = "apiVersion: v1\nkind: Service\nmetadata: {name: zzz, namespace: shop}\n\
+                spec: {clusterIPs: [10.1.0.1, 10.1.0.2], ports: [{port: 80}]}\n";
+    let (snapshot, problems) = read(&with(&[copy]));
+    assert_eq!(fields(&problems), ["Service shop/zzz: spec.clusterIPs"]);
+    assert!(problems[0].message.contains("Service shop/web"), "{}", problems[0]);
+    let at = |vip: &str| snapshot.service_at(vip.parse().unwrap()).unwrap().name.to_string();
+    assert_eq!((at("10.1.0.1"), at("10.1.0.2")), ("web".into(), "zzz".into()));
+    let loser = snapshot.service("shop", "zzz").unwrap();
+    assert_eq!(loser.vips, ["10.1.0.2".parse::<IpAddr>().unwrap()]);
+}
+
+#[test]
+fn address_of_a_service_that_is_a_pods_is_reported() {
+    let text = "apiVersion: v1\nkind: Service\nmetadata: {name: zzz, namespace: shop}\n\
+                spec: {clusterIP: 10.0.0.2, ports: [{port: 80}]}\n";
+    let (snapshot, problems) = read(&with(&[text]));
+    assert_eq!(fields(&problems), ["Service shop/zzz: spec.clusterIPs"]);
+    assert!(problems[0].message.contains("Pod shop/two"), "{}", problems[0]);
+    assert!(snapshot.service_at("10.0.0.2".parse().unwrap()).is_some());
+}
+
+#[test]
 fn endpoint_that_is_not_ready_is_left_out() {
     let text = slice(
         "- {addresses: [10.0.0.1], conditions: {ready: true}}\n\

@@ -1,0 +1,60 @@
+//! Balance: which endpoint of a service takes a connection, by each of the policies.
+
+use std::collections::BTreeSet;
+use std::io::Read as _;
+
+use anyhow::{Result, ensure};
+use harness::{Family, Mesh, Serve, ServiceSpec, exchange};
+
+/// Three endpoints, one of them on the client's own node.
+const PODS: [&str; 3] = ["a2", "b1", "b2"];
+
+fn mesh(policy: &str) -> Result<Mesh> {
+    Mesh::two_nodes_builder()
+        .service(ServiceSpec::new("all").port(80, 8080).pods(&PODS))
+        .flag(&format!("--balance={policy}"))
+        .start()
+}
+
+/// Who greeted, connection by connection, each ended before the next.
+fn greeted(mesh: &Mesh, family: Family, times: usize) -> Result<Vec<String>> {
+    let ask = |_| {
+        let mut stream = mesh.pod("a1").connect(mesh.service("all").addr(family, 80))?;
+        let mut name = [0; 2];
+        stream.read_exact(&mut name)?;
+        exchange(&mut stream, b"thanks")?;
+        Ok(String::from_utf8(name.into())?)
+    };
+    (0..times).map(ask).collect()
+}
+
+#[test]
+fn round_robin_takes_turns() -> Result<()> {
+    harness::require!();
+    let mesh = mesh("round-robin")?;
+    let _servers = PODS.map(|pod| mesh.pod(pod).serve(8080, Serve::Greet(pod)).unwrap());
+    for family in Family::BOTH {
+        let who = greeted(&mesh, family, 12)?;
+        for round in who.chunks(PODS.len()) {
+            let different: BTreeSet<_> = round.iter().collect();
+            ensure!(different.len() == PODS.len(), "{family:?}: {who:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn random_reaches_all_and_takes_no_turns() -> Result<()> {
+    harness::require!();
+    let mesh = mesh("random")?;
+    let _servers = PODS.map(|pod| mesh.pod(pod).serve(8080, Serve::Greet(pod)).unwrap());
+    let who = greeted(&mesh, Family::V4, 60)?;
+    for pod in PODS {
+        // Less than 6 of 60 come about once in 10,000 times.
+        let times = who.iter().filter(|name| *name == pod).count();
+        ensure!(times >= 6, "{pod} greeted {times} times: {who:?}");
+    }
+    // Without a repetition in 60: once in 10^10 times.
+    ensure!(who.windows(2).any(|two| two[0] == two[1]), "these are turns: {who:?}");
+    Ok(())
+}
