@@ -339,6 +339,33 @@ fn skipped_ports_and_blocks_are_left_alone() {
 }
 
 #[test]
+fn blocks_of_an_earlier_agent_end_with_its_settings() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let start = |block: &str| {
+        let capture = world.start();
+        capture.set_destinations(&HashSet::from([ip(WORLD4), ip(WORLD6)])).unwrap();
+        let skip = settings(|settings| {
+            settings.skip_outbound_cidrs = vec![block.parse().unwrap()];
+        });
+        let listeners = world.enrol(&capture, &skip);
+        (capture, listeners)
+    };
+    drop(start("10.90.0.0/24"));
+    // The manifest has changed while no agent ran.
+    let (capture, listeners) = start("::/0");
+    let app = world.app(Domain::IPV4);
+    app.connect(&sock_addr("10.90.0.1:80")).unwrap();
+    assert_eq!(learn(&world, &capture, &listeners, &app).1, "10.90.0.1:80");
+    let outside = world.listen_outside("[fd90::1]:80");
+    let _app = world.dial("[fd90::1]:80").unwrap();
+    accept(&outside);
+    assert!(nobody(&listeners.outbound));
+}
+
+#[test]
 fn sockets_of_the_agent_are_not_captured() {
     if !root() {
         return;
