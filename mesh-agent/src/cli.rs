@@ -10,7 +10,7 @@ mod problems;
 mod tables;
 
 use std::net::SocketAddr;
-use std::num::{NonZeroU16, NonZeroUsize};
+use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -168,6 +168,12 @@ pub struct Run {
     /// too high lets pods and peers use up memory and file descriptors.
     #[arg(long, env = "MESH_MAX_CONNECTIONS", value_name = "N", default_value = "65536")]
     pub max_connections: NonZeroUsize,
+
+    /// MiB that QUIC peers may send before applications read it, all together; one peer half of it.
+    /// Each QUIC connection takes one. Too little refuses connections and resets flows that nobody reads;
+    /// too much lets applications that do not read use up the memory of the node.
+    #[arg(long, env = "MESH_QUIC_MEMORY_MIB", value_name = "N", default_value = "1024")]
+    pub quic_memory_mib: NonZeroU32,
 
     /// Most pods of this node that can be enrolled. Changing it moves the kernel's maps at the next
     /// start. Too low leaves pods out of the mesh, which the agent then is not ready for.

@@ -45,7 +45,9 @@ use crate::identity::verify::verify_peer;
 use crate::identity::{bundle, ca};
 use crate::node::{Limits, Node, Worker};
 use crate::telemetry::{self, LogLevel, Telemetry};
-use crate::tunnel::{Credentials, ResetKey, TicketKeys, TunnelConfig, TunnelStats, Tunnels};
+use crate::tunnel::{
+    Credentials, Credit, ResetKey, TicketKeys, TunnelConfig, TunnelStats, Tunnels,
+};
 use crate::workers::Workers;
 use crate::{inbound, net};
 
@@ -340,6 +342,7 @@ async fn start_tunnels(
         connect_timeout: options.connect_timeout,
         // The far side may use up its own timeout before it answers why.
         answer_timeout: options.connect_timeout * 2,
+        quic_credit: Credit::new(u64::from(options.quic_memory_mib.get()) << 20),
         ..TunnelConfig::default()
     };
     let mut contexts = Vec::new();

@@ -205,7 +205,9 @@ impl Views {
                 ("dial", read(&stats.dials)),
                 ("flow", read(&stats.flows)),
                 ("flow_refused", read(&stats.flows_refused)),
+                ("flow_given_up", read(&stats.flows_given_up)),
                 ("fallback", read(&stats.fallbacks)),
+                ("retry", read(&stats.retries)),
             ],
         }
     }
@@ -235,6 +237,7 @@ impl Views {
             "balance": options.balance.as_str(),
             "workers": self.contexts.len(),
             "max_connections": options.max_connections,
+            "quic_memory_mib": options.quic_memory_mib,
             "max_pods": options.max_pods,
             "max_destinations": options.max_destinations,
             "max_flows": options.max_flows,

@@ -2,7 +2,7 @@
 
 use std::future::pending;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
 use mesh_core::wire::{HEADER_LEN, ResetReason};
@@ -26,7 +26,8 @@ pub(super) async fn run(app: &mut TcpStream, flow: &mut LaneFlow, live: &Live) -
     let far = LaneEnd { read, write, codec };
     // A lane is read as long as its flow lasts. While the application does not take what came, the
     // lane's end is of no interest: behind it may lie bytes that are still to be delivered.
-    super::run(app, far, pending(), proof.withdrawn(), Buf::default(), live).await
+    let cut = pin!(async { Outcome::Distrusted(proof.withdrawn().await) });
+    super::run(app, far, pending(), cut, Buf::default(), live).await
 }
 
 impl LaneEnd<'_> {

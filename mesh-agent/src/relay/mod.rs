@@ -64,6 +64,9 @@ pub enum Outcome {
     PeerReset(ResetReason),
     /// The peer's agent is not trusted any more, for this reason: both ends were reset.
     Distrusted(PeerRefused),
+    /// The application did not read, and what had arrived for it could be kept no longer: both ends
+    /// were reset.
+    Overloaded,
     /// The carrier broke: the application got RST.
     TunnelLost,
     /// The peer broke the protocol: the application got RST.
@@ -79,6 +82,7 @@ impl Outcome {
             Self::PeerReset(ResetReason::Denied) => "denied",
             Self::PeerReset(_) => "peer_reset",
             Self::Distrusted(refused) => refused.reason(),
+            Self::Overloaded => "overloaded",
             Self::TunnelLost => "tunnel_lost",
             Self::Protocol => "protocol",
         }
@@ -100,7 +104,9 @@ pub struct RelayEnd {
 impl From<RelayEnd> for telemetry::Outcome {
     fn from(end: RelayEnd) -> Self {
         let stage = match end.outcome {
-            Outcome::Distrusted(_) | Outcome::PeerReset(ResetReason::Denied) => Stage::Tunnel,
+            Outcome::Distrusted(_)
+            | Outcome::Overloaded
+            | Outcome::PeerReset(ResetReason::Denied) => Stage::Tunnel,
             _ => Stage::Telemetry,
         };
         let detail = match end.outcome {
@@ -108,6 +114,10 @@ impl From<RelayEnd> for telemetry::Outcome {
             Outcome::ApplicationReset(why) => format!("the application on this side: {why}"),
             Outcome::PeerReset(why) => format!("the far side reset the flow: {why}"),
             Outcome::Distrusted(why) => format!("not trusted any more: {why}"),
+            Outcome::Overloaded => {
+                "the application did not read, and others needed the room (--quic-memory-mib)"
+                    .into()
+            }
             Outcome::TunnelLost => "the tunnel broke: bytes may be lost".into(),
             Outcome::Protocol => "the far agent broke the wire protocol".into(),
         };
@@ -229,19 +239,18 @@ struct Relay<'a, F> {
 }
 
 /// Runs a relay. `far_broken` completes when the far end broke in a way that receiving does not show,
-/// `distrusted` when nothing more may cross.
+/// `cut` with what has happened when nothing more may cross.
 async fn run<F: Far>(
     app: &mut TcpStream,
     far: F,
     far_broken: impl Future<Output = Outcome>,
-    distrusted: impl Future<Output = PeerRefused>,
+    mut cut: impl Future<Output = Outcome> + Unpin,
     up: Buf,
     live: &Live,
 ) -> RelayEnd {
     let (app_read, app_write) = app.split();
     let mut app_broken = pin!(app_write.as_ref().ready(Interest::ERROR));
     let mut far_broken = pin!(far_broken);
-    let mut distrusted = pin!(distrusted);
     let mut relay = Relay {
         app_read,
         app_write: &app_write,
@@ -253,8 +262,8 @@ async fn run<F: Far>(
     };
     let outcome = poll_fn(|cx| {
         // First: not a byte of a peer that is not trusted any more.
-        if let Poll::Ready(refused) = distrusted.as_mut().poll(cx) {
-            return Poll::Ready(Outcome::Distrusted(refused));
+        if let Poll::Ready(outcome) = Pin::new(&mut cut).poll(cx) {
+            return Poll::Ready(outcome);
         }
         let up = match relay.poll_up(cx) {
             Ok(direction) => direction,
@@ -288,6 +297,7 @@ async fn run<F: Far>(
     match outcome {
         Outcome::ApplicationReset(reason) => relay.far.reset(reason),
         Outcome::Distrusted(_) => relay.far.reset(ResetReason::Denied),
+        Outcome::Overloaded => relay.far.reset(ResetReason::Internal),
         _ => {}
     }
     RelayEnd { sent: live.sent.load(Relaxed), received: live.received.load(Relaxed), outcome }

@@ -1,6 +1,7 @@
 //! A QUIC stream as the far end.
 
 use std::future::pending;
+use std::pin::pin;
 use std::task::{Context, Poll};
 
 use mesh_core::wire::ResetReason;
@@ -23,9 +24,15 @@ pub(super) async fn run(app: &mut TcpStream, flow: &mut QuicFlow, live: &Live) -
             None => pending().await,
         }
     };
-    let proof = flow.proof();
+    let (proof, given_up) = (flow.proof(), flow.given_up());
+    let cut = pin!(async {
+        tokio::select! {
+            refused = proof.withdrawn() => Outcome::Distrusted(refused),
+            () = given_up => Outcome::Overloaded,
+        }
+    });
     let far = QuicEnd { flow, down: Buf::default() };
-    super::run(app, far, broken, proof.withdrawn(), Buf::default(), live).await
+    super::run(app, far, broken, cut, Buf::default(), live).await
 }
 
 impl Far for QuicEnd<'_> {

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
+use super::credit::Credit;
+
 /// How a flow is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Carrier {
@@ -73,8 +75,9 @@ pub struct TunnelConfig {
     /// a peer hold a lane or a stream without asking for anything, shorter fails peers behind a lossy
     /// path.
     pub open_timeout: Duration,
-    /// Handshakes that a server has under way at once. Default 256; more wait in the kernel's
-    /// backlog.
+    /// Handshakes that a server has under way at once, of each carrier. Default 256; more wait in the
+    /// kernel's backlog, or ask again (QUIC). From a quarter on, QUIC clients have to show their address
+    /// first, which costs them a round trip.
     pub max_handshakes: usize,
     /// Lanes that a server keeps open for one remote address. Default 4,096; further ones are closed
     /// before their handshake.
@@ -108,9 +111,12 @@ pub struct TunnelConfig {
     /// Streams that a QUIC peer may have open. Default 4,096.
     pub quic_max_streams: u32,
     /// Bytes that a QUIC peer may send on one stream before they are read: the bound of a flow's
-    /// memory. Default 1 MiB. There is no bound for all streams together: applications that do not read
-    /// would use it up, and then no other flow to that peer would get a byte.
+    /// memory. Default 1 MiB.
     pub quic_stream_window: u32,
+    /// Bytes that all QUIC peers of this agent together may send before they are read, one of them half
+    /// of that at most. Default 1 GiB. Each connection takes a stream's window of it, and more when it
+    /// is needed; with less, fewer connections are made, and flows that nobody reads are reset sooner.
+    pub quic_credit: Credit,
     /// The most that we send unacknowledged on all streams of a QUIC connection. The peer acknowledges
     /// what it holds, read or not. Default 8 MiB.
     pub quic_send_window: u32,
@@ -144,6 +150,7 @@ impl Default for TunnelConfig {
             quic_max_connections: 4096,
             quic_max_streams: 4096,
             quic_stream_window: 1 << 20,
+            quic_credit: Credit::new(1 << 30),
             quic_send_window: 8 << 20,
             quic_idle: Duration::from_secs(10),
             quic_keep_alive: Duration::from_secs(3),

@@ -19,12 +19,13 @@ use tracing::{info, warn};
 
 use super::config::{Carrier, CarrierChoice, TunnelConfig};
 use super::credentials::Credentials;
+use super::credit::Credit;
 use super::error::DialError;
 use super::gate::Gate;
 use super::lane::{Handshake, Lane};
 use super::pool::{DialOrder, Ready};
 use super::proof::{Proof, Proofs};
-use super::quic::{self, QuicLink};
+use super::quic::{self, Links, QuicLink};
 use super::session::Session;
 use super::stats::{SessionKind, Side, TunnelStats};
 use super::tls::{self, Refusals};
@@ -39,6 +40,9 @@ const AFTER_REFUSAL: Duration = Duration::from_secs(1);
 pub(super) struct Dialler {
     credentials: Arc<Credentials>,
     proofs: Arc<Proofs>,
+    links: Arc<Links>,
+    credit: Credit,
+    initial_window: u32,
     stats: Arc<TunnelStats>,
     lane_max_age: Duration,
     transport: Arc<quinn::TransportConfig>,
@@ -71,11 +75,15 @@ impl Dialler {
         config: &TunnelConfig,
         credentials: &Arc<Credentials>,
         proofs: &Arc<Proofs>,
+        links: &Arc<Links>,
         stats: &Arc<TunnelStats>,
     ) -> Self {
         Self {
             credentials: Arc::clone(credentials),
             proofs: Arc::clone(proofs),
+            links: Arc::clone(links),
+            credit: config.quic_credit.clone(),
+            initial_window: config.quic_stream_window,
             stats: Arc::clone(stats),
             lane_max_age: config.lane_max_age,
             transport: quic::transport(config),
@@ -214,6 +222,8 @@ impl Dialler {
     async fn quic(&self, peer: &Peer) -> Result<QuicLink, DialError> {
         let caller = self.caller(&peer.from)?;
         let endpoint = self.endpoint(peer.node.0)?;
+        // What the handshake promises the peer.
+        let loan = self.credit.lend(self.initial_window.into()).ok_or(DialError::Overloaded)?;
         let name = sni_name(&peer.to);
         let connecting = endpoint
             .connect_with(caller.quic.clone(), peer.node.0, &name)
@@ -225,7 +235,7 @@ impl Dialler {
             Ok((expires, proof)) => {
                 // quinn does not say whether it resumed.
                 self.stats.completed(Side::Client, SessionKind::Full);
-                Ok(QuicLink::new(connection, proof, expires, &self.stats))
+                Ok(QuicLink::new(connection, proof, expires, loan, &self.links, &self.stats))
             }
             Err(error) => {
                 // Its session may be a resumed one that no longer holds: the next one is not.

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use super::Carrier;
 use super::lane::{Lane, LaneEvent};
 use super::pool::Lease;
-use super::quic::{QuicAnswer, QuicFlow};
+use super::stream::{QuicAnswer, QuicFlow};
 
 /// The application's first payload, sent before the peer had answered. Kept until it is known that
 /// the flow is accepted, so that another endpoint can be tried with the same bytes.

@@ -32,6 +32,7 @@
 mod buffers;
 mod config;
 mod credentials;
+mod credit;
 mod dial;
 mod error;
 mod flow;
@@ -45,6 +46,7 @@ mod reset_key;
 mod serve;
 mod session;
 mod stats;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod tls;
@@ -52,13 +54,14 @@ mod tunnels;
 
 pub use config::{Carrier, CarrierChoice, TunnelConfig};
 pub use credentials::{Certified, Credentials, Served, Verify};
+pub use credit::Credit;
 pub use error::{DialError, OpenError};
 pub use flow::{Flow, Held, LaneFlow, Request};
-pub use quic::QuicFlow;
 pub use reset_key::ResetKey;
 pub use stats::{SessionKind, Side, TunnelStats};
+pub use stream::QuicFlow;
 pub use tunnels::{Peer, TicketKeys, TunnelView, Tunnels};
 
 pub(crate) use buffers::Buf;
 pub(crate) use lane::{Codec, Lane, LaneError, LaneEvent, MAX_CHUNK};
-pub(crate) use quic::StreamError;
+pub(crate) use stream::StreamError;

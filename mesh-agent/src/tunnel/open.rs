@@ -16,7 +16,8 @@ use super::error::{DialError, OpenError};
 use super::flow::{Flow, Held, LaneFlow};
 use super::lane::{Lane, LaneError, LaneEvent};
 use super::pool::{PeerPool, Ready};
-use super::quic::{self, QuicFlow, QuicLink};
+use super::quic::{self, QuicLink};
+use super::stream::{self, QuicFlow};
 use super::tunnels::{Peer, Tunnels};
 
 /// How often a lane from the pool may turn out to be closed before a new one is made.
@@ -351,7 +352,7 @@ async fn answer_on_stream(
     forwards: bool,
 ) -> Result<Result<(), Refusal>, Broken> {
     // Kept across the loop: reading the answer is not cancel-safe.
-    let mut answer = std::pin::pin!(quic::read_answer(&mut flow.recv));
+    let mut answer = std::pin::pin!(stream::read_answer(&mut flow.recv));
     loop {
         tokio::select! {
             biased; // As on a lane.

@@ -1,38 +1,28 @@
-//! QUIC: one connection per peer, a bidirectional stream per flow.
+//! QUIC: one connection per peer. Its flows are in `stream`.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use mesh_core::wire::{
-    Answer, Decoder, Event, HEADER_LEN, MAX_EARLY, Open, Reason, Refusal, ResetReason, Role,
-    encode_answer,
-};
+use mesh_core::wire::Reason;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
     Connection, ConnectionError, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig,
-    MtuDiscoveryConfig, ReadError, ReadExactError, RecvStream, SendStream, TransportConfig, VarInt,
-    WriteError,
+    MtuDiscoveryConfig, TransportConfig, VarInt,
 };
 use rustls::AlertDescription;
 use rustls::pki_types::CertificateDer;
-use tokio::time::timeout;
 
 use super::config::TunnelConfig;
+use super::credit::{Loan, Reader, Window};
 use super::error::DialError;
-use super::pool::Lease;
 use super::proof::Proof;
 use super::reset_key::ResetKey;
 use super::stats::{Gauged, TunnelStats};
 use super::tls;
 use crate::identity::verify::PeerRefused;
-
-/// How long the last bytes of a flow may take to be acknowledged when its connection is going away.
-const LAST_BYTES: Duration = Duration::from_secs(2);
 
 /// Between two stateless resets.
 const BETWEEN_RESETS: Duration = Duration::from_millis(1);
@@ -89,6 +79,8 @@ struct Link {
     idle_since: Mutex<Instant>,
     /// No further flow begins on it.
     retiring: AtomicBool,
+    /// How much the peer may send before it is read.
+    window: Mutex<Window>,
     /// When the peer was last known to live.
     heard: Mutex<Heard>,
     /// The peer has accepted a flow on it.
@@ -101,9 +93,11 @@ impl QuicLink {
         connection: Connection,
         proof: Arc<Proof>,
         expires: Instant,
+        loan: Loan,
+        tunnels: &Links,
         stats: &Arc<TunnelStats>,
     ) -> Self {
-        Self(Arc::new(Link {
+        let this = Self(Arc::new(Link {
             connection,
             proof,
             expires,
@@ -112,8 +106,11 @@ impl QuicLink {
             retiring: AtomicBool::new(false),
             heard: Mutex::new(Heard { datagrams: 0, at: Instant::now() }),
             accepted: AtomicBool::new(false),
+            window: Mutex::new(Window::new(loan)),
             _open: Gauged::new(stats, |stats| &stats.quic_connections),
-        }))
+        }));
+        tunnels.add(&this);
+        this
     }
 
     pub(super) fn connection(&self) -> &Connection {
@@ -205,234 +202,67 @@ impl QuicLink {
     }
 }
 
+/// The QUIC connections of one worker, on both ends.
+#[derive(Debug, Default)]
+pub(super) struct Links(Mutex<Vec<Weak<Link>>>);
+
+impl Links {
+    fn add(&self, link: &QuicLink) {
+        let mut links = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        links.push(Arc::downgrade(&link.0));
+    }
+
+    /// Lets the peers of each send as much as what is read, and what is not, needs. Returns how many
+    /// flows were given up.
+    pub(super) fn look(&self) -> usize {
+        let mut given_up = 0;
+        let mut links = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        links.retain(|link| {
+            let Some(link) = link.upgrade() else { return false };
+            // Without flows nothing lies unread.
+            if link.flows.load(Relaxed) > 0 {
+                let asked = link.connection.stats().frame_rx.data_blocked;
+                let mut window = link.window.lock().unwrap_or_else(PoisonError::into_inner);
+                let (limit, gone) = window.look(asked);
+                if let Some(limit) = limit.and_then(|limit| VarInt::try_from(limit).ok()) {
+                    link.connection.set_receive_window(limit);
+                }
+                given_up += gone;
+            }
+            true
+        });
+        given_up
+    }
+}
+
 /// One flow of a connection.
 #[derive(Debug)]
 pub(super) struct Claim(QuicLink);
+
+impl Claim {
+    /// What reads the flow, for as long as the flow lives.
+    pub(super) fn reader(&self) -> Arc<Reader> {
+        let reader = Arc::new(Reader::default());
+        self.0.0.window.lock().unwrap_or_else(PoisonError::into_inner).add(&reader);
+        reader
+    }
+
+    /// Who the peer is.
+    pub(super) fn proof(&self) -> Arc<Proof> {
+        Arc::clone(&self.0.0.proof)
+    }
+
+    /// Whether the connection is going away.
+    pub(super) fn is_retiring(&self) -> bool {
+        self.0.0.retiring.load(Relaxed)
+    }
+}
 
 impl Drop for Claim {
     fn drop(&mut self) {
         let link = &self.0.0;
         *link.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         link.flows.fetch_sub(1, Relaxed);
-    }
-}
-
-/// Why a stream carries nothing more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum StreamError {
-    /// The peer reset the flow.
-    Reset(ResetReason),
-    /// The connection is gone.
-    Lost,
-}
-
-/// A flow on a stream.
-#[derive(Debug)]
-pub struct QuicFlow {
-    pub(super) send: SendStream,
-    pub(super) recv: RecvStream,
-    claim: Claim,
-    _lease: Option<Lease>,
-    /// Neither direction needs to be reset any more.
-    over: bool,
-}
-
-impl QuicFlow {
-    pub(super) fn new(
-        send: SendStream,
-        recv: RecvStream,
-        claim: Claim,
-        lease: Option<Lease>,
-    ) -> Self {
-        Self { send, recv, claim, _lease: lease, over: false }
-    }
-
-    /// Who the peer is.
-    pub(crate) fn proof(&self) -> Arc<Proof> {
-        Arc::clone(&self.claim.0.0.proof)
-    }
-
-    /// Both directions have ended. What was sent last is in flight still; that matters only if the
-    /// connection goes away with this flow.
-    pub(crate) async fn finish(mut self) {
-        self.over = true;
-        if self.claim.0.0.retiring.load(Relaxed) {
-            drop(timeout(LAST_BYTES, self.send.stopped()).await);
-        }
-    }
-
-    /// Ends both directions at once.
-    pub(crate) fn reset(&mut self, reason: ResetReason) {
-        self.over = true;
-        let code = VarInt::from_u32(reason.code().into());
-        // Fails for a direction that has ended: nothing to reset there.
-        self.send.reset(code).unwrap_or_default();
-        self.recv.stop(code).unwrap_or_default();
-    }
-
-    /// The peer refused the flow, and has said all it had to say.
-    pub(super) fn refused(mut self) {
-        self.over = true;
-        self.send.finish().unwrap_or_default();
-    }
-
-    pub(crate) fn poll_write(
-        &mut self,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<Result<usize, StreamError>> {
-        Pin::new(&mut self.send).poll_write(cx, bytes).map_err(|error| match error {
-            WriteError::Stopped(code) => StreamError::Reset(reset_reason(code)),
-            _ => StreamError::Lost,
-        })
-    }
-
-    pub(crate) fn finish_sending(&mut self) -> Result<(), StreamError> {
-        self.send.finish().map_err(|_closed| StreamError::Lost)
-    }
-
-    /// Zero bytes are the end.
-    pub(crate) fn poll_read(
-        &mut self,
-        cx: &mut Context<'_>,
-        room: &mut [u8],
-    ) -> Poll<Result<usize, StreamError>> {
-        self.recv.poll_read(cx, room).map_err(|error| match error {
-            ReadError::Reset(code) => StreamError::Reset(reset_reason(code)),
-            _ => StreamError::Lost,
-        })
-    }
-
-    /// Completes when the peer wants no more of us, or has all of it (`None`).
-    pub(crate) fn stopped(&self) -> impl Future<Output = Option<StreamError>> + Send + use<> {
-        let stopped = self.send.stopped();
-        async move {
-            match stopped.await {
-                Ok(code) => code.map(|code| StreamError::Reset(reset_reason(code))),
-                Err(_lost) => Some(StreamError::Lost),
-            }
-        }
-    }
-}
-
-/// quinn ends a stream that is dropped as if all had been sent; a flow that is dropped was cut.
-impl Drop for QuicFlow {
-    fn drop(&mut self) {
-        if !self.over {
-            self.reset(ResetReason::Draining);
-        }
-    }
-}
-
-/// What an error code of the peer's means.
-fn reset_reason(code: VarInt) -> ResetReason {
-    u8::try_from(code.into_inner()).map_or(ResetReason::Other, ResetReason::from_code)
-}
-
-/// Where a request on a stream is answered.
-#[derive(Debug)]
-pub(super) struct QuicAnswer(QuicFlow);
-
-impl QuicAnswer {
-    pub(super) fn new(send: SendStream, recv: RecvStream, claim: Claim) -> Self {
-        Self(QuicFlow::new(send, recv, claim, None))
-    }
-
-    pub(super) async fn accept(mut self) -> Option<QuicFlow> {
-        self.0.send.write_all(&encode_answer(Ok(()))).await.ok()?;
-        Some(self.0)
-    }
-
-    pub(super) async fn refuse(self, refusal: Refusal) {
-        let mut flow = self.0;
-        if flow.send.write_all(&encode_answer(Err(refusal))).await.is_ok() {
-            flow.finish_sending().unwrap_or_default();
-            flow.over = true;
-            // The client sends no more than this before it reads the answer; reading it frees the
-            // stream without a reset that could overtake the answer.
-            drop(timeout(LAST_BYTES, flow.recv.read_to_end(MAX_EARLY)).await);
-            drop(timeout(LAST_BYTES, flow.send.stopped()).await);
-        }
-    }
-}
-
-/// How a stream's first frame was.
-#[derive(Debug)]
-pub(super) enum Head {
-    Open(Open),
-    /// Of a version or with a flag that we do not know.
-    Unsupported,
-}
-
-/// Reads OPEN from the beginning of a stream.
-pub(super) async fn read_open(recv: &mut RecvStream) -> Result<Head, io::Error> {
-    let mut decoder = Decoder::new(Role::Server);
-    match read_frame(recv, &mut decoder).await? {
-        FrameHead::Open(open) => Ok(Head::Open(open)),
-        FrameHead::Unsupported => Ok(Head::Unsupported),
-        FrameHead::Answer(_) => Err(io::ErrorKind::InvalidData.into()),
-    }
-}
-
-/// Reads ANSWER from the beginning of a stream.
-pub(super) async fn read_answer(recv: &mut RecvStream) -> Result<Answer, io::Error> {
-    let mut decoder = Decoder::new(Role::Client);
-    match read_frame(recv, &mut decoder).await? {
-        FrameHead::Answer(answer) => Ok(answer),
-        _ => Err(io::ErrorKind::InvalidData.into()),
-    }
-}
-
-enum FrameHead {
-    Open(Open),
-    Unsupported,
-    Answer(Answer),
-}
-
-/// Reads exactly one control frame: what follows it is payload and stays in the stream.
-async fn read_frame(recv: &mut RecvStream, decoder: &mut Decoder) -> Result<FrameHead, io::Error> {
-    let mut header = [0; HEADER_LEN];
-    recv.read_exact(&mut header).await.map_err(cut_short)?;
-    let [_, high, mid, low] = header;
-    let mut left = u32::from_be_bytes([0, high, mid, low]);
-    let mut event = control(decoder, &header)?;
-    // Piece by piece, so that the future stays small. The decoder has refused what is too long.
-    while event.is_none() && left > 0 {
-        let mut piece = [0; 64];
-        let len = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
-        recv.read_exact(&mut piece[..len]).await.map_err(cut_short)?;
-        event = control(decoder, &piece[..len])?;
-        left -= u32::try_from(len).unwrap_or(left);
-    }
-    // What a later version has behind the part that we know.
-    while left > 0 {
-        let mut piece = [0; 64];
-        let len = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
-        recv.read_exact(&mut piece[..len]).await.map_err(cut_short)?;
-        left -= u32::try_from(len).unwrap_or(left);
-    }
-    event.ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
-/// A stream that ends within a frame breaks the protocol; one that is reset there was given up.
-fn cut_short(error: ReadExactError) -> io::Error {
-    match error {
-        ReadExactError::FinishedEarly(_) => io::Error::new(io::ErrorKind::InvalidData, error),
-        ReadExactError::ReadError(error) => io::Error::other(error),
-    }
-}
-
-/// The control frame that ends with `piece`, if one does.
-fn control(decoder: &mut Decoder, piece: &[u8]) -> io::Result<Option<FrameHead>> {
-    let event = decoder
-        .next(&mut &piece[..])
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-    match event {
-        None => Ok(None),
-        Some(Event::Open(open)) => Ok(Some(FrameHead::Open(open))),
-        Some(Event::Unsupported { .. }) => Ok(Some(FrameHead::Unsupported)),
-        Some(Event::Answer(answer)) => Ok(Some(FrameHead::Answer(answer))),
-        Some(_) => Err(io::ErrorKind::InvalidData.into()),
     }
 }
 
@@ -479,7 +309,8 @@ pub(super) fn transport(config: &TunnelConfig) -> Arc<TransportConfig> {
         .max_concurrent_bidi_streams(VarInt::from_u32(config.quic_max_streams))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(config.quic_stream_window))
-        .receive_window(VarInt::MAX)
+        // It grows: see `credit`.
+        .receive_window(VarInt::from_u32(config.quic_stream_window))
         .send_window(config.quic_send_window.into())
         // UDP of applications is not carried yet.
         .datagram_receive_buffer_size(None)

@@ -91,6 +91,10 @@ pub struct TunnelStats {
     pub flows: AtomicU64,
     /// Flows that a server refused, seen from either end.
     pub flows_refused: AtomicU64,
+    /// Flows that were reset because nobody read them and others needed the room.
+    pub flows_given_up: AtomicU64,
+    /// QUIC handshakes whose client had to show its address first.
+    pub retries: AtomicU64,
     /// Times that `carrier: auto` went to the other carrier.
     pub fallbacks: AtomicU64,
     handshakes: [[AtomicU64; SessionKind::ALL.len()]; Side::ALL.len()],

@@ -14,13 +14,18 @@ use mesh_core::addr::PeerAddr;
 use mesh_core::spiffe::SpiffeId;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
+use tracing::warn;
 
 use super::config::{Carrier, TunnelConfig};
 use super::credentials::Credentials;
+use super::credit::LOOK;
 use super::dial::Dialler;
 use super::error::{DialError, OpenError};
+use super::gate::Gate;
 use super::pool::{Acquired, DialOrder, PeerPool, Ready};
 use super::proof::Proofs;
+use super::quic::Links;
 use super::stats::TunnelStats;
 
 /// How often pools are looked through for lanes that are idle for too long or broken.
@@ -88,8 +93,9 @@ pub struct Tunnels {
     pub(super) stats: Arc<TunnelStats>,
     pub(super) dialler: Dialler,
     pub(super) proofs: Arc<Proofs>,
+    pub(super) links: Arc<Links>,
     pools: Mutex<HashMap<Peer, Arc<PeerPool>>>,
-    /// Dials, the reaper and who follows the trusted roots: they end with this worker's tunnels.
+    /// Dials and who looks after what there is: they end with this worker's tunnels.
     tasks: Mutex<JoinSet<()>>,
     draining: AtomicBool,
 }
@@ -113,7 +119,8 @@ impl Tunnels {
         stats: Arc<TunnelStats>,
     ) -> io::Result<Arc<Self>> {
         let proofs = Arc::new(Proofs::new(&credentials, &stats));
-        let dialler = Dialler::new(&config, &credentials, &proofs, &stats);
+        let links = Arc::new(Links::default());
+        let dialler = Dialler::new(&config, &credentials, &proofs, &links, &stats);
         let trusted = credentials.trusted.clone();
         let tunnels = Arc::new(Self {
             config,
@@ -122,12 +129,14 @@ impl Tunnels {
             stats,
             dialler,
             proofs,
+            links,
             pools: Mutex::default(),
             tasks: Mutex::default(),
             draining: AtomicBool::new(false),
         });
         let mut tasks = lock(&tunnels.tasks);
         tasks.spawn(reap(Arc::downgrade(&tunnels)));
+        tasks.spawn(mind_windows(Arc::downgrade(&tunnels)));
         tasks.spawn(follow_trust(Arc::downgrade(&tunnels), trusted));
         drop(tasks);
         Ok(tunnels)
@@ -243,6 +252,31 @@ async fn reap(tunnels: Weak<Tunnels>) {
         lock(&tunnels.pools).retain(|_, pool| !pool.reap(now));
         tunnels.dialler.forget();
         tunnels.proofs.forget();
+    }
+}
+
+/// Looks after what QUIC peers may send.
+async fn mind_windows(tunnels: Weak<Tunnels>) {
+    let mut every = tokio::time::interval(LOOK);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let told = Gate::default();
+    loop {
+        every.tick().await;
+        let Some(tunnels) = tunnels.upgrade() else { return };
+        let flows = tunnels.links.look();
+        if flows == 0 {
+            continue;
+        }
+        tunnels.stats.flows_given_up.fetch_add(u64::try_from(flows).unwrap_or(u64::MAX), Relaxed);
+        if let Some(unlogged) = told.pass("overloaded") {
+            warn!(
+                flows,
+                unlogged,
+                limit_bytes = tunnels.config.quic_credit.bytes(),
+                stage = "tunnel",
+                "flows that nobody reads are reset, to keep room for the others",
+            );
+        }
     }
 }
 

@@ -8,21 +8,27 @@ use std::time::Instant;
 
 use mesh_core::stage::Stage;
 use mesh_core::wire::{Reason, Refusal};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::debug;
 
 use super::{Arrivals, NO_AGE, Parties, Server, take, turned};
 use crate::identity::verify::PeerRole;
+use crate::tunnel::credit::Loan;
 use crate::tunnel::dial::expiry;
 use crate::tunnel::error::DialError;
 use crate::tunnel::flow::{AnswerOn, Request};
-use crate::tunnel::quic::{self, Head, QuicAnswer, QuicLink};
+use crate::tunnel::quic::{self, QuicLink};
 use crate::tunnel::reset_key::ResetKey;
 use crate::tunnel::stats::{SessionKind, Side};
+use crate::tunnel::stream::{self, Head, QuicAnswer};
 use crate::tunnel::tls::{self, Refusals, ServedBySni};
 use crate::tunnel::tunnels::Tunnels;
+
+/// From this part of all handshakes on, whoever wants another one has to show first that it receives
+/// what is sent to its address (RFC 9000 section 8.1.2): senders that do not cannot take the rest.
+const UNVALIDATED: usize = 4;
 
 impl Tunnels {
     /// Serves QUIC connections in the same way, on a UDP socket that the caller has bound. With the
@@ -46,12 +52,32 @@ impl Tunnels {
         let transport = quic::transport(&server.tunnels.config);
         let first = quic::server_config(server.tls.clone(), &transport)?;
         let endpoint = quic::server_endpoint(socket, first, key)?;
+        let most = server.config().max_handshakes;
+        let handshakes = Arc::new(Semaphore::new(most));
         let mut connections = take(&endpoint, drain, |incoming: quinn::Incoming, open| {
             if open >= server.config().quic_max_connections {
                 incoming.refuse();
                 return None;
             }
-            Some(Arc::clone(&server).connection(incoming, Arc::clone(&transport)))
+            let under_way = most - handshakes.available_permits();
+            if !incoming.remote_address_validated() && under_way >= most / UNVALIDATED {
+                server.tunnels.stats.retries.fetch_add(1, Relaxed);
+                // Fails for an address that is validated, which this one is not.
+                incoming.retry().unwrap_or_default();
+                return None;
+            }
+            let Ok(place) = Arc::clone(&handshakes).try_acquire_owned() else {
+                // The client asks again, as one that waits in a lane's backlog.
+                incoming.ignore();
+                return None;
+            };
+            let window = server.config().quic_stream_window;
+            let Some(loan) = server.config().quic_credit.lend(window.into()) else {
+                server.report(incoming.remote_address(), &DialError::Overloaded, None);
+                incoming.refuse();
+                return None;
+            };
+            Some(Arc::clone(&server).connection(incoming, Arc::clone(&transport), loan, place))
         })
         .await;
         // Without a word the peers that still come would wait for their time-out.
@@ -85,9 +111,13 @@ where
         self: Arc<Self>,
         incoming: quinn::Incoming,
         transport: Arc<quinn::TransportConfig>,
+        loan: Loan,
+        place: OwnedSemaphorePermit,
     ) {
         let peer = incoming.remote_address();
-        let Some((link, parties)) = self.quic_handshake(incoming, &transport).await else { return };
+        let handshake = self.quic_handshake(incoming, &transport, loan).await;
+        drop(place);
+        let Some((link, parties)) = handshake else { return };
         let mut drain = self.drain.clone();
         let mut flows = JoinSet::new();
         let mut ending = false;
@@ -120,7 +150,7 @@ where
             flows.spawn(async move {
                 let claim = link.claim();
                 let limit = server.config().open_timeout;
-                let head = match timeout(limit, quic::read_open(&mut recv)).await {
+                let head = match timeout(limit, stream::read_open(&mut recv)).await {
                     Ok(Ok(head)) => head,
                     Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
                         let served_as = Some(&parties.served_as);
@@ -165,6 +195,7 @@ where
         &self,
         incoming: quinn::Incoming,
         transport: &Arc<quinn::TransportConfig>,
+        loan: Loan,
     ) -> Option<(QuicLink, Parties)> {
         let tunnels = &self.tunnels;
         let peer = incoming.remote_address();
@@ -209,7 +240,9 @@ where
         match tunnels.proofs.take(chain, PeerRole::Client) {
             Ok((caller, proof)) => {
                 let served_as = served_as.clone();
-                let link = QuicLink::new(connection, Arc::clone(&proof), expires, &tunnels.stats);
+                let (links, stats) = (&tunnels.links, &tunnels.stats);
+                let link =
+                    QuicLink::new(connection, Arc::clone(&proof), expires, loan, links, stats);
                 Some((link, Parties { caller, proof, served_as, peer, expires }))
             }
             Err(refused) => {

@@ -5,4 +5,5 @@ mod identity;
 mod pool;
 mod restart;
 mod session;
+mod windows;
 mod world;
