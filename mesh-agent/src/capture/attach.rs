@@ -183,7 +183,7 @@ fn adopt(old: &Path, new: &Path, attach_type: AttachType) -> Result<(), CaptureE
 fn load<'a, P>(
     ebpf: &'a mut Ebpf,
     name: &'static str,
-    load: impl FnOnce(&mut P) -> Result<(), ProgramError>,
+    mut load: impl FnMut(&mut P) -> Result<(), ProgramError>,
     fd: impl FnOnce(&P) -> Result<&ProgramFd, ProgramError>,
 ) -> Result<OwnedFd, CaptureError>
 where
@@ -198,7 +198,50 @@ where
         ebpf.program_mut(name).ok_or_else(|| refused("the object has no such program".into()))?;
     let program: &mut P =
         program.try_into().map_err(|error: ProgramError| refused(error.into()))?;
-    load(program).map_err(|error| refused(error.into()))?;
+    until_verified(|| load(program), was_interrupted).map_err(|error| refused(error.into()))?;
     let fd = fd(program).map_err(|error| refused(error.into()))?;
     fd.as_fd().try_clone_to_owned().map_err(|error| refused(error.into()))
+}
+
+/// Whether the verifier gave up because a signal waits for this thread (`do_check`, Linux 5.1 and newer):
+/// nothing is wrong with the program.
+fn was_interrupted(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::LoadError { io_error, .. }
+        if io_error.raw_os_error() == Some(libc::EAGAIN))
+}
+
+/// Calls `load` again while it is interrupted, as often as libbpf does.
+fn until_verified<E>(
+    mut load: impl FnMut() -> Result<(), E>,
+    was_interrupted: impl Fn(&E) -> bool,
+) -> Result<(), E> {
+    const TRIES: usize = 5;
+    for _ in 1..TRIES {
+        match load() {
+            Err(error) if was_interrupted(&error) => {}
+            loaded => return loaded,
+        }
+    }
+    load()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn program_is_loaded_again_while_the_verifier_is_interrupted() {
+        let attempt = |interruptions, then: Result<(), &'static str>| {
+            let mut tries = 0;
+            let load = || {
+                tries += 1;
+                if tries <= interruptions { Err("interrupted") } else { then }
+            };
+            let loaded = until_verified(load, |error| *error == "interrupted");
+            (loaded, tries)
+        };
+        assert_eq!(attempt(4, Ok(())), (Ok(()), 5));
+        assert_eq!(attempt(1, Err("refused")), (Err("refused"), 2));
+        assert_eq!(attempt(9, Ok(())), (Err("interrupted"), 5));
+    }
 }
