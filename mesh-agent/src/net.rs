@@ -10,10 +10,12 @@
 //!
 //! Not here: who may connect where, and the programs that would capture these sockets (`exempt`).
 
+mod clients;
 mod deliver;
 mod netlink;
 mod own;
 mod routes;
+mod sock_diag;
 mod source_port;
 mod sysctl;
 
@@ -22,18 +24,20 @@ use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
+use clients::Clients;
 pub use deliver::deliver;
 pub use own::{any_address, listen_shared, raise_file_limit, udp_socket};
-pub use routes::{add_client_address_routes, raise_loopback, remove_client_address_routes};
+pub use routes::{
+    add_client_address_routes, raise_loopback, remove_client_address_routes,
+    retire_client_address_routes,
+};
 
 /// The mark of deliveries that keep the client's address. `routes` sends marked replies back over
 /// loopback. The value is only ever seen inside a pod's namespace, by that namespace's rules.
@@ -58,7 +62,7 @@ pub struct Netns {
     inode: u64,
     cookie: u64,
     /// Whether [`add_client_address_routes`] has prepared it, through whichever handle.
-    shows_clients: Arc<AtomicBool>,
+    clients: Clients,
 }
 
 thread_local! {
@@ -74,7 +78,8 @@ impl Netns {
     ///
     /// The path cannot be opened, is not a network namespace, or may not be entered.
     pub fn open(path: &Path) -> io::Result<Self> {
-        Self::new(File::open(path)?)
+        // Whatever the path leads to: opening a FIFO would wait for its other end.
+        Self::new(File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?)
     }
 
     /// The namespace of the calling thread.
@@ -94,8 +99,7 @@ impl Netns {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, error));
         }
         let inode = file.metadata()?.ino();
-        let shows_clients = Arc::default();
-        let mut netns = Self { fd: file.into(), inode, cookie: 0, shows_clients };
+        let mut netns = Self { fd: file.into(), inode, cookie: 0, clients: Clients::default() };
         netns.cookie = netns.run(|| cookie(&stream_socket(Domain::IPV4)?))??;
         Ok(netns)
     }
@@ -107,8 +111,7 @@ impl Netns {
     /// No file descriptor is left.
     pub fn try_clone(&self) -> io::Result<Self> {
         let fd = self.fd.try_clone()?;
-        let shows_clients = Arc::clone(&self.shows_clients);
-        Ok(Self { fd, inode: self.inode, cookie: self.cookie, shows_clients })
+        Ok(Self { fd, inode: self.inode, cookie: self.cookie, clients: self.clients.clone() })
     }
 
     /// The kernel's number for this namespace: unique since boot, never used again, and not to be
@@ -144,15 +147,6 @@ impl Netns {
             let _on_the_way_out = Return(home);
             Ok(inside())
         })
-    }
-
-    /// Whether an application here can be shown a client's address.
-    fn shows_clients(&self) -> bool {
-        self.shows_clients.load(Ordering::Acquire)
-    }
-
-    fn set_shows_clients(&self, prepared: bool) {
-        self.shows_clients.store(prepared, Ordering::Release);
     }
 }
 

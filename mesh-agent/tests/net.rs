@@ -210,6 +210,16 @@ fn what_is_no_network_namespace_is_refused() {
     );
 }
 
+/// Opening one for reading waits for somebody who writes.
+#[test]
+fn path_that_leads_to_a_fifo_holds_up_nobody() {
+    let path = env::temp_dir().join(format!("malla-{}-fifo", process::id()));
+    assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+    let error = Netns::open(&path).unwrap_err();
+    fs::remove_file(&path).unwrap();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+}
+
 #[test]
 fn thread_returns_home_also_from_a_panic() {
     let Some(world) = World::new() else { return };

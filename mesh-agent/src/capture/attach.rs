@@ -131,7 +131,7 @@ impl Programs {
                 return sys::update_link(link.as_fd(), self.lookup.as_fd()).map_err(attach);
             }
             // The pod's sandbox was made anew: the link is dead, or of the one before.
-            fs::remove_file(&path).map_err(failed("remove", &path))?;
+            remove_lookup(&path)?;
         }
         let link = sys::create_link(self.lookup.as_fd(), netns.as_fd(), AttachType::SkLookup)
             .map_err(attach)?;
@@ -156,17 +156,17 @@ pub(super) fn remove_dead_lookups(layout: &Path) -> Result<(), CaptureError> {
     Ok(())
 }
 
-/// The inodes of the live namespaces that a layout's lookup links hang on.
-pub(super) fn lookup_namespaces(layout: &Path) -> Result<Vec<u64>, CaptureError> {
-    let mut inodes = Vec::new();
-    for (_uid, path) in lookups(layout)? {
-        if let Some((_link, info)) = open_link(&path, AttachType::SkLookup)?
-            && let Target::Netns { inode: inode @ 1.. } = info.target
-        {
-            inodes.push(u64::from(inode));
-        }
+/// Ends the link to a pod's namespace, if there is one, and removes its pin.
+///
+/// Detached first: a link goes on after its last pin is gone, until the kernel gets round to freeing it,
+/// and a namespace has room for 64. A pod that came and left quickly would run out of them.
+pub(super) fn remove_lookup(path: &Path) -> Result<(), CaptureError> {
+    if let Some((link, _info)) = open_link(path, AttachType::SkLookup)? {
+        // It fails when the namespace is gone, and then there is nothing to end.
+        drop(sys::detach_link(link.as_fd()));
+        fs::remove_file(path).map_err(failed("remove", path))?;
     }
-    Ok(inodes)
+    Ok(())
 }
 
 /// Gives a link of an older agent its place among ours; its program is still the old one.

@@ -81,6 +81,11 @@ impl Maps {
         self.outbound.insert(netns, pod, 0).map_err(failed)
     }
 
+    /// Whether the pod in this namespace is captured, by whichever agent.
+    pub(super) fn has_outbound(&self, netns: u64) -> bool {
+        self.outbound.get(&netns, 0).is_ok()
+    }
+
     pub(super) fn remove_outbound(&mut self, netns: u64) -> Result<(), CaptureError> {
         let failed = self.failed("POD_OUTBOUND");
         absent_is_ok(self.outbound.remove(&netns)).map_err(failed)

@@ -27,6 +27,7 @@ mod orig_dst;
 mod pins;
 mod pods;
 pub mod probe;
+mod routes;
 mod sys;
 
 use std::collections::HashSet;
@@ -51,10 +52,11 @@ pub use error::CaptureError;
 pub use log::KernelLog;
 pub use orig_dst::OrigDstTable;
 
-use crate::net::{Netns, remove_client_address_routes};
+use crate::net::Netns;
 use attach::Programs;
 use pins::Pins;
 use pods::Pods;
+use routes::Routes;
 
 /// The programs, built from `mesh-ebpf` by the build script.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
@@ -177,6 +179,7 @@ impl Capture {
         // The kernel's ID of a cgroup is its inode.
         let cgroup_id = cgroup.metadata().map_err(open)?.ino();
         let (pins, older) = Pins::open(config)?;
+        let routes = Routes::open(&pins, &older)?;
 
         let mut loader = loader();
         for spec in &SPECS {
@@ -191,7 +194,7 @@ impl Capture {
         let flows = Arc::new(open_map(&pins, "FLOWS")?);
         let programs = Programs::load(&mut ebpf, cgroup.into(), cgroup_id, older)?;
         let log = Mutex::new(Some(KernelLog::take(&mut ebpf)?));
-        let pods = Mutex::new(Pods::new(maps::Maps::take(&mut ebpf, config)?)?);
+        let pods = Mutex::new(Pods::new(maps::Maps::take(&mut ebpf, config)?, routes)?);
 
         let capture = Self { pods, programs, pins, control, sock_meta, flows, log };
         capture.beat();
@@ -215,16 +218,17 @@ impl Capture {
     /// the pod keeps client addresses, its namespace gets the routes that this needs.
     ///
     /// A pod that is enrolled already moves to the new listeners without a gap; what is queued on the
-    /// old ones is the caller's to accept. After an error nothing is promised but that enrolling again
-    /// or [`Self::leave`] puts it right.
+    /// old ones is the caller's to accept. After an error a pod that nobody had enrolled before is left
+    /// alone again; of any other nothing is promised but that enrolling it again or [`Self::leave`] puts
+    /// it right.
     ///
     /// # Errors
     ///
     /// Another pod has the address, the namespace cannot be entered, a map is full.
     pub fn enrol(&self, pod: &PodCapture<'_>) -> Result<Listeners, CaptureError> {
-        lock(&self.pods).enrol(pod, || {
-            self.programs.attach_lookup(&self.pins, pod.uid, pod.netns, pod.netns.inode())
-        })
+        let attach =
+            || self.programs.attach_lookup(&self.pins, pod.uid, pod.netns, pod.netns.inode());
+        lock(&self.pods).enrol(pod, attach, || attach::remove_lookup(&self.pins.lookup(pod.uid)))
     }
 
     /// Changes how an enrolled pod takes part, for connections from now on.
@@ -237,20 +241,14 @@ impl Capture {
     }
 
     /// Stops capturing the pod's connections. Established ones and the listeners are the caller's: keep
-    /// accepting for a moment, since a SYN may be under way. The routes for client addresses stay, since
-    /// established deliveries need them; [`remove_client_address_routes`] is for when those have ended.
+    /// accepting for a moment, since a SYN may be under way. The routes for client addresses go when the
+    /// last delivery that needs them has ended: [`Self::retire_routes`].
     ///
     /// # Errors
     ///
     /// The pod is not enrolled.
     pub fn leave(&self, uid: &str) -> Result<(), CaptureError> {
-        lock(&self.pods).leave(uid, || {
-            let path = self.pins.lookup(uid);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-                other => other.map_err(pins::failed("remove", &path)),
-            }
-        })
+        lock(&self.pods).leave(uid, || attach::remove_lookup(&self.pins.lookup(uid)))
     }
 
     /// Ends what an earlier agent left: call it once, when the pods of this node are known and those
@@ -266,11 +264,17 @@ impl Capture {
         let enrolled: HashSet<String> = pods.uids().map(str::to_owned).collect();
         for (uid, path) in self.pins.lookups()? {
             if !uids.contains(&uid) && !enrolled.contains(&uid) {
-                fs::remove_file(&path).map_err(pins::failed("remove", &path))?;
+                attach::remove_lookup(&path)?;
             }
         }
         attach::remove_dead_lookups(self.pins.dir())?;
         self.programs.take_over(&self.pins)
+    }
+
+    /// Takes the routes for client addresses away from namespaces whose pod has left, or does not show
+    /// clients any more, once no connection lives by them. Says whether some are left: ask again.
+    pub fn retire_routes(&self) -> bool {
+        lock(&self.pods).routes.retire()
     }
 
     /// Keeps a socket of the agent out of capture. Before `connect()`; it may be forgotten for sockets
@@ -313,7 +317,7 @@ impl Capture {
     }
 
     /// Detaches every program and removes every pin under `bpffs`, of this and of older agents, and the
-    /// routes for client addresses in the namespaces that were enrolled. For when no agent runs; a
+    /// routes for client addresses in the namespaces that have them. For when no agent runs; a
     /// running one captures nothing any more and must be stopped.
     ///
     /// # Errors
@@ -324,20 +328,12 @@ impl Capture {
         let mut detached = Detached { left, ..Detached::default() };
         let mut inodes = HashSet::new();
         for layout in &layouts {
-            inodes.extend(attach::lookup_namespaces(layout)?);
+            inodes.extend(routes::noted(layout)?);
         }
         for layout in &layouts {
             detached.removed.extend(pins::remove_layout(layout)?);
         }
-        for path in namespaces() {
-            // The same namespace is found by several names, and most are no pod's: look before entering.
-            if !fs::metadata(&path).is_ok_and(|found| inodes.remove(&found.ino())) {
-                continue;
-            }
-            if Netns::open(&path).is_ok_and(|netns| remove_client_address_routes(&netns).is_ok()) {
-                detached.namespaces.push(path);
-            }
-        }
+        detached.namespaces = routes::remove_from(inodes);
         // Fails when something else lies there, or a bpffs is mounted there: both are not ours.
         if fs::remove_dir(bpffs).is_ok() {
             detached.removed.push(bpffs.to_owned());
@@ -372,14 +368,6 @@ fn open_map(pins: &Pins, name: &'static str) -> Result<OwnedFd, CaptureError> {
     };
     let map = MapData::from_pin(pins.map(name)).map_err(|error| refused(error.into()))?;
     map.fd().as_fd().try_clone_to_owned().map_err(|error| refused(error.into()))
-}
-
-/// Every place where a network namespace can be found by name or by process.
-fn namespaces() -> impl Iterator<Item = PathBuf> {
-    let list = |dir| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    let named = list("/run/netns");
-    let processes = list("/proc").map(|process| process.join("ns/net"));
-    named.chain(processes)
 }
 
 /// A lock whose holder panicked protects maps that every operation leaves usable: go on.

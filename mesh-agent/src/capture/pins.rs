@@ -1,4 +1,4 @@
-//! Where links and maps outlive the agent: `<bpffs>/<layout>/{maps,links}`.
+//! Where links and maps outlive the agent: `<bpffs>/<layout>/{maps,links,routes}`.
 //!
 //! `<layout>` is a hash of everything that programs and agent must agree on, sizes included, so a
 //! directory with our name holds our layout, and one with another name an older agent's. Every pin is
@@ -54,8 +54,8 @@ impl Pins {
             .iter()
             .fold(abi::HASH, |hash, spec| abi::bytes(hash, &entries(spec, config).to_le_bytes()));
         let dir = root.join(format!("{hash:016x}"));
-        for dir in [&dir.join("maps"), &dir.join("links")] {
-            fs::create_dir_all(dir).map_err(failed("create", dir))?;
+        for dir in ["maps", "links", "routes"].map(|name| dir.join(name)) {
+            fs::create_dir_all(&dir).map_err(failed("create", &dir))?;
         }
         let mut older = Vec::new();
         for path in list(root)? {
@@ -84,6 +84,11 @@ impl Pins {
     /// Where the link of this name is pinned.
     pub(super) fn link(&self, name: &str) -> PathBuf {
         self.dir.join("links").join(name)
+    }
+
+    /// Where notes of namespaces with routes lie: [`super::routes`].
+    pub(super) fn routes(&self) -> PathBuf {
+        self.dir.join("routes")
     }
 
     /// Where the link to a pod's namespace is pinned.
@@ -204,11 +209,13 @@ pub(super) fn remove_layout(layout: &Path) -> Result<Vec<PathBuf>, CaptureError>
         // Whatever is no link of ours, or one whose namespace is gone, has nothing to be ended.
         drop(sys::open_pin(path).and_then(|link| sys::detach_link(link.as_fd())));
     }
-    for path in links.into_iter().chain(list(&layout.join("maps"))?) {
+    let others = [list(&layout.join("maps"))?, list(&layout.join("routes"))?];
+    for path in links.into_iter().chain(others.into_iter().flatten()) {
         fs::remove_file(&path).map_err(failed("remove", &path))?;
         removed.push(path);
     }
-    for dir in [layout.join("links"), layout.join("maps"), layout.to_owned()] {
+    let dirs = ["links", "maps", "routes"].map(|name| layout.join(name));
+    for dir in dirs.into_iter().chain([layout.to_owned()]) {
         match fs::remove_dir(&dir) {
             Ok(()) => removed.push(dir),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -252,7 +259,7 @@ pub(super) fn check_cgroup2(dir: &Path) -> Result<(), CaptureError> {
 }
 
 /// What lies in a directory; nothing if it does not exist.
-fn list(dir: &Path) -> Result<Vec<PathBuf>, CaptureError> {
+pub(super) fn list(dir: &Path) -> Result<Vec<PathBuf>, CaptureError> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

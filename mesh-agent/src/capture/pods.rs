@@ -16,6 +16,7 @@ use mesh_core::settings::{Outbound, Settings};
 
 use super::maps::{self, Maps};
 use super::pins;
+use super::routes::Routes;
 use super::{CaptureError, Destinations, Listeners, PodCapture};
 use crate::net::{self, Bind, Netns};
 
@@ -42,6 +43,7 @@ impl Enrolled {
 #[derive(Debug)]
 pub(super) struct Pods {
     pub(super) maps: Maps,
+    pub(super) routes: Routes,
     enrolled: BTreeMap<String, Enrolled>,
     destinations: HashSet<WireIp>,
     /// There was no room for all destinations: every pod captures everything.
@@ -50,10 +52,10 @@ pub(super) struct Pods {
 
 impl Pods {
     /// Begins with what an earlier agent left in the maps.
-    pub(super) fn new(maps: Maps) -> Result<Self, CaptureError> {
+    pub(super) fn new(maps: Maps, routes: Routes) -> Result<Self, CaptureError> {
         let failed = maps.failed("DESTINATIONS");
         let destinations = maps.destinations.keys().collect::<Result<_, _>>().map_err(failed)?;
-        Ok(Self { maps, enrolled: BTreeMap::new(), destinations, everything: false })
+        Ok(Self { maps, routes, enrolled: BTreeMap::new(), destinations, everything: false })
     }
 
     pub(super) fn set_destinations(
@@ -104,16 +106,39 @@ impl Pods {
         written
     }
 
-    /// Everything but the link to the namespace, which `attach` makes between the two sides.
+    /// Everything but the link to the namespace, which `attach` makes between the two sides and `detach`
+    /// removes.
+    ///
+    /// A pod that failed half-way and that nobody had enrolled before is left alone again: half of it
+    /// would refuse what it should not. One that was, by us or by an earlier agent, stays as it is, since
+    /// what was captured a moment ago must not leave in plain text.
     pub(super) fn enrol(
         &mut self,
         pod: &PodCapture<'_>,
         attach: impl FnOnce() -> Result<(), CaptureError>,
+        detach: impl FnOnce() -> Result<(), CaptureError>,
     ) -> Result<Listeners, CaptureError> {
         self.check(pod)?;
+        let was_captured =
+            self.enrolled.contains_key(pod.uid) || self.maps.has_outbound(pod.netns.cookie());
+        self.enrol_all(pod, attach).inspect_err(|_error| {
+            if !was_captured
+                && self.enrolled.contains_key(pod.uid)
+                && let Err(error) = self.leave(pod.uid, detach)
+            {
+                let error = crate::telemetry::chain(&error);
+                tracing::warn!(error, pod = pod.uid, stage = "capture", "left half enrolled");
+            }
+        })
+    }
+
+    fn enrol_all(
+        &mut self,
+        pod: &PodCapture<'_>,
+        attach: impl FnOnce() -> Result<(), CaptureError>,
+    ) -> Result<Listeners, CaptureError> {
         let enter = |source| CaptureError::Netns { uid: pod.uid.to_owned(), source };
         let namespace = Arc::new(pod.netns.try_clone().map_err(enter)?);
-        prepare_routes(pod.uid, &namespace, pod.ips, pod.settings)?;
         let (listeners, ports) = open_listeners(pod)?;
         let shards = u32::try_from(shards(pod)).unwrap_or(u32::MAX);
         let now = Enrolled {
@@ -124,6 +149,7 @@ impl Pods {
             settings: pod.settings.clone(),
         };
         let before = self.enrolled.insert(pod.uid.to_owned(), now.clone());
+        self.prepare_routes(pod.uid, &now)?;
 
         for (listener, (ip, shard)) in listeners.inbound.iter().zip(inbound_order(pod)) {
             self.maps.set_listener(ip, u32::try_from(shard).unwrap_or(u32::MAX), listener)?;
@@ -141,8 +167,7 @@ impl Pods {
         let before = self.enrolled.get(uid).cloned();
         let before = before.ok_or_else(|| CaptureError::NotEnrolled { uid: uid.to_owned() })?;
         let now = Enrolled { settings: settings.clone(), ..before.clone() };
-        let ips: Vec<_> = now.ports.iter().map(|(ip, _ports)| *ip).collect();
-        prepare_routes(uid, &now.namespace, &ips, settings)?;
+        self.prepare_routes(uid, &now)?;
         self.write_inbound(uid, &now)?;
         self.write_outbound(uid, &now)?;
         self.remove_remains(&before, &now)?;
@@ -173,7 +198,17 @@ impl Pods {
             }
         }
         self.enrolled.remove(uid);
+        self.routes.release(&pod.namespace);
         Ok(())
+    }
+
+    /// Before the first delivery that could need them.
+    fn prepare_routes(&mut self, uid: &str, pod: &Enrolled) -> Result<(), CaptureError> {
+        if !pod.settings.preserve_client_address {
+            return Ok(());
+        }
+        let ips: Vec<_> = pod.ports.iter().map(|(ip, _ports)| *ip).collect();
+        self.routes.add(uid, &pod.namespace, &ips)
     }
 
     /// Removes the entries of pods that are neither enrolled nor in `uids`, and blocks that enrolled ones
@@ -199,7 +234,10 @@ impl Pods {
         }
         // An earlier agent may have written blocks that the pod's settings do not have any more.
         let known = self.enrolled.values().map(|pod| (pod.netns, pod.skips())).collect();
-        self.maps.keep_skips(&netns, &known)
+        self.maps.keep_skips(&netns, &known)?;
+        let shows = self.enrolled.values().filter(|pod| pod.settings.preserve_client_address);
+        let needed = shows.map(|pod| pod.namespace.inode()).collect();
+        self.routes.adopt(&needed, uids)
     }
 
     pub(super) fn uids(&self) -> impl Iterator<Item = &str> {
@@ -225,6 +263,9 @@ impl Pods {
     fn remove_remains(&mut self, before: &Enrolled, now: &Enrolled) -> Result<(), CaptureError> {
         if before.netns != now.netns {
             self.maps.remove_outbound(before.netns)?;
+        }
+        if before.netns != now.netns || !now.settings.preserve_client_address {
+            self.routes.release(&before.namespace);
         }
         for (ip, _ports) in &before.ports {
             let stays = now.ports.iter().any(|(still, _)| still == ip);
@@ -267,21 +308,6 @@ impl Pods {
 fn outbound_entry(uid: &str, pod: &Enrolled, everything: bool) -> PodOutbound {
     let outbound = if everything { Outbound::All } else { pod.settings.outbound };
     maps::outbound(uid, &pod.settings, outbound, &pod.ports)
-}
-
-/// Before the first delivery that could need them. They are left when the setting is turned off or the
-/// pod leaves: deliveries that began with them still live by them.
-fn prepare_routes(
-    uid: &str,
-    netns: &Netns,
-    ips: &[IpAddr],
-    settings: &Settings,
-) -> Result<(), CaptureError> {
-    if !settings.preserve_client_address {
-        return Ok(());
-    }
-    net::add_client_address_routes(netns, ips)
-        .map_err(|source| CaptureError::Routes { uid: uid.to_owned(), source })
 }
 
 fn shards(pod: &PodCapture<'_>) -> usize {

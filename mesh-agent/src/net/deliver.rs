@@ -37,7 +37,9 @@ pub async fn deliver(
     client: Option<SocketAddr>,
     exempt: impl Fn(BorrowedFd<'_>) -> io::Result<()>,
 ) -> io::Result<TcpStream> {
-    let client = client.filter(|_client| netns.shows_clients());
+    // Held until the answer: from then on the kernel knows the connection by its mark.
+    let showing = client.and_then(|_client| netns.clients.begin());
+    let client = client.filter(|_client| showing.is_some());
     if client.is_some_and(|client| client.is_ipv4() != to.is_ipv4()) {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     }

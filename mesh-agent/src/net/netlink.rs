@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 /// `LOOPBACK_IFINDEX`: the kernel gives `lo` this index in every namespace.
 const LO: u32 = 1;
 /// Bytes of `struct nlmsghdr`.
-const HEADER_LEN: usize = 16;
+pub(super) const HEADER_LEN: usize = 16;
 
 // `linux/fib_rules.h`, which libc does not have.
 /// `FR_ACT_TO_TBL`: the rule leads to a table.
@@ -135,19 +135,26 @@ impl Rtnetlink {
         // An answer repeats the request: nothing here is longer than a few dozen bytes.
         let mut answer = [0; 1024];
         let len = (&self.0).read(&mut answer)?;
-        // struct nlmsgerr behind the header: the errno, negative, 0 if all is well.
-        let errno = answer[..len].get(HEADER_LEN..HEADER_LEN + 4).and_then(|e| e.try_into().ok());
-        match errno.map(i32::from_ne_bytes) {
-            Some(0) => Ok(()),
-            Some(errno) => Err(io::Error::from_raw_os_error(errno.saturating_neg())),
-            None => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
+        match errno(&answer[..len]) {
+            error if error.raw_os_error() == Some(0) => Ok(()),
+            error => Err(error),
         }
+    }
+}
+
+/// The error that an answer carries; number 0 if all is well.
+pub(super) fn errno(answer: &[u8]) -> io::Error {
+    // struct nlmsgerr behind the header: the errno, negative.
+    let errno = answer.get(HEADER_LEN..HEADER_LEN + 4).and_then(|errno| errno.try_into().ok());
+    match errno.map(i32::from_ne_bytes) {
+        Some(errno) => io::Error::from_raw_os_error(errno.saturating_neg()),
+        None => io::Error::from(io::ErrorKind::UnexpectedEof),
     }
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "a message is a few dozen bytes")]
 #[expect(clippy::cast_sign_loss, reason = "flags are 16 bits, libc's constants signed")]
-fn message(kind: u16, flags: i32, body: &[u8]) -> Vec<u8> {
+pub(super) fn message(kind: u16, flags: i32, body: &[u8]) -> Vec<u8> {
     // struct nlmsghdr: length, type, flags, sequence number, port (the kernel fills it in).
     let mut message = Vec::with_capacity(HEADER_LEN + body.len());
     message.extend(((HEADER_LEN + body.len()) as u32).to_ne_bytes());
@@ -158,8 +165,8 @@ fn message(kind: u16, flags: i32, body: &[u8]) -> Vec<u8> {
     message
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "an attribute is at most eight bytes")]
-fn attribute(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
+#[expect(clippy::cast_possible_truncation, reason = "an attribute is at most a dozen bytes")]
+pub(super) fn attribute(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
     // struct rtattr: length without padding, type.
     body.extend((4 + value.len() as u16).to_ne_bytes());
     body.extend(kind.to_ne_bytes());

@@ -26,7 +26,7 @@ use std::io;
 use std::net::IpAddr;
 
 use super::netlink::{Family, LocalRoute, Rtnetlink, Rule};
-use super::{DELIVERY_MARK, Netns, sysctl};
+use super::{DELIVERY_MARK, Netns, sock_diag, sysctl};
 
 /// The routing table that leads marked packets to `lo`: `la`. Free to choose, but the same for every
 /// version of the agent.
@@ -56,19 +56,38 @@ pub fn add_client_address_routes(netns: &Netns, pod_ips: &[IpAddr]) -> io::Resul
             }
         })
     })?;
-    netns.set_shows_clients(added.is_ok());
+    netns.clients.set_prepared(added.is_ok());
     added
 }
 
 /// Takes away what [`add_client_address_routes`] added, and nothing else. Deliveries in a client's
-/// name that are still open stall: drain first.
+/// name that are still open stall: [`retire_client_address_routes`] waits for them.
 ///
 /// # Errors
 ///
 /// The kernel refused. Nothing to remove is no error.
 pub fn remove_client_address_routes(netns: &Netns) -> io::Result<()> {
-    netns.set_shows_clients(false);
+    netns.clients.set_prepared(false);
     netns.run(remove)?
+}
+
+/// As [`remove_client_address_routes`], unless a connection lives by them: a delivery in a client's
+/// name, also one whose last bytes the application has not taken yet. Says whether they are gone; ask
+/// again if not.
+///
+/// # Errors
+///
+/// The kernel does not tell which connections there are, or refused. Everything is as it was then.
+pub fn retire_client_address_routes(netns: &Netns) -> io::Result<bool> {
+    if !netns.clients.close() {
+        return Ok(false);
+    }
+    let in_use = netns.run(|| sock_diag::any_marked(DELIVERY_MARK)).flatten();
+    if matches!(in_use, Ok(false)) {
+        return netns.run(remove).flatten().map(|()| true);
+    }
+    netns.clients.set_prepared(true);
+    in_use.map(|_in_use| false)
 }
 
 /// `ip link set lo up`: a new namespace's loopback interface is down.

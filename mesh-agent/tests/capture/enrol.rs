@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use mesh_agent::capture::PodCapture;
 use mesh_core::settings::Settings;
 use socket2::Domain;
 
@@ -34,8 +34,7 @@ fn fifty_toggles_fail_no_connection() {
                 stop.store(true, Ordering::Relaxed);
                 panic!("nothing connects any more");
             }
-            while outside[0].accept().is_ok() {}
-            thread::yield_now();
+            thread::sleep(Duration::from_millis(1));
         }
     };
     thread::scope(|scope| {
@@ -44,6 +43,13 @@ fn fifty_toggles_fail_no_connection() {
                 world.dial("10.90.0.1:8080").unwrap();
                 // The port of a reset connection is free at once.
                 connected.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        // All the while: the queue has room for 128, which is a few milliseconds' worth.
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                while outside[0].accept().is_ok() {}
+                thread::yield_now();
             }
         });
         let mut kept = Vec::new();
@@ -129,21 +135,78 @@ fn pod_that_fails_open_bypasses_a_silent_agent() {
 }
 
 #[test]
-fn namespace_is_left_as_it_was_without_client_addresses() {
+fn pod_that_does_not_fit_is_left_alone() {
+    if !root() {
+        return;
+    }
+    let [mut one, two] = [World::new(), World::new()];
+    one.config.max_pods = 1;
+    let capture = one.start();
+    let mesh = HashSet::from([ip(WORLD4)]);
+    capture.set_destinations(&mesh).unwrap();
+    run(&format!("ip -n {} addr add 10.90.0.3/24 dev eth0", two.names[0]));
+    let settings = Settings::default();
+    let enrol = |world: &World, uid, own| {
+        let ips = [ip(own)];
+        let pod = PodCapture {
+            uid,
+            ips: &ips,
+            netns: &world.pod,
+            settings: &settings,
+            outbound_listeners: 1,
+            inbound_listeners: 1,
+        };
+        capture.enrol(&pod)
+    };
+    let _listeners = enrol(&one, "one", POD4).unwrap();
+    let before = two.routing();
+    let error = enrol(&two, "two", "10.90.0.3").unwrap_err();
+    assert!(error.to_string().contains("POD_OUTBOUND is full at 1"), "{error}");
+
+    // Neither direction is touched by the half that had been done.
+    let app = two.listen("0.0.0.0:8080");
+    let _into = two.dial_in("10.90.0.3:8080").unwrap();
+    accept(&app);
+    let outside = two.listen_outside("10.90.0.1:8080");
+    let _out = two.dial("10.90.0.1:8080").unwrap();
+    accept(&outside);
+    until("the routes to go", || !capture.retire_routes());
+    assert_eq!(two.routing(), before);
+
+    // Nor is its address kept from others.
+    capture.leave("one").unwrap();
+    let _listeners = enrol(&two, "three", "10.90.0.3").unwrap();
+}
+
+#[test]
+fn pod_that_was_captured_and_does_not_fit_any_more_stays_refused() {
     if !root() {
         return;
     }
     let world = World::new();
     let capture = world.start();
-    let plain = settings(|settings| settings.preserve_client_address = false);
-    let _listeners = world.enrol(&capture, &plain);
-    let rules = || {
-        let rules = Command::new("ip").args(["-n", &world.names[0], "rule"]).output().unwrap();
-        String::from_utf8(rules.stdout).unwrap()
+    drop(world.enrol(&capture, &Settings::default()));
+    drop(capture);
+    let capture = world.start();
+    let many = settings(|settings| {
+        let blocks = (0..=255).map(|third| format!("10.97.{third}.0/24").parse().unwrap());
+        settings.skip_outbound_cidrs = blocks.collect();
+    });
+    let pod = PodCapture {
+        uid: UID,
+        ips: &[ip(POD4), ip(POD6)],
+        netns: &world.pod,
+        settings: &many,
+        outbound_listeners: 1,
+        inbound_listeners: 1,
     };
-    assert!(!rules().contains("fwmark"), "{}", rules());
-    capture.update(UID, &Settings::default()).unwrap();
-    assert!(rules().contains("fwmark 0x6d616c6c lookup 27745"), "{}", rules());
+    assert_eq!(capture.enrol(&pod).unwrap_err().reason(), "map_full");
+    assert_eq!(world.dial(SERVICE4).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    // Until nobody wants it to be enrolled any more.
+    capture.leave(UID).unwrap();
+    let app = world.listen("0.0.0.0:8080");
+    let _into = world.dial_in("10.90.0.2:8080").unwrap();
+    accept(&app);
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod enrol;
 mod inbound;
 mod outbound;
 mod pins;
+mod routes;
 #[path = "../skip/mod.rs"]
 mod skip;
 mod world;

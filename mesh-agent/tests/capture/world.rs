@@ -102,6 +102,8 @@ impl World {
         }
         run(&format!("ip -n {pod} link add eth0 type veth peer name eth0 netns {world}"));
         for (name, v4, v6) in [(pod, POD4, POD6), (world, WORLD4, WORLD6)] {
+            // The kernel's own link-local address would turn up some time later.
+            run(&format!("ip -n {name} link set eth0 addrgenmode none"));
             run(&format!("ip -n {name} addr add {v4}/24 dev eth0"));
             run(&format!("ip -n {name} addr add {v6}/64 dev eth0 nodad"));
             run(&format!("ip -n {name} link set eth0 up"));
@@ -169,6 +171,21 @@ impl World {
         [listener]
     }
 
+    /// What `preserve-client-address` may change in the pod's namespace, as `ip` and `/proc` show it.
+    pub(crate) fn routing(&self) -> String {
+        let ip = |what: &str| {
+            let shown =
+                Command::new("ip").args(["-n", &self.names[0]]).args(what.split(' ')).output();
+            String::from_utf8(shown.unwrap().stdout).unwrap()
+        };
+        let shown =
+            ["-4 rule", "-6 rule", "-4 route show table all", "-6 route show table all"].map(ip);
+        let settings = ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"];
+        let read = |name: &str| fs::read_to_string(format!("/proc/sys/net/{name}")).unwrap();
+        let settings = self.pod.run(|| settings.map(read)).unwrap();
+        format!("{}{}", shown.concat(), settings.concat())
+    }
+
     pub(crate) fn app(&self, domain: Domain) -> Socket {
         self.pod.run(|| Socket::new(domain, Type::STREAM, Some(Protocol::TCP))).unwrap().unwrap()
     }
@@ -199,6 +216,15 @@ pub(crate) fn settings(change: impl FnOnce(&mut Settings)) -> Settings {
     let mut settings = Settings::default();
     change(&mut settings);
     settings
+}
+
+/// Waits until it holds.
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(5);
+    while !holds() {
+        assert!(Instant::now() < end, "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Waits for a connection on one of the listeners.
