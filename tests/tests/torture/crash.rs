@@ -1,6 +1,5 @@
 //! Agents that die, sleep and run dry, and a link that is cut.
 
-use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,18 +13,10 @@ use harness::{
     send_pattern, wait,
 };
 
-use crate::{fds, mesh, wait_until_idle};
+use crate::{fds, is_honest, mesh, wait_until_idle};
 
 /// What each of the programs of an ordeal exchanges in each direction.
 const BYTES: u64 = 300_000;
-
-/// How an exchange may fail when an agent dies under it.
-fn is_honest(error: &anyhow::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset};
-    let cause = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>());
-    let kind = cause.map(io::Error::kind);
-    kind.is_some_and(|kind| matches!(kind, BrokenPipe | ConnectionRefused | ConnectionReset))
-}
 
 /// Programs that exchange [`BYTES`] over and over, across nodes and within them, while `change` does
 /// its worst. Returns how often that succeeded and how often it failed honestly; anything else is an

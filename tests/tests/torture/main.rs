@@ -8,6 +8,7 @@ mod crowd;
 mod manners;
 
 use std::fs;
+use std::io;
 
 use anyhow::Result;
 use harness::{Agent, Carrier, Mesh, wait};
@@ -30,4 +31,12 @@ fn wait_until_idle(mesh: &Mesh) -> Result<()> {
 /// File descriptors that an agent has open.
 fn fds(agent: &Agent) -> Result<usize> {
     Ok(fs::read_dir(format!("/proc/{}/fd", agent.pid()))?.count())
+}
+
+/// How an exchange may fail when the mesh changes under it.
+fn is_honest(error: &anyhow::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset};
+    let cause = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>());
+    let kind = cause.map(io::Error::kind);
+    kind.is_some_and(|kind| matches!(kind, BrokenPipe | ConnectionRefused | ConnectionReset))
 }
