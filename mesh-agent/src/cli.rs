@@ -176,7 +176,7 @@ pub struct Run {
     pub quic_memory_mib: NonZeroU32,
 
     /// Most pods of this node that can be enrolled. Changing it moves the kernel's maps at the next
-    /// start. Too low leaves pods out of the mesh, which the agent then is not ready for.
+    /// start. Too low leaves pods out of the mesh, which `status` and `mesh_pods_not_enrolled` tell.
     #[arg(long, env = "MESH_MAX_PODS", value_name = "N", default_value = "1024", value_parser = value_parser!(u32).range(1..=65_536))]
     pub max_pods: u32,
 

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use harness::{Carrier, Load, Mesh, PodSpec, Serve, exchange, is_reset};
 
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -306,4 +306,127 @@ fn pod_whose_namespace_is_made_anew_is_enrolled_again() -> Result<()> {
         a1.try_connect(to).is_ok_and(|mut stream| exchange(&mut stream, b"after").is_ok())
     })?;
     Ok(())
+}
+
+#[test]
+fn pod_that_cannot_be_enrolled_is_told_and_harms_nobody_else() -> Result<()> {
+    harness::require!();
+    let late = PodSpec::new("late", "a").annotation("malla.dev/mesh", "disabled");
+    let mut mesh = Mesh::two_nodes_builder().pod(late).start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.service("b").v4(80);
+    let right = fs::read_to_string(mesh.manifests().dir().join("pod-default-late.yaml"))?
+        .replace("disabled", "enabled");
+    let netns = mesh.pod("late").netns().path().display().to_string();
+    let wrong = right.replace(&netns, "/run/netns/malla-none");
+    mesh.manifests().write("pod-default-late", &wrong)?;
+    let reason = [("reason", "netns")];
+    mesh.agent("a").wait_for_metric("mesh_pods_not_enrolled", &reason, 1.0)?;
+
+    // Also for an agent that starts with it.
+    for _ in 0..2 {
+        let agent = mesh.agent("a");
+        ensure!(agent.is_ready(), "one pod must not take the node out of service");
+        let cli = agent.cli(&["status"])?;
+        ensure!(cli.code == 1, "{}{}", cli.stdout, cli.stderr);
+        let told = ["Pod default/late", "not enrolled", "malla-none", "No such file"];
+        ensure!(told.iter().all(|word| cli.stdout.contains(word)), "{}", cli.stdout);
+        exchange(&mut mesh.pod("a1").connect(to)?, b"beside it")?;
+        mesh.agent_mut("a").kill()?;
+        mesh.agent_mut("a").restart()?;
+    }
+
+    mesh.manifests().write("pod-default-late", &right)?;
+    harness::wait::until(harness::wait::SOON, "the pod to be enrolled", || {
+        mesh.agent("a").cli(&["status"]).is_ok_and(|cli| cli.code == 0)
+    })?;
+    ensure!(mesh.agent("a").metric("mesh_pods_not_enrolled", &[])? == 0.0, "still counted");
+    exchange(&mut mesh.pod("late").connect(to)?, b"in the mesh")?;
+    mesh.agent("a").wait_for_record(&[("src.identity", &mesh.pod("late").identity())])?;
+    Ok(())
+}
+
+#[test]
+fn namespace_is_as_it_was_when_its_pod_has_left() -> Result<()> {
+    harness::require!();
+    let late = PodSpec::new("late", "b").annotation("malla.dev/mesh", "disabled");
+    let mesh = Mesh::two_nodes_builder().pod(late).start()?;
+    let _server = mesh.pod("late").serve(8080, Serve::Echo)?;
+    // Without link-local addresses, which turn up some time after the rest.
+    let script = "{ ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; } \
+                  | grep -v fe80; \
+                  cat /proc/sys/net/ipv4/tcp_fwmark_accept /proc/sys/net/ipv*/fwmark_reflect";
+    let routing = || mesh.pod("late").succeed("sh", &["-c", script]);
+    let before = routing()?;
+    mesh.enrol("late", true)?;
+    let mut held = mesh.pod("a1").connect(mesh.pod("late").v4(8080))?;
+    exchange(&mut held, b"shown as a1")?;
+    let prepared = routing()?;
+    ensure!(prepared.contains("fwmark 0x6d616c6c"), "{prepared}");
+
+    mesh.enrol("late", false)?;
+    // Out and in and out again, while a connection lives by them.
+    mesh.enrol("late", true)?;
+    mesh.enrol("late", false)?;
+    exchange(&mut held, b"left as it is")?;
+    assert_eq!(routing()?, prepared);
+    drop(held);
+    harness::wait::until(harness::wait::SOON, "the routes to go", || {
+        routing().is_ok_and(|now| now == before)
+    })
+}
+
+/// What takes over an address and a namespace does not talk in plain text while its certificate is made.
+#[test]
+fn successor_waits_for_its_certificate_under_its_predecessors_capture() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.pod("b1").v4(8080);
+    let manifest = fs::read_to_string(mesh.manifests().dir().join("pod-default-a1.yaml"))?
+        .replace(mesh.pod("a1").uid(), "successor")
+        .replace("serviceAccountName: \"a1\"", "serviceAccountName: \"successor\"");
+    // It never comes: the agent gives up waiting after two seconds.
+    fs::rename(mesh.ca_dir().join("root.key"), mesh.ca_dir().join("away.key"))?;
+    mesh.manifests().write("pod-default-a1", &manifest)?;
+    let enrolled = || mesh.agent("a").log().contains("enrolled without a certificate");
+    harness::wait::until(harness::wait::SOON, "the successor to be enrolled", || {
+        // Refused by its agent, as it should be; what counts is what never comes to node b.
+        drop(mesh.pod("a1").connect(to).and_then(|mut stream| exchange(&mut stream, b"plain?")));
+        enrolled()
+    })?;
+    let plain = [("reporter", "destination"), ("connection_security_policy", "unknown")];
+    let opened = mesh.agent("b").metric("istio_tcp_connections_opened_total", &plain)?;
+    ensure!(opened == 0.0, "{opened} connections in plain text");
+    Ok(())
+}
+
+#[test]
+fn pod_that_the_kernel_would_not_let_go_of_is_captured_when_it_comes_back() -> Result<()> {
+    harness::require!();
+    let a1 = PodSpec::new("a1", "a").annotation("malla.dev/mesh", "enabled");
+    let mesh = Mesh::two_nodes_builder().pod(a1).start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let (to, agent) = (mesh.service("b").v4(80), mesh.agent("a"));
+    let layout = fs::read_dir(agent.bpffs())?.next().context("no layout")??.path();
+    let (pin, aside) = (
+        layout.join("links").join(format!("lookup_{}", mesh.pod("a1").uid())),
+        layout.join("aside"),
+    );
+    // Nothing that can be let go of.
+    fs::rename(&pin, &aside)?;
+    fs::create_dir(&pin)?;
+    let enabled = fs::read_to_string(mesh.manifests().dir().join("pod-default-a1.yaml"))?;
+    let disabled = enabled.replace("mesh: \"enabled\"", "mesh: \"disabled\"");
+    mesh.manifests().write("pod-default-a1", &disabled)?;
+    harness::wait::until(harness::wait::SOON, "the agent to fail", || {
+        agent.log().contains("not released")
+    })?;
+    mesh.manifests().write("pod-default-a1", &enabled)?;
+    fs::remove_dir(&pin)?;
+    fs::rename(&aside, &pin)?;
+    // A service's address leads nowhere without the mesh.
+    harness::wait::until(harness::wait::SOON, "the pod to be captured", || {
+        mesh.pod("a1").try_connect(to).is_ok_and(|mut s| exchange(&mut s, b"back").is_ok())
+    })
 }

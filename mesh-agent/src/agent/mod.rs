@@ -10,6 +10,7 @@
 //! Every task that outlives a connection is started here, and joined or dropped here.
 
 mod pods;
+mod shortfall;
 mod views;
 
 use std::collections::{HashMap, HashSet};
@@ -53,8 +54,6 @@ use crate::{inbound, net};
 
 /// The programs take the agent for gone when its heartbeat is 5 s old.
 const HEARTBEAT: Duration = Duration::from_secs(1);
-/// How often a pod that could not be enrolled is tried again.
-const RETRY: Duration = Duration::from_secs(1);
 
 /// Tells the programs that this agent lives, until dropped. A thread of its own: the control thread
 /// may be busy for seconds with manifests, and that must not open pods that fail open.
@@ -213,20 +212,13 @@ impl Agent {
         loop {
             let snapshot = Arc::clone(&self.snapshots.borrow_and_update());
             self.apply(snapshot).await;
-            let retry = async {
-                if self.pods.has_failing() {
-                    tokio::time::sleep(RETRY).await;
-                } else {
-                    self.pods.replaced().await;
-                }
-            };
             tokio::select! {
                 changed = self.snapshots.changed() => {
                     if changed.is_err() {
                         bail!("the manifests are not followed any more");
                     }
                 }
-                () = retry => {}
+                () = self.pods.due() => {}
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
             }

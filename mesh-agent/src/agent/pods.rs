@@ -4,8 +4,8 @@
 //! leaves keeps its listeners for [`LINGER`], since a connection may be between the kernel's decision
 //! and our accept.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
-use std::fs;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -14,14 +14,14 @@ use std::time::Duration;
 
 use mesh_core::settings::Settings;
 use mesh_core::snapshot::{Snapshot, Workload, WorkloadUid};
-use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{error, info, warn};
 
-use crate::admin::view::ProblemView;
-use crate::capture::{CaptureError, Destinations, Listeners, PodCapture};
+use super::shortfall::{EnrolError, NotEnrolled, Shortfall};
+use crate::capture::{Capture, CaptureError, Destinations, Listeners, PodCapture};
 use crate::identity::store::Identities;
 use crate::net::Netns;
 use crate::node::{LocalPod, Worker};
@@ -30,39 +30,22 @@ use crate::{inbound, outbound, serve};
 
 /// How long listeners outlive their pod's enrolment.
 const LINGER: Duration = Duration::from_secs(1);
+/// After which what is neither enrolling nor leaving a pod is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often namespaces are compared with what their paths lead to: one that is made anew under the
+/// same name changes no manifest. A microsecond a pod.
+const AUDIT: Duration = Duration::from_secs(1);
+/// Between looks at whether the last connection that needs a namespace's routes has ended: the first,
+/// and in the end.
+const RETIRE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// How long enrolling waits for pods' certificates, all together: without one a pod's connections are
 /// refused.
 const CERTIFICATE_WAIT: Duration = Duration::from_secs(2);
-
-/// How long a pod that was started anew, in a namespace of the same path, may be outside of the mesh.
-const LOOK_AT_NAMESPACES: Duration = Duration::from_secs(1);
 
 /// What the kernel's configuration of a pod has room for.
 const MAX_LISTENERS: usize = 16;
 /// So many that the source ports of one address (28,000 by default) are not the limit of a busy pod.
 const MIN_OUTBOUND_LISTENERS: usize = 4;
-
-/// Why a pod could not be enrolled. Tried again with each snapshot and every second.
-#[derive(Debug, Error)]
-enum EnrolError {
-    #[error("the manifest names no network namespace: set the annotation malla.dev/netns")]
-    NoNetns,
-    #[error("open network namespace {path}")]
-    Netns { path: Arc<str>, source: std::io::Error },
-    #[error("capture")]
-    Capture(#[from] CaptureError),
-}
-
-impl EnrolError {
-    /// What to look at.
-    fn field(&self) -> &'static str {
-        match self {
-            Self::NoNetns | Self::Netns { .. } => "annotation malla.dev/netns",
-            Self::Capture(CaptureError::Full { .. }) => "--max-pods",
-            Self::Capture(_) => "",
-        }
-    }
-}
 
 /// The pods that are enrolled on this node.
 #[derive(Debug)]
@@ -71,58 +54,12 @@ pub(super) struct Pods {
     contexts: Vec<Arc<Worker>>,
     identities: Arc<Identities>,
     enrolled: HashMap<WorkloadUid, Enrolled>,
-    /// Why a pod is not enrolled, as last reported.
+    /// What could not be enrolled.
     failing: HashMap<WorkloadUid, NotEnrolled>,
     uncaptured: Option<String>,
     everything: Option<String>,
     published: watch::Sender<Shortfall>,
     serving: JoinSet<()>,
-}
-
-/// A pod that should be enrolled and is not.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct NotEnrolled {
-    pub(super) namespace: Arc<str>,
-    pub(super) name: Arc<str>,
-    field: &'static str,
-    pub(super) why: String,
-}
-
-/// What capture does not do as the manifests ask. Everything in it is tried again.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Shortfall {
-    pub(super) not_enrolled: Vec<NotEnrolled>,
-    /// Why it is not certain that all destinations of the mesh are captured.
-    pub(super) uncaptured: Option<String>,
-    /// Why pods capture everything, although their settings do not say so.
-    everything: Option<String>,
-}
-
-impl Shortfall {
-    /// For people, with what to do.
-    pub(super) fn problems(&self) -> impl Iterator<Item = ProblemView> {
-        let capture = |message: String, remedy: &str| ProblemView {
-            place: "capture".into(),
-            field: "--max-destinations".into(),
-            message,
-            remedy: remedy.into(),
-        };
-        let uncaptured = self.uncaptured.iter().map(move |why| {
-            let message = format!("destinations of the mesh may not be captured: {why}");
-            capture(message, "it is tried again every second")
-        });
-        let everything = self.everything.iter().map(move |why| {
-            let message = format!("every pod captures everything: {why}");
-            capture(message, "start the agent with a higher --max-destinations")
-        });
-        let pods = self.not_enrolled.iter().map(|pod| ProblemView {
-            place: format!("Pod {}/{}", pod.namespace, pod.name),
-            field: pod.field.into(),
-            message: format!("not enrolled: {}", pod.why),
-            remedy: "it is tried again every second".into(),
-        });
-        uncaptured.chain(everything).chain(pods)
-    }
 }
 
 #[derive(Debug)]
@@ -133,13 +70,15 @@ struct Enrolled {
     inode: u64,
     settings: Settings,
     stop: watch::Sender<bool>,
+    /// The kernel refused to let go of it: nobody knows how much of it is still captured.
+    is_stuck: bool,
 }
 
 impl Enrolled {
-    /// Whether its namespace was made anew under the same path: what runs there now is not captured.
-    /// One whose path is gone stays, since its programs may go on without a name.
+    /// Whether the path leads to another namespace by now. One that leads nowhere proves nothing: the
+    /// pod may be alive, and its name just not to be seen from here.
     fn is_replaced(&self) -> bool {
-        fs::metadata(&*self.netns).is_ok_and(|found| found.ino() != self.inode)
+        std::fs::metadata(&*self.netns).is_ok_and(|found| found.ino() != self.inode)
     }
 }
 
@@ -162,16 +101,36 @@ impl Pods {
         }
     }
 
-    /// Whether something waits for another try.
-    pub(super) fn has_failing(&self) -> bool {
-        !self.failing.is_empty() || self.uncaptured.is_some()
-    }
-
-    /// Waits until a pod's namespace is another one than when it was enrolled. No event tells: looked at
-    /// once a second, which costs a microsecond a pod.
-    pub(super) async fn replaced(&self) {
-        while !self.enrolled.values().any(Enrolled::is_replaced) {
-            tokio::time::sleep(LOOK_AT_NAMESPACES).await;
+    /// Returns when [`Self::follow`] has something to try again, and meanwhile looks after what pods that
+    /// have left still need. Cancel-safe.
+    pub(super) async fn due(&self) {
+        let again = self.failing.values().map(NotEnrolled::again);
+        let stuck = self.uncaptured.is_some() || self.enrolled.values().any(|pod| pod.is_stuck);
+        let next = again.chain(stuck.then(|| Instant::now() + RETRY)).min();
+        let try_again = async {
+            match next {
+                Some(next) => sleep_until(next).await,
+                None => std::future::pending().await,
+            }
+        };
+        let replaced = async {
+            let is_replaced = |pod: &Enrolled| !pod.is_stuck && pod.is_replaced();
+            while !self.enrolled.values().any(is_replaced) {
+                sleep(AUDIT).await;
+            }
+        };
+        let retire = async {
+            let mut pause = RETIRE.0;
+            while self.capture().retire_routes() {
+                sleep(pause).await;
+                pause = (pause * 2).min(RETIRE.1);
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = try_again => {}
+            () = replaced => {}
+            () = retire => {}
         }
     }
 
@@ -188,16 +147,23 @@ impl Pods {
             .map(|workload| (Arc::clone(&workload.uid), Arc::clone(workload)))
             .collect();
         self.identities.wanted(wanted.values().map(|w| w.identity.clone()).collect());
-        self.failing.retain(|uid, _| wanted.contains_key(uid));
+        self.give_up(&wanted);
 
         let node = Arc::clone(&self.contexts[0].node);
         // Destinations first: a pod enrolled before them would talk in plain text for a moment.
         let set = node.capture.set_destinations(&snapshot.captured_destinations());
         self.note_destinations(set);
-        self.release(&wanted);
         self.certificates(&wanted).await;
+        // Not before: who takes over an address would talk in plain text while its certificate is made.
+        let released = self.release(&wanted);
+        let now = Instant::now();
         for (uid, workload) in &wanted {
-            match self.enrol(workload).await {
+            // What has left may have been what was in the way.
+            let is_due = |failed: &NotEnrolled| released || failed.is_due(workload, now);
+            if !self.failing.get(uid).is_none_or(is_due) {
+                continue;
+            }
+            match self.enrol(workload) {
                 Ok(()) => {
                     self.failing.remove(uid);
                 }
@@ -229,36 +195,59 @@ impl Pods {
         while self.serving.join_next().await.is_some() {}
     }
 
-    fn release(&mut self, wanted: &HashMap<WorkloadUid, Arc<Workload>>) {
-        let capture = Arc::clone(&self.contexts[0].node.capture);
-        self.enrolled.retain(|uid, enrolled| {
-            let stays = wanted.get(uid).is_some_and(|workload| {
-                workload.ips == enrolled.ips
-                    && workload.netns.as_ref() == Some(&enrolled.netns)
-                    && !enrolled.is_replaced()
-            });
-            if !stays {
-                if let Err(error) = capture.leave(uid) {
-                    warn!(error = %crate::telemetry::chain(&error), pod = %uid, stage = "capture", "not released");
-                    // Its listeners stay, or what the kernel still sends there would be refused. Released
-                    // with the next snapshot.
-                    return true;
-                }
-                info!(pod = %uid, "left");
-                let stop = enrolled.stop.clone();
-                self.serving.spawn(async move {
-                    tokio::time::sleep(LINGER).await;
-                    stop.send_replace(true);
-                });
+    /// Forgets what could not be enrolled and need not be any more, with the half of it that was done.
+    fn give_up(&mut self, wanted: &HashMap<WorkloadUid, Arc<Workload>>) {
+        let capture = Arc::clone(self.capture());
+        self.failing.retain(|uid, _failed| {
+            if wanted.contains_key(uid) {
+                return true;
             }
-            stays
+            match capture.leave(uid) {
+                Ok(()) | Err(CaptureError::NotEnrolled { .. }) => false,
+                Err(error) => {
+                    warn!(error = %crate::telemetry::chain(&error), pod = %uid, stage = "capture", "not released");
+                    true
+                }
+            }
         });
     }
 
-    async fn enrol(&mut self, workload: &Arc<Workload>) -> Result<(), EnrolError> {
+    /// Lets go of pods that are not wanted, or not as they were enrolled. Says whether there were any.
+    fn release(&mut self, wanted: &HashMap<WorkloadUid, Arc<Workload>>) -> bool {
+        let capture = Arc::clone(self.capture());
+        let before = self.enrolled.len();
+        self.enrolled.retain(|uid, enrolled| {
+            let stays = wanted.get(uid).is_some_and(|workload| {
+                workload.ips == enrolled.ips && workload.netns.as_ref() == Some(&enrolled.netns)
+            });
+            if stays && !enrolled.is_stuck && !enrolled.is_replaced() {
+                return true;
+            }
+            if let Err(error) = capture.leave(uid) {
+                warn!(error = %crate::telemetry::chain(&error), pod = %uid, stage = "capture", "not released");
+                // Its listeners stay, or what the kernel still sends there would be refused.
+                enrolled.is_stuck = true;
+                return true;
+            }
+            info!(pod = %uid, "left");
+            let stop = enrolled.stop.clone();
+            self.serving.spawn(async move {
+                sleep(LINGER).await;
+                stop.send_replace(true);
+            });
+            false
+        });
+        self.enrolled.len() < before
+    }
+
+    fn capture(&self) -> &Arc<Capture> {
+        &self.contexts[0].node.capture
+    }
+
+    fn enrol(&mut self, workload: &Arc<Workload>) -> Result<(), EnrolError> {
         let node = Arc::clone(&self.contexts[0].node);
         if let Some(enrolled) = self.enrolled.get_mut(&workload.uid) {
-            if enrolled.settings != workload.settings {
+            if enrolled.settings != workload.settings && !enrolled.is_stuck {
                 node.capture.update(&workload.uid, &workload.settings)?;
                 enrolled.settings = workload.settings.clone();
             }
@@ -287,6 +276,7 @@ impl Pods {
             inode: pod.netns.inode(),
             settings: workload.settings.clone(),
             stop,
+            is_stuck: false,
         };
         info!(
             pod = %workload.uid,
@@ -305,13 +295,13 @@ impl Pods {
     /// Waits for the certificates of pods that are to be enrolled: without one a pod would be refused
     /// everywhere. After the wait they are enrolled all the same, which fails closed.
     async fn certificates(&self, wanted: &HashMap<WorkloadUid, Arc<Workload>>) {
-        let deadline = tokio::time::Instant::now() + CERTIFICATE_WAIT;
+        let deadline = Instant::now() + CERTIFICATE_WAIT;
         let lacks_one = |(uid, workload): (&WorkloadUid, &Arc<Workload>)| {
             let is_new = !self.enrolled.contains_key(uid) && !self.failing.contains_key(uid);
             is_new && self.identities.certified(&workload.identity).is_none()
         };
-        while wanted.iter().any(lacks_one) && tokio::time::Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        while wanted.iter().any(lacks_one) && Instant::now() < deadline {
+            sleep(Duration::from_millis(5)).await;
         }
     }
 
@@ -392,27 +382,28 @@ impl Pods {
         });
     }
 
-    /// Logs why a pod is not enrolled, once for each reason.
-    fn report(&mut self, workload: &Workload, error: &EnrolError) {
-        let why = crate::telemetry::chain(error);
-        if self.failing.get(&workload.uid).is_some_and(|known| known.why == why) {
-            return;
-        }
-        warn!(
-            error = %why,
-            pod = %workload.uid,
-            namespace = %workload.namespace,
-            name = %workload.name,
-            stage = "capture",
-            "not enrolled; will be tried again"
-        );
-        let failing = NotEnrolled {
-            namespace: Arc::clone(&workload.namespace),
-            name: Arc::clone(&workload.name),
-            field: error.field(),
-            why,
+    /// Keeps why a pod is not enrolled, and logs it once for each reason.
+    fn report(&mut self, workload: &Arc<Workload>, error: &EnrolError) {
+        let now = Instant::now();
+        let logged = self.failing.get(&workload.uid).map(|failed| failed.why.clone());
+        let failed = match self.failing.entry(Arc::clone(&workload.uid)) {
+            Entry::Occupied(known) => {
+                let known = known.into_mut();
+                known.once_more(workload, error, now);
+                known
+            }
+            Entry::Vacant(new) => new.insert(NotEnrolled::new(workload, error, now)),
         };
-        self.failing.insert(Arc::clone(&workload.uid), failing);
+        if logged.as_ref() != Some(&failed.why) {
+            warn!(
+                error = %failed.why,
+                pod = %workload.uid,
+                namespace = %workload.namespace,
+                name = %workload.name,
+                stage = "capture",
+                "not enrolled; will be tried again"
+            );
+        }
     }
 }
 

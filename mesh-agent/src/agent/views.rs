@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime};
 use serde_json::json;
 use tokio::sync::watch;
 
-use super::pods::Shortfall;
+use super::shortfall::Shortfall;
 use crate::admin::{self, view};
 use crate::cli::Run;
 use crate::discovery::Problem;
@@ -47,9 +47,11 @@ impl Views {
     }
 
     pub(super) fn telemetry_sources(self: Arc<Self>) -> telemetry::Sources {
-        let [capture, tunnels, certificates, snapshot] = std::array::from_fn(|_| Arc::clone(&self));
+        let [capture, pods, tunnels, certificates, snapshot] =
+            std::array::from_fn(|_| Arc::clone(&self));
         telemetry::Sources {
             capture: Box::new(move || capture.node.capture.counters()),
+            not_enrolled: Box::new(move || pods.shortfall.borrow().not_enrolled_by_reason()),
             tunnels: Box::new(move || tunnels.tunnel_numbers()),
             certificates: Box::new(move || {
                 let held = certificates.identities.view(SystemTime::now());
@@ -80,6 +82,9 @@ impl Views {
         }
     }
 
+    /// Whether this agent does its work: the programs are attached and the manifests have taken effect,
+    /// so every pod was tried once. A pod that cannot be enrolled is a problem of that pod: it must not
+    /// take the whole node out of service, nor hold up an upgrade.
     fn ready(&self) -> Result<(), String> {
         if self.node.is_draining() {
             return Err("draining".into());
@@ -94,12 +99,7 @@ impl Views {
         if let Some(why) = &shortfall.uncaptured {
             return Err(format!("destinations of the mesh may not be captured: {why}"));
         }
-        match shortfall.not_enrolled.first() {
-            Some(pod) => {
-                Err(format!("{}/{} is not enrolled: {}", pod.namespace, pod.name, pod.why))
-            }
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     fn status(&self) -> view::StatusView {

@@ -48,6 +48,8 @@ pub struct SnapshotState {
 pub struct Sources {
     /// Kernel counters by name: `mesh_capture_total{event}`.
     pub capture: Box<dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync>,
+    /// Pods that should be enrolled and are not, by reason: `mesh_pods_not_enrolled{reason}`.
+    pub not_enrolled: Box<dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync>,
     /// The `mesh_tunnel*` families.
     pub tunnels: Box<dyn Fn() -> TunnelNumbers + Send + Sync>,
     /// When each certificate held ends: `mesh_certificate_expiry_seconds{identity}`.
@@ -120,6 +122,15 @@ impl Collector for MeshState {
             ("mesh_capture", "What the kernel programs did, by event"),
             (sources.capture)().into_iter().map(|(event, count)| ([("event", event)], count)),
         )?;
+        let mut pods = encoder.encode_descriptor(
+            "mesh_pods_not_enrolled",
+            "Pods of this node that should be in the mesh and are not",
+            None,
+            MetricType::Gauge,
+        )?;
+        for (reason, count) in (sources.not_enrolled)() {
+            pods.encode_family(&[("reason", reason)])?.encode_gauge(&as_gauge(count))?;
+        }
         let TunnelNumbers { tunnels, handshakes, refusals, events } = (sources.tunnels)();
         let mut now =
             encoder.encode_descriptor("mesh_tunnels", "Tunnels now", None, MetricType::Gauge)?;

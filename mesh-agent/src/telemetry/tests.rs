@@ -52,6 +52,7 @@ fn exposition_is_pinned() {
     let telemetry = telemetry(&quiet());
     telemetry.set_sources(Sources {
         capture: Box::new(|| vec![("captured", 12), ("orig_dst_full", 0)]),
+        not_enrolled: Box::new(|| vec![("netns", 1)]),
         tunnels: Box::new(|| TunnelNumbers {
             tunnels: vec![("lane", "idle", 3), ("quic", "busy", 1)],
             handshakes: vec![("client", "full", 4), ("client", "resumed", 9)],

@@ -2,11 +2,12 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mesh_agent::capture::PodCapture;
+use mesh_agent::capture::{Listeners, PodCapture};
 use mesh_core::settings::Settings;
 use socket2::Domain;
 
@@ -23,8 +24,9 @@ fn fifty_toggles_fail_no_connection() {
     let capture = world.start();
     capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
     let outside = world.listen_outside("10.90.0.1:8080");
+    let enrolled: Mutex<Vec<Listeners>> = Mutex::default();
     let stop = AtomicBool::new(false);
-    let connected = AtomicU64::new(0);
+    let (connected, accepted) = (AtomicU64::new(0), AtomicU64::new(0));
     // Two more have ended, so one has happened wholly in the present state.
     let one_more = || {
         let before = connected.load(Ordering::Relaxed);
@@ -34,27 +36,35 @@ fn fifty_toggles_fail_no_connection() {
                 stop.store(true, Ordering::Relaxed);
                 panic!("nothing connects any more");
             }
-            thread::sleep(Duration::from_millis(1));
+            thread::yield_now();
         }
     };
     thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                world.dial("10.90.0.1:8080").unwrap();
-                // The port of a reset connection is free at once.
-                connected.fetch_add(1, Ordering::Relaxed);
-            }
-        });
-        // All the while: the queue has room for 128, which is a few milliseconds' worth.
-        scope.spawn(|| {
-            while !stop.load(Ordering::Relaxed) {
-                while outside[0].accept().is_ok() {}
+                let enrolled = enrolled.lock().unwrap();
+                // Who left a moment ago may still get one.
+                let inside = enrolled.iter().rev().take(2).flat_map(|pod| &pod.outbound);
+                let all = inside.chain(&outside).filter(|listener| listener.accept().is_ok());
+                accepted.fetch_add(all.count() as u64, Ordering::Relaxed);
+                drop(enrolled);
                 thread::yield_now();
             }
         });
-        let mut kept = Vec::new();
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let stream = world.dial("10.90.0.1:8080").unwrap();
+                let number = connected.fetch_add(1, Ordering::Relaxed) + 1;
+                // In step, or the queues would fill up on a busy machine.
+                while accepted.load(Ordering::Relaxed) < number && !stop.load(Ordering::Relaxed) {
+                    thread::yield_now();
+                }
+                drop(stream);
+            }
+        });
         for _ in 0..50 {
-            kept.push(world.enrol(&capture, &Settings::default()));
+            let listeners = world.enrol(&capture, &Settings::default());
+            enrolled.lock().unwrap().push(listeners);
             one_more();
             capture.leave(UID).unwrap();
             one_more();
