@@ -10,8 +10,8 @@ use tokio::io::{AsyncRead as _, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
-use super::{Arrived, Far, Live, Outcome, RelayEnd};
-use crate::tunnel::{Buf, Codec, Lane, LaneError, LaneEvent, LaneFlow, MAX_CHUNK};
+use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd};
+use crate::tunnel::{Buf, Codec, Lane, LaneError, LaneEvent, LaneFlow};
 
 /// A socket and the bytes of its lane.
 struct LaneEnd<'a> {
@@ -59,7 +59,7 @@ impl LaneEnd<'_> {
                 }
                 Ok(Some(_)) => {}
                 Ok(None) => {
-                    let received = self.read.try_read(self.codec.room());
+                    let received = self.read.try_read(self.codec.room(BUDGET));
                     let len = *received.as_ref().unwrap_or(&0);
                     self.codec.received(len);
                     if len == 0 {
@@ -74,29 +74,32 @@ impl LaneEnd<'_> {
 
 impl Far for LaneEnd<'_> {
     const GAP: usize = HEADER_LEN;
-    const CHUNK: usize = MAX_CHUNK;
     const RECEIVES_AFTER_FIN: bool = true;
 
     fn poll_send(&mut self, cx: &mut Context<'_>, up: &mut Buf) -> Poll<Result<(), Outcome>> {
-        // One chunk at a time: the next is read when this one has gone.
-        if !self.codec.outgoing().is_empty() && self.poll_flush(cx)?.is_pending() {
-            return Poll::Pending;
-        }
-        if !up.is_empty() {
-            let queued = self.codec.queue_data(up.bytes_mut());
-            up.clear();
-            if queued.is_err() {
+        // What `up` holds is sealed when all before it has gone: one write takes all of its records.
+        loop {
+            if self.poll_flush(cx)?.is_pending() {
+                return Poll::Pending;
+            }
+            if up.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            if self.codec.queue_payload(up).is_err() {
                 return Poll::Ready(Err(Outcome::TunnelLost));
             }
         }
-        self.poll_flush(cx)
     }
 
     fn finish(&mut self) -> Result<(), Outcome> {
         self.codec.queue_fin().map_err(|_closed| Outcome::TunnelLost)
     }
 
-    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>> {
+    fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        most: usize,
+    ) -> Poll<Result<Arrived, Outcome>> {
         loop {
             match self.codec.event() {
                 Ok(Some(LaneEvent::Data)) => return Poll::Ready(Ok(Arrived::Data)),
@@ -110,7 +113,7 @@ impl Far for LaneEnd<'_> {
                 Ok(None) => {}
                 Err(error) => return Poll::Ready(Err(broken(&error))),
             }
-            let mut room = ReadBuf::new(self.codec.room());
+            let mut room = ReadBuf::new(self.codec.room(most));
             let read = Pin::new(&mut self.read).poll_read(cx, &mut room);
             let len = room.filled().len();
             self.codec.received(len);

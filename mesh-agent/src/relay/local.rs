@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead as _, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
-use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd, count};
+use super::{Arrived, Far, Live, Outcome, RelayEnd, count, up_to};
 use crate::tunnel::Buf;
 
 struct LocalEnd<'a> {
@@ -53,7 +53,6 @@ fn far_reset(error: &io::Error) -> Outcome {
 
 impl Far for LocalEnd<'_> {
     const GAP: usize = 0;
-    const CHUNK: usize = BUDGET;
     const RECEIVES_AFTER_FIN: bool = false;
 
     fn poll_send(&mut self, cx: &mut Context<'_>, up: &mut Buf) -> Poll<Result<(), Outcome>> {
@@ -78,8 +77,12 @@ impl Far for LocalEnd<'_> {
         ended.map_err(|error| far_reset(&error))
     }
 
-    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>> {
-        let mut room = ReadBuf::new(self.down.room());
+    fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        most: usize,
+    ) -> Poll<Result<Arrived, Outcome>> {
+        let mut room = ReadBuf::new(up_to(most, self.down.room()));
         let read = Pin::new(&mut self.read).poll_read(cx, &mut room);
         let len = room.filled().len();
         self.down.fill(len);

@@ -10,7 +10,8 @@
 //! - *One task.* Both directions of a connection are one state machine in one task, so that all that
 //!   follows from one event happens in one wake-up.
 //! - *Fair.* After [`BUDGET`] bytes in a direction the task gives way, even if more is ready: without
-//!   that a small flow beside bulk waits for milliseconds.
+//!   that a small flow beside bulk waits for milliseconds. The only bulk flow of a worker has more, in
+//!   longer system calls.
 //! - *Bounded.* At most one buffer of each direction holds bytes, and an idle connection holds
 //!   none: what the slower end does not take stays in the other end's kernel.
 //! - *Ends cross faithfully.* FIN crosses alone (RFC 9293 section 3.6); RST crosses as reset, also
@@ -29,6 +30,7 @@ mod quic;
 #[cfg(test)]
 mod tests;
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::net::Shutdown;
@@ -38,7 +40,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use mesh_core::stage::Stage;
-use mesh_core::wire::ResetReason;
+use mesh_core::wire::{HEADER_LEN, ResetReason};
 use socket2::SockRef;
 use tokio::io::{AsyncRead as _, Interest, ReadBuf};
 use tokio::net::TcpStream;
@@ -46,11 +48,20 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use crate::identity::verify::PeerRefused;
 use crate::telemetry::{self, Failure, Live, ResponseFlags};
-use crate::tunnel::{Buf, Flow, Held, MAX_CHUNK};
+use crate::tunnel::{Buf, Flow, Held};
 
-/// How much one direction copies before the task gives way to the others of its worker: 64 KiB, less
-/// a frame's header, so that one full DATA frame is one turn.
-pub const BUDGET: usize = MAX_CHUNK;
+/// How much one direction copies before the task gives way to the others of its worker, where
+/// several of them copy in bulk: 64 KiB, less a frame's header, so that frame and payload fill their
+/// TLS records to the last byte.
+pub const BUDGET: usize = 64 * 1024 - HEADER_LEN;
+
+/// The same where this is the only one: as much as a large buffer holds and one system call moves.
+const BUDGET_ALONE: usize = 256 * 1024 - HEADER_LEN;
+
+thread_local! {
+    /// Directions on this worker that used up [`BUDGET`] when they were looked at last.
+    static IN_BULK: Cell<usize> = const { Cell::new(0) };
+}
 
 /// How a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,7 +156,7 @@ pub async fn relay(mut app: TcpStream, flow: Flow, held: Held, live: &Live) -> R
     drop(app.set_nodelay(true));
     match flow {
         Flow::Lane(mut flow) => {
-            count(&live.sent, held.bytes().len());
+            sent_early(held, live);
             let end = lane::run(&mut app, &mut flow, live).await;
             if end.outcome == Outcome::Clean {
                 reset_on_close(&app, false);
@@ -154,7 +165,7 @@ pub async fn relay(mut app: TcpStream, flow: Flow, held: Held, live: &Live) -> R
             end
         }
         Flow::Quic(mut flow) => {
-            count(&live.sent, held.bytes().len());
+            sent_early(held, live);
             let end = quic::run(&mut app, &mut flow, live).await;
             if end.outcome == Outcome::Clean {
                 reset_on_close(&app, false);
@@ -177,6 +188,12 @@ pub async fn relay(mut app: TcpStream, flow: Flow, held: Held, live: &Live) -> R
     }
 }
 
+/// Counts what went along with OPEN, and forgets it: kept, it would be the largest part of an idle
+/// connection's memory.
+fn sent_early(held: Held, live: &Live) {
+    count(&live.sent, held.bytes().len());
+}
+
 /// `SO_LINGER` {1, 0} or off. With it, closing sends RST and drops what was not sent.
 fn reset_on_close(socket: &TcpStream, on: bool) {
     // Fails on a socket that is broken already, which the application knows by RST.
@@ -195,8 +212,6 @@ enum Arrived {
 trait Far {
     /// Bytes in front of the payload that [`Far::poll_send`] wants to write on.
     const GAP: usize;
-    /// The most payload that it takes at once.
-    const CHUNK: usize;
     /// Whether a reset can be seen by receiving after the far end's direction has ended.
     const RECEIVES_AFTER_FIN: bool;
 
@@ -204,8 +219,9 @@ trait Far {
     fn poll_send(&mut self, cx: &mut Context<'_>, up: &mut Buf) -> Poll<Result<(), Outcome>>;
     /// Ends the direction; a [`Far::poll_send`] follows.
     fn finish(&mut self) -> Result<(), Outcome>;
-    /// Receives, after all payload has been taken.
-    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>>;
+    /// Receives about `most` bytes, after all payload has been taken.
+    fn poll_receive(&mut self, cx: &mut Context<'_>, most: usize)
+    -> Poll<Result<Arrived, Outcome>>;
     /// What was received and not taken.
     fn payload(&self) -> &[u8];
     /// Removes payload from the front.
@@ -235,6 +251,8 @@ struct Relay<'a, F> {
     up: Buf,
     up_ended: bool,
     down_ended: bool,
+    up_turn: Turn,
+    down_turn: Turn,
     live: &'a Live,
 }
 
@@ -258,6 +276,8 @@ async fn run<F: Far>(
         up,
         up_ended: false,
         down_ended: false,
+        up_turn: Turn::default(),
+        down_turn: Turn::default(),
         live,
     };
     let outcome = poll_fn(|cx| {
@@ -305,7 +325,13 @@ async fn run<F: Far>(
 
 impl<F: Far> Relay<'_, F> {
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Result<Direction, Outcome> {
-        let mut budget = BUDGET;
+        self.up_turn.begin();
+        let direction = self.copy_up(cx);
+        self.up_turn.end();
+        direction
+    }
+
+    fn copy_up(&mut self, cx: &mut Context<'_>) -> Result<Direction, Outcome> {
         loop {
             match self.far.poll_send(cx, &mut self.up) {
                 Poll::Pending => return Ok(Direction::Blocked),
@@ -314,17 +340,18 @@ impl<F: Far> Relay<'_, F> {
             if self.up_ended {
                 return Ok(Direction::Ended);
             }
-            if budget == 0 {
+            let most = self.up_turn.left();
+            if most == 0 {
                 return Ok(Direction::Tired);
             }
-            let mut room = ReadBuf::new(&mut self.up.room()[F::GAP..F::GAP + F::CHUNK]);
+            let mut room = ReadBuf::new(up_to(most, &mut self.up.room()[F::GAP..]));
             let read = Pin::new(&mut self.app_read).poll_read(cx, &mut room);
             let len = room.filled().len();
             match read {
                 Poll::Ready(Ok(())) if len > 0 => {
                     self.up.fill(F::GAP + len);
                     count(&self.live.sent, len);
-                    budget = budget.saturating_sub(len);
+                    self.up_turn.copied(len);
                 }
                 Poll::Ready(Ok(())) => {
                     self.up.release();
@@ -344,14 +371,20 @@ impl<F: Far> Relay<'_, F> {
     }
 
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Result<Direction, Outcome> {
-        let mut budget = BUDGET;
+        self.down_turn.begin();
+        let direction = self.copy_down(cx);
+        self.down_turn.end();
+        direction
+    }
+
+    fn copy_down(&mut self, cx: &mut Context<'_>) -> Result<Direction, Outcome> {
         loop {
             while !self.far.payload().is_empty() {
                 match self.app_write.try_write(self.far.payload()) {
                     Ok(len) => {
                         self.far.taken(len);
                         count(&self.live.received, len);
-                        budget = budget.saturating_sub(len);
+                        self.down_turn.copied(len);
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         match self.app_write.as_ref().poll_write_ready(cx) {
@@ -366,10 +399,11 @@ impl<F: Far> Relay<'_, F> {
             if self.down_ended && (self.up_ended || !F::RECEIVES_AFTER_FIN) {
                 return Ok(Direction::Ended);
             }
-            if budget == 0 {
+            let most = self.down_turn.left();
+            if most == 0 {
                 return Ok(Direction::Tired);
             }
-            match self.far.poll_receive(cx) {
+            match self.far.poll_receive(cx, most) {
                 Poll::Ready(Ok(Arrived::Data)) => {}
                 Poll::Ready(Ok(Arrived::Fin)) => {
                     SockRef::from(self.app_write.as_ref())
@@ -383,6 +417,54 @@ impl<F: Far> Relay<'_, F> {
             }
         }
     }
+}
+
+/// What one direction may copy at one look, and whether it is one of those [`IN_BULK`].
+#[derive(Debug, Default)]
+struct Turn {
+    budget: usize,
+    copied: usize,
+    in_bulk: bool,
+}
+
+impl Turn {
+    fn begin(&mut self) {
+        let others = IN_BULK.get().saturating_sub(self.in_bulk.into());
+        self.budget = if others == 0 { BUDGET_ALONE } else { BUDGET };
+        self.copied = 0;
+    }
+
+    fn copied(&mut self, len: usize) {
+        self.copied += len;
+    }
+
+    fn left(&self) -> usize {
+        self.budget.saturating_sub(self.copied)
+    }
+
+    fn end(&mut self) {
+        self.count_as(self.copied >= BUDGET);
+    }
+
+    fn count_as(&mut self, in_bulk: bool) {
+        if in_bulk != self.in_bulk {
+            let now = IN_BULK.get();
+            IN_BULK.set(if in_bulk { now + 1 } else { now.saturating_sub(1) });
+            self.in_bulk = in_bulk;
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.count_as(false);
+    }
+}
+
+/// The front of `room`.
+fn up_to(most: usize, room: &mut [u8]) -> &mut [u8] {
+    let most = room.len().min(most);
+    &mut room[..most]
 }
 
 /// Lets everything else that is ready run first, and looks for what has become ready: a plain wake-up

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use mesh_core::wire::ResetReason;
 use tokio::net::TcpStream;
 
-use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd};
+use super::{Arrived, Far, Live, Outcome, RelayEnd, up_to};
 use crate::tunnel::{Buf, QuicFlow, StreamError};
 
 struct QuicEnd<'a> {
@@ -37,7 +37,6 @@ pub(super) async fn run(app: &mut TcpStream, flow: &mut QuicFlow, live: &Live) -
 
 impl Far for QuicEnd<'_> {
     const GAP: usize = 0;
-    const CHUNK: usize = BUDGET;
     const RECEIVES_AFTER_FIN: bool = false;
 
     fn poll_send(&mut self, cx: &mut Context<'_>, up: &mut Buf) -> Poll<Result<(), Outcome>> {
@@ -55,8 +54,12 @@ impl Far for QuicEnd<'_> {
         self.flow.finish_sending().map_err(outcome)
     }
 
-    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>> {
-        let read = self.flow.poll_read(cx, self.down.room());
+    fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        most: usize,
+    ) -> Poll<Result<Arrived, Outcome>> {
+        let read = self.flow.poll_read(cx, up_to(most, self.down.room()));
         self.down.fill(match read {
             Poll::Ready(Ok(len)) => len,
             _ => 0,

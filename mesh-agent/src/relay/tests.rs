@@ -114,3 +114,25 @@ async fn a_relay_is_a_small_task() {
     let size = size_of_val(&future);
     assert!(size <= 2048, "{size} bytes for every connection");
 }
+
+#[test]
+fn the_only_flow_in_bulk_has_the_long_turn() {
+    let (mut one, mut other, mut small) = (Turn::default(), Turn::default(), Turn::default());
+    let look = |turn: &mut Turn, len: usize| {
+        turn.begin();
+        let budget = turn.left();
+        turn.copied(len);
+        turn.end();
+        budget
+    };
+    assert_eq!(look(&mut one, BUDGET_ALONE), BUDGET_ALONE);
+    assert_eq!(look(&mut one, BUDGET_ALONE), BUDGET_ALONE, "it does not count itself");
+    assert_eq!(look(&mut small, 64), BUDGET);
+    assert_eq!(look(&mut other, BUDGET), BUDGET);
+    assert_eq!(look(&mut one, BUDGET), BUDGET);
+    // Small exchanges are no bulk, and neither is who has ended.
+    assert_eq!(look(&mut one, 64), BUDGET);
+    drop(other);
+    assert_eq!(look(&mut one, 64), BUDGET_ALONE);
+    assert_eq!(look(&mut small, 64), BUDGET_ALONE);
+}

@@ -5,15 +5,78 @@
 
 use std::cell::RefCell;
 
-/// What one read takes, and what one DATA frame and the TLS records around it fit into: 64 KiB, and
-/// 22 bytes for each of the records that it needs, with room for a few control frames.
-const SIZE: usize = 65 * 1024;
+use super::records::{MAX_PLAIN, OVERHEAD, UPDATE_LEN};
 
-/// Buffers that a thread keeps for the next flow: 4 MiB.
-const MAX_POOLED: usize = 64;
+/// Full records that a small buffer holds, and a large one: 64 and 256 KiB of plaintext. Fewer, longer
+/// system calls are what a bulk flow gains by a large one.
+const SMALL_RECORDS: usize = 4;
+const LARGE_RECORDS: usize = 16;
+
+/// Behind the full records: a key update, an alert and a few control frames.
+const SLACK: usize = 1024;
+
+const SMALL: usize = size_for(SMALL_RECORDS);
+const LARGE: usize = size_for(LARGE_RECORDS);
+
+/// Large buffers that a thread makes: 4 MiB. Flows that stall keep theirs, and who finds none left
+/// takes a small one; so this bounds what they can hold beyond that.
+const MAX_LARGE: usize = 16;
+
+/// Small buffers that a thread keeps for the next flow: 2 MiB.
+const MAX_POOLED: usize = 32;
+
+const fn size_for(records: usize) -> usize {
+    records * (MAX_PLAIN + OVERHEAD) + SLACK
+}
+
+/// How much plaintext can be sealed into `room` bytes, with a key update in front of it.
+pub(super) const fn sealable(room: usize) -> usize {
+    let room = room.saturating_sub(UPDATE_LEN);
+    let (full, rest) = (room / (MAX_PLAIN + OVERHEAD), room % (MAX_PLAIN + OVERHEAD));
+    full * MAX_PLAIN + rest.saturating_sub(OVERHEAD)
+}
 
 thread_local! {
-    static POOL: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
+    static POOL: RefCell<Pool> = const { RefCell::new(Pool::new()) };
+}
+
+/// What a thread has for its flows.
+struct Pool {
+    large: Vec<Box<[u8]>>,
+    small: Vec<Box<[u8]>>,
+    /// Large buffers that were made and not freed, here or in use.
+    made: usize,
+}
+
+impl Pool {
+    const fn new() -> Self {
+        Self { large: Vec::new(), small: Vec::new(), made: 0 }
+    }
+
+    fn take(&mut self) -> Box<[u8]> {
+        // Zeroed by the kernel, page by page, when it is first written to: a small exchange touches
+        // one page of a large buffer.
+        let make = |len: usize| vec![0; len].into_boxed_slice();
+        if let Some(memory) = self.large.pop() {
+            return memory;
+        }
+        if self.made < MAX_LARGE {
+            self.made += 1;
+            return make(LARGE);
+        }
+        self.small.pop().unwrap_or_else(|| make(SMALL))
+    }
+
+    fn give_back(&mut self, memory: Box<[u8]>) {
+        if memory.len() == LARGE {
+            // One that was made on another thread is only freed.
+            if self.large.len() < self.made {
+                self.large.push(memory);
+            }
+        } else if self.small.len() < MAX_POOLED {
+            self.small.push(memory);
+        }
+    }
 }
 
 /// A queue of bytes that has memory only while it is not empty.
@@ -39,9 +102,9 @@ impl Buf {
         self.end - self.start
     }
 
-    /// How much can still be added.
+    /// How much can still be added, at least.
     pub(crate) fn room_len(&self) -> usize {
-        SIZE - self.len()
+        self.memory.as_deref().map_or(SMALL, <[u8]>::len) - self.len()
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
@@ -56,9 +119,7 @@ impl Buf {
     /// All free memory, behind what is there. Borrows memory if there is none: [`Buf::release`]
     /// gives it back if nothing came of it.
     pub(crate) fn room(&mut self) -> &mut [u8] {
-        let memory = self.memory.get_or_insert_with(|| {
-            POOL.with_borrow_mut(Vec::pop).unwrap_or_else(|| vec![0; SIZE].into_boxed_slice())
-        });
+        let memory = self.memory.get_or_insert_with(|| POOL.with_borrow_mut(Pool::take));
         if self.start > 0 {
             memory.copy_within(self.start..self.end, 0);
             self.end -= self.start;
@@ -69,8 +130,9 @@ impl Buf {
 
     /// Says that the first `len` bytes of [`Buf::room`] have been filled.
     pub(crate) fn fill(&mut self, len: usize) {
-        debug_assert!(self.end + len <= SIZE, "filled more than there was room for");
-        self.end = (self.end + len).min(SIZE);
+        let size = self.memory.as_deref().map_or(0, <[u8]>::len);
+        debug_assert!(self.end + len <= size, "filled more than there was room for");
+        self.end = (self.end + len).min(size);
     }
 
     /// Removes `len` bytes from the front.
@@ -100,11 +162,7 @@ impl Buf {
     pub(crate) fn clear(&mut self) {
         (self.start, self.end) = (0, 0);
         if let Some(memory) = self.memory.take() {
-            POOL.with_borrow_mut(|pool| {
-                if pool.len() < MAX_POOLED {
-                    pool.push(memory);
-                }
-            });
+            POOL.with_borrow_mut(|pool| pool.give_back(memory));
         }
     }
 
@@ -152,5 +210,28 @@ mod tests {
         assert_eq!(buf.room().len(), len - 2);
         assert!(buf.push(b"x"));
         assert_eq!(buf.bytes(), [7, 7, b'x']);
+    }
+
+    #[test]
+    fn who_finds_no_large_buffer_takes_a_small_one() {
+        let mut held: Vec<Buf> = (0..=MAX_LARGE).map(|_| Buf::default()).collect();
+        let sizes: Vec<_> = held.iter_mut().map(|buf| buf.room().len()).collect();
+        assert_eq!(sizes[..MAX_LARGE], [LARGE; MAX_LARGE]);
+        assert_eq!(sizes[MAX_LARGE], SMALL);
+        // What one gives back the next one gets.
+        held[3].release();
+        assert_eq!(Buf::default().room().len(), LARGE);
+    }
+
+    #[test]
+    fn what_is_sealable_fits_with_a_key_update() {
+        for room in [UPDATE_LEN + OVERHEAD + 1, SMALL, LARGE, LARGE - 1, SMALL - SLACK] {
+            let plain = sealable(room);
+            let records = plain.div_ceil(MAX_PLAIN);
+            assert!(UPDATE_LEN + plain + records * OVERHEAD <= room, "{room}");
+            assert!(plain > 0, "{room}");
+        }
+        assert_eq!((sealable(0), sealable(UPDATE_LEN + OVERHEAD)), (0, 0));
+        assert!(sealable(SMALL) >= SMALL_RECORDS * MAX_PLAIN);
     }
 }

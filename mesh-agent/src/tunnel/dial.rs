@@ -216,7 +216,7 @@ impl Dialler {
             Err(error) => return Err((error, kind)),
         };
         self.stats.completed(Side::Client, kind);
-        Ok(handshake.into_lane(proof, expires, &self.stats))
+        handshake.into_lane(proof, expires, &self.stats).map_err(|error| (error, kind))
     }
 
     async fn quic(&self, peer: &Peer) -> Result<QuicLink, DialError> {

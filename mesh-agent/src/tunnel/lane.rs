@@ -9,23 +9,20 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use mesh_core::wire::{
-    ALPN, Answer, Decoder, Event, FIN, HEADER_LEN, Open, ResetReason, Role, WireError, data_header,
-    encode_reset,
+    ALPN, Answer, Decoder, Event, FIN, HEADER_LEN, MAX_DATA, Open, ResetReason, Role, WireError,
+    data_header, encode_reset,
 };
 use rustls::HandshakeKind;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::buffers::Buf;
+use super::buffers::{Buf, sealable};
 use super::error::DialError;
 use super::proof::Proof;
-use super::session::{MAX_RECORD, Record, Session};
+use super::records::{MAX_OPENED, MAX_PLAIN, OVERHEAD, Record, Records};
+use super::session::Session;
 use super::stats::{Gauged, SessionKind, TunnelStats};
 use super::tls;
-
-/// The most payload in one DATA frame that we send: with its header it fills four TLS records to
-/// the last byte.
-pub(crate) const MAX_CHUNK: usize = 4 * MAX_RECORD - HEADER_LEN;
 
 /// A TLS connection between two agents, for two workloads.
 #[derive(Debug)]
@@ -111,7 +108,7 @@ pub(crate) enum LaneEvent {
 /// Everything of a lane but its socket: no IO happens here.
 #[derive(Debug)]
 pub(crate) struct Codec {
-    session: Session,
+    records: Records,
     decoder: Decoder,
     /// Received and not decrypted: at most an incomplete record once all events are taken.
     inbox: Buf,
@@ -126,11 +123,12 @@ pub(crate) struct Codec {
 }
 
 impl Codec {
-    pub(super) fn new(session: Session, role: Role) -> Self {
+    /// `inbox` is what was received behind the handshake.
+    fn new(records: Records, role: Role, inbox: Buf) -> Self {
         Self {
-            session,
+            records,
             decoder: Decoder::new(role),
-            inbox: Buf::default(),
+            inbox,
             plain: Buf::default(),
             payload: 0,
             outbox: Buf::default(),
@@ -173,8 +171,8 @@ impl Codec {
     /// Returns whether there was anything.
     fn decrypt(&mut self) -> Result<bool, LaneError> {
         let mut taken = false;
-        while !self.closed && self.plain.room_len() >= MAX_RECORD {
-            let record = self.session.open(&mut self.inbox, &mut self.plain, &mut self.outbox);
+        while !self.closed && self.plain.room_len() >= MAX_OPENED {
+            let record = self.records.open(&mut self.inbox, &mut self.plain, &mut self.outbox);
             match record.map_err(|error| LaneError::Tls(tls::cause(error)))? {
                 Record::Taken => taken = true,
                 Record::Closed => self.closed = true,
@@ -196,9 +194,14 @@ impl Codec {
         self.plain.consume(len);
     }
 
-    /// Where to receive into; [`Codec::received`] follows, also if nothing came.
-    pub(crate) fn room(&mut self) -> &mut [u8] {
-        self.inbox.room()
+    /// Where to receive a frame of `most` bytes into, or what one record takes if that is more;
+    /// [`Codec::received`] follows, also if nothing came.
+    pub(crate) fn room(&mut self, most: usize) -> &mut [u8] {
+        let frame = HEADER_LEN + most;
+        let most = frame + frame.div_ceil(MAX_PLAIN) * OVERHEAD;
+        let room = self.inbox.room();
+        let most = room.len().min(most.max(MAX_PLAIN + OVERHEAD));
+        &mut room[..most]
     }
 
     /// Says how much of [`Codec::room`] was filled.
@@ -219,7 +222,7 @@ impl Codec {
 
     /// Queues frames.
     pub(crate) fn queue(&mut self, frames: &[u8]) -> io::Result<()> {
-        self.session.seal(frames, &mut self.inbox, &mut self.outbox)
+        self.records.seal(frames, &mut self.outbox).map_err(io::Error::other)
     }
 
     /// Queues a DATA frame: `frame` is room for the header, then the payload.
@@ -229,6 +232,22 @@ impl Codec {
             *header = data_header(len);
         }
         self.queue(frame)
+    }
+
+    /// Queues a DATA frame of what `up` holds, which is room for the header and then payload, as far
+    /// as there is room to seal it. What is left has such room in front of it again.
+    pub(crate) fn queue_payload(&mut self, up: &mut Buf) -> io::Result<()> {
+        let most = sealable(self.outbox.room().len()).min(HEADER_LEN + MAX_DATA);
+        let frame = up.bytes_mut();
+        let len = frame.len().min(most);
+        self.queue_data(&mut frame[..len])?;
+        if up.len() > len {
+            // The next header takes the place of payload that has been sealed.
+            up.consume(len - HEADER_LEN);
+        } else {
+            up.clear();
+        }
+        Ok(())
     }
 
     /// Queues FIN.
@@ -243,7 +262,7 @@ impl Codec {
 
     /// Queues `close_notify`.
     pub(super) fn queue_close(&mut self) {
-        self.session.close(&mut self.inbox, &mut self.outbox);
+        self.records.close(&mut self.outbox);
     }
 
     /// Whether a part of an event has arrived.
@@ -254,11 +273,6 @@ impl Codec {
     /// Whether nothing has arrived that belongs to a next flow, and nothing waits to be sent.
     fn is_quiet(&self) -> bool {
         self.plain.is_empty() && self.outbox.is_empty() && self.decoder.at_boundary()
-    }
-
-    #[cfg(test)]
-    pub(super) fn session(&self) -> &Session {
-        &self.session
     }
 
     /// Whether any buffer is held.
@@ -272,21 +286,23 @@ impl Codec {
 #[derive(Debug)]
 pub(super) struct Handshake {
     tcp: TcpStream,
-    codec: Codec,
+    session: Session,
+    role: Role,
+    inbox: Buf,
+    outbox: Buf,
 }
 
 impl Handshake {
     pub(super) fn new(tcp: TcpStream, session: Session, role: Role) -> Self {
-        Self { tcp, codec: Codec::new(session, role) }
+        Self { tcp, session, role, inbox: Buf::default(), outbox: Buf::default() }
     }
 
     /// Drives the handshake to its end. What our end thinks of it goes to the peer also when it
     /// fails: then an alert, and a moment for the peer to read it.
     pub(super) async fn complete(&mut self) -> Result<(), DialError> {
         loop {
-            let codec = &mut self.codec;
-            let done = codec.session.handshake(&mut codec.inbox, &mut codec.outbox);
-            if let Err(error) = flush(&self.tcp, codec).await {
+            let done = self.session.handshake(&mut self.inbox, &mut self.outbox);
+            if let Err(error) = flush(&self.tcp, &mut self.outbox).await {
                 // Also the peer's own failure looks like this; its alert says more.
                 return Err(match done {
                     Err(error) => tls::cause(error),
@@ -298,11 +314,11 @@ impl Handshake {
                 Ok(false) => {}
                 Err(error) => return Err(tls::cause(error)),
             }
-            if receive(&self.tcp, codec).await.map_err(DialError::Network)? == 0 {
+            if receive(&self.tcp, &mut self.inbox).await.map_err(DialError::Network)? == 0 {
                 return Err(DialError::Network(io::ErrorKind::UnexpectedEof.into()));
             }
         }
-        if self.codec.session.state().alpn_protocol() != Some(ALPN) {
+        if self.session.state().alpn_protocol() != Some(ALPN) {
             return Err(DialError::Tls(rustls::Error::NoApplicationProtocol));
         }
         Ok(())
@@ -310,9 +326,8 @@ impl Handshake {
 
     /// The alert that came before the connection broke, or how it broke.
     async fn alert_or(&mut self, error: io::Error) -> DialError {
-        let codec = &mut self.codec;
-        while let Ok(1..) = receive(&self.tcp, codec).await {
-            match codec.session.handshake(&mut codec.inbox, &mut codec.outbox) {
+        while let Ok(1..) = receive(&self.tcp, &mut self.inbox).await {
+            match self.session.handshake(&mut self.inbox, &mut self.outbox) {
                 Err(error @ rustls::Error::AlertReceived(_)) => return tls::cause(error),
                 Ok(false) => {}
                 _ => break,
@@ -322,7 +337,7 @@ impl Handshake {
     }
 
     pub(super) fn session(&self) -> &Session {
-        &self.codec.session
+        &self.session
     }
 
     /// Whether the session was resumed: then no certificate was verified.
@@ -339,15 +354,16 @@ impl Handshake {
         proof: Arc<Proof>,
         expires: Instant,
         stats: &Arc<TunnelStats>,
-    ) -> Lane {
-        Lane {
+    ) -> Result<Lane, DialError> {
+        let records = self.session.into_records().map_err(DialError::Tls)?;
+        Ok(Lane {
             tcp: self.tcp,
-            codec: self.codec,
+            codec: Codec::new(records, self.role, self.inbox),
             proof,
             expires,
             used: false,
             _open: Gauged::new(stats, |stats| &stats.lanes_open),
-        }
+        })
     }
 
     /// Gives the peer time to read the alert: closing with unread bytes would send RST, which may
@@ -365,8 +381,8 @@ impl Lane {
                 return Ok(event);
             }
             // The answer to a key update, if any.
-            flush(&self.tcp, &mut self.codec).await?;
-            if receive(&self.tcp, &mut self.codec).await? == 0 {
+            flush(&self.tcp, &mut self.codec.outbox).await?;
+            if receive(&self.tcp, &mut self.codec.inbox).await? == 0 {
                 return Err(LaneError::Io(io::ErrorKind::UnexpectedEof.into()));
             }
         }
@@ -384,8 +400,8 @@ impl Lane {
             if self.codec.has_begun() {
                 break;
             }
-            flush(&self.tcp, &mut self.codec).await?;
-            if receive(&self.tcp, &mut self.codec).await? == 0 {
+            flush(&self.tcp, &mut self.codec.outbox).await?;
+            if receive(&self.tcp, &mut self.codec.inbox).await? == 0 {
                 return Err(LaneError::Io(io::ErrorKind::UnexpectedEof.into()));
             }
         }
@@ -394,7 +410,7 @@ impl Lane {
 
     /// Sends what is queued.
     pub(super) async fn flush(&mut self) -> io::Result<()> {
-        flush(&self.tcp, &mut self.codec).await
+        flush(&self.tcp, &mut self.codec.outbox).await
     }
 
     /// Whether the lane, which has no flow, can take one: nothing came but session tickets.
@@ -407,7 +423,7 @@ impl Lane {
                 }
                 Some(_) => return Err(LaneError::Io(io::ErrorKind::InvalidData.into())),
             }
-            match try_receive(&self.tcp, &mut self.codec) {
+            match try_receive(&self.tcp, &mut self.codec.inbox) {
                 Ok(0) => return Err(LaneError::Io(io::ErrorKind::UnexpectedEof.into())),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -462,10 +478,10 @@ async fn linger(tcp: TcpStream) {
     drop(timeout(PATIENCE, drain).await);
 }
 
-async fn flush(tcp: &TcpStream, codec: &mut Codec) -> io::Result<()> {
-    while !codec.outgoing().is_empty() {
-        match tcp.try_write(codec.outgoing()) {
-            Ok(len) => codec.sent(len),
+async fn flush(tcp: &TcpStream, outbox: &mut Buf) -> io::Result<()> {
+    while !outbox.is_empty() {
+        match tcp.try_write(outbox.bytes()) {
+            Ok(len) => outbox.consume(len),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => tcp.writable().await?,
             Err(error) => return Err(error),
         }
@@ -474,18 +490,19 @@ async fn flush(tcp: &TcpStream, codec: &mut Codec) -> io::Result<()> {
 }
 
 /// Receives at least one byte; zero means the end.
-async fn receive(tcp: &TcpStream, codec: &mut Codec) -> io::Result<usize> {
+async fn receive(tcp: &TcpStream, inbox: &mut Buf) -> io::Result<usize> {
     loop {
         tcp.readable().await?;
-        match try_receive(tcp, codec) {
+        match try_receive(tcp, inbox) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             result => return result,
         }
     }
 }
 
-fn try_receive(tcp: &TcpStream, codec: &mut Codec) -> io::Result<usize> {
-    let result = tcp.try_read(codec.room());
-    codec.received(*result.as_ref().unwrap_or(&0));
+fn try_receive(tcp: &TcpStream, inbox: &mut Buf) -> io::Result<usize> {
+    let result = tcp.try_read(inbox.room());
+    inbox.fill(*result.as_ref().unwrap_or(&0));
+    inbox.release();
     result
 }

@@ -42,6 +42,7 @@ mod open;
 mod pool;
 mod proof;
 mod quic;
+mod records;
 mod reset_key;
 mod serve;
 mod session;
@@ -63,5 +64,5 @@ pub use stream::QuicFlow;
 pub use tunnels::{Peer, TicketKeys, TunnelView, Tunnels};
 
 pub(crate) use buffers::Buf;
-pub(crate) use lane::{Codec, Lane, LaneError, LaneEvent, MAX_CHUNK};
+pub(crate) use lane::{Codec, Lane, LaneError, LaneEvent};
 pub(crate) use stream::StreamError;

@@ -38,7 +38,7 @@ pub(super) fn server_config(
     resolver: Arc<dyn ResolvesServerCert>,
     refusals: &Refusals,
 ) -> Result<ServerConfig, Error> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
+    let provider = Arc::new(provider());
     let verifier = Arc::new(Verifier::new(credentials, &provider, refusals));
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -49,6 +49,7 @@ pub(super) fn server_config(
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = TICKETS;
     config.max_early_data_size = 0;
+    config.enable_secret_extraction = true; // For the lanes' own record layer.
     Ok(config)
 }
 
@@ -59,7 +60,7 @@ pub(super) fn client_config(
     certified: &Arc<CertifiedKey>,
     refusals: &Refusals,
 ) -> Result<ClientConfig, Error> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
+    let provider = Arc::new(provider());
     let verifier = Arc::new(Verifier::new(credentials, &provider, refusals));
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -69,7 +70,17 @@ pub(super) fn client_config(
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.resumption = Resumption::in_memory_sessions(REMEMBERED_SESSIONS);
     config.enable_early_data = false;
+    config.enable_secret_extraction = true; // For the lanes' own record layer.
     Ok(config)
+}
+
+/// rustls' algorithms, with AES-128-GCM before AES-256-GCM, which is a seventh slower with full
+/// records: who could try 2^128 keys would rather attack the certificates. The client's order counts.
+fn provider() -> CryptoProvider {
+    let mut provider = aws_lc_rs::default_provider();
+    let first = aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256;
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != first.suite());
+    provider
 }
 
 /// When the first certificate of `chain` ends, in seconds since 1970. A leaf that cannot be read has

@@ -156,9 +156,16 @@ where
                 (nobody.clone(), self.tunnels.proofs.none(nobody, refused))
             }
         };
-        let lane = handshake.into_lane(Arc::clone(&proof), expires, &self.tunnels.stats);
-        let parties = Parties { caller, proof, served_as: served_as.clone(), peer, expires };
-        Ok((Box::new(lane), parties))
+        match handshake.into_lane(Arc::clone(&proof), expires, &self.tunnels.stats) {
+            Ok(lane) => {
+                let served_as = served_as.clone();
+                Ok((Box::new(lane), Parties { caller, proof, served_as, peer, expires }))
+            }
+            Err(error) => {
+                self.report(peer, &error, Some(served_as));
+                Err(None)
+            }
+        }
     }
 
     /// One flow after the other.

@@ -182,7 +182,7 @@ async fn a_caller_without_certificate_is_refused_on_a_lane() {
     let stats = Arc::new(TunnelStats::default());
     let expires = std::time::Instant::now() + Duration::from_secs(60);
     let proof = nobody(&holdings(&ca).0, &stats);
-    let mut lane = handshake.into_lane(proof, expires, &stats);
+    let mut lane = handshake.into_lane(proof, expires, &stats).unwrap();
     match lane.next_event().await {
         Err(LaneError::Tls(DialError::PeerRefused { alert })) => {
             assert_eq!(alert, "certificate_required");
@@ -322,12 +322,14 @@ async fn a_server_that_renewed_while_away_is_met_with_a_full_handshake() {
 
 #[tokio::test]
 async fn the_key_exchange_is_post_quantum() {
-    let (_agent, client) = world(CarrierChoice::Lane).await;
-    let (address, _apps) = application().await;
-    let (_user, app) = pair().await;
-    let flow = client.open(&app, address, &mut Held::default()).await.unwrap();
-    let Flow::Lane(flow) = flow else { panic!("{flow:?}") };
-    let group = flow.lane.codec.session().state().negotiated_key_exchange_group().unwrap();
+    let ca = Ca::new();
+    let (agent, _client) = world_with(&ca, config(CarrierChoice::Lane)).await;
+    let name = ServerName::try_from(sni_name(&id(SERVICE))).unwrap();
+    let session = Session::client(Arc::new(tls_configs(&ca).0), name).unwrap();
+    let tcp = TcpStream::connect(agent.node.0).await.unwrap();
+    let mut handshake = Handshake::new(tcp, session, Role::Client);
+    handshake.complete().await.unwrap();
+    let group = handshake.session().state().negotiated_key_exchange_group().unwrap();
     assert_eq!(group.name(), NamedGroup::X25519MLKEM768);
 }
 

@@ -3,6 +3,7 @@
 mod carriers;
 mod identity;
 mod pool;
+mod records;
 mod restart;
 mod session;
 mod windows;

@@ -337,7 +337,7 @@ async fn raw_lane(ca: &Ca, agent: &Agent) -> Lane {
     handshake.complete().await.unwrap();
     let stats = Arc::new(TunnelStats::default());
     let proof = nobody(&ours, &stats);
-    handshake.into_lane(proof, Instant::now() + Duration::from_secs(60), &stats)
+    handshake.into_lane(proof, Instant::now() + Duration::from_secs(60), &stats).unwrap()
 }
 
 #[tokio::test]

@@ -27,6 +27,7 @@ use crate::identity::sni_name;
 use crate::identity::verify::{PeerRefused, PeerRole};
 use crate::relay::{RelayEnd, relay};
 use crate::telemetry::Live;
+use crate::tunnel::tls::{Refusals, ServedBySni};
 use crate::tunnel::*;
 
 pub(super) const CALLER: &str = "spiffe://cluster.local/ns/a/sa/caller";
@@ -400,6 +401,18 @@ pub(super) fn holdings(ca: &Ca) -> (Holdings, Holdings) {
     ours.hold(CALLER, ca.issue(CALLER, VALID));
     theirs.hold(SERVICE, ca.issue(SERVICE, VALID));
     (ours, theirs)
+}
+
+/// The TLS configurations of both ends, without sockets.
+pub(super) fn tls_configs(ca: &Ca) -> (rustls::ClientConfig, rustls::ServerConfig) {
+    let (ours, theirs) = holdings(ca);
+    let (ours, theirs) = (ours.credentials(), theirs.credentials());
+    let certified = (ours.certified)(&id(CALLER)).unwrap();
+    let client = tls::client_config(&ours, &certified, &Refusals::default()).unwrap();
+    let resolver = Arc::new(ServedBySni::new(&theirs));
+    let tickets = TicketKeys::new().unwrap();
+    let server = tls::server_config(&theirs, &tickets, resolver, &Refusals::default()).unwrap();
+    (client, server)
 }
 
 pub(super) fn config(carrier: CarrierChoice) -> TunnelConfig {
