@@ -30,9 +30,10 @@ pub async fn serve<H, F>(
     mut stop: watch::Receiver<bool>,
     handle: H,
 ) where
-    H: Fn(TcpStream, SocketAddr) -> F,
+    H: Fn(TcpStream, SocketAddr) -> F + Send + Sync + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
+    let handle = Arc::new(handle);
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -62,16 +63,17 @@ pub async fn serve<H, F>(
 
 fn spawn<H, F>(
     connections: &mut JoinSet<()>,
-    handle: &H,
+    handle: &Arc<H>,
     permit: OwnedSemaphorePermit,
     (stream, from): (TcpStream, SocketAddr),
 ) where
-    H: Fn(TcpStream, SocketAddr) -> F,
+    H: Fn(TcpStream, SocketAddr) -> F + Send + Sync + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
-    let connection = handle(stream, from);
+    let handle = Arc::clone(handle);
     connections.spawn(async move {
-        connection.await;
+        // Made in here: what a task captures and then awaits has a place in it twice.
+        handle(stream, from).await;
         drop(permit);
     });
 }
