@@ -53,11 +53,11 @@ struct Cli {
     seconds: f64,
 
     /// Seconds of new connections, once with 1 client and once with 16; their decay needs time.
-    #[arg(long, default_value_t = 10.0)]
+    #[arg(long, default_value_t = 30.0)]
     connect_seconds: f64,
 
     /// Connections held open for the memory of an idle one.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 10_000)]
     idle: usize,
 
     /// Hold agents, clients and server to these cores, as `0` or `0,1`.
