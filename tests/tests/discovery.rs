@@ -101,6 +101,33 @@ fn kind_that_is_not_known_is_ignored() -> Result<()> {
     Ok(())
 }
 
+/// Asked for and not possible is not the same as done.
+#[test]
+fn pod_whose_enrolment_fails_is_shown_as_not_enrolled() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let absent = "/run/netns/malla-there-is-none";
+    mesh.manifests().write(
+        "homeless",
+        &format!(
+            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: homeless\n  namespace: default\n  \
+             annotations: {{malla.dev/netns: {absent}}}\nspec: {{nodeName: a}}\n\
+             status: {{podIPs: [{{ip: 10.249.0.1}}]}}\n"
+        ),
+    )?;
+    let shown = || {
+        let workloads = mesh.agent("a").ask(&["workloads"]).ok()?;
+        let mut workloads = workloads.as_array()?.iter();
+        workloads.find(|one| one["pod"] == "homeless" && one["enrolled"] == false).cloned()
+    };
+    let shown = wait::until_some(wait::SOON, "the pod to be shown as not enrolled", shown)?;
+    ensure!(shown["reason"].as_str().is_some_and(|why| why.contains(absent)), "{shown}");
+    assert_eq!(mesh.agent("a").is_enrolled(mesh.pod("a1")), Some(true));
+    let status = mesh.agent("a").cli(&["status", "-o", "json"])?.json()?;
+    assert_eq!(status["snapshot"]["enrolled_here"], 2, "{status}");
+    Ok(())
+}
+
 /// A manifest that people write has no UID, and its name may have dots.
 #[test]
 fn pod_without_a_uid_takes_part() -> Result<()> {

@@ -29,7 +29,7 @@ use serde_json::{Value, json};
 
 pub use self::client::{ClientError, ask, ask_to_change};
 pub use self::socket::{AdminError, AdminSocket};
-use self::view::{CertificateView, StatusView, TunnelView};
+use self::view::{CertificateView, StatusView, TunnelView, WorkloadView};
 use crate::telemetry::http::{Answer, Question, must_be_read, serve as serve_http};
 use crate::telemetry::{LogLevel, Telemetry};
 
@@ -37,7 +37,9 @@ use crate::telemetry::{LogLevel, Telemetry};
 pub struct Sources {
     /// `/status`.
     pub status: Box<dyn Fn() -> StatusView + Send + Sync>,
-    /// `/workloads` and `/services` are read from it.
+    /// `/workloads`.
+    pub workloads: Box<dyn Fn() -> Vec<WorkloadView> + Send + Sync>,
+    /// `/services` are read from it.
     pub snapshot: Box<dyn Fn() -> Arc<Snapshot> + Send + Sync>,
     /// `/certs`.
     pub certificates: Box<dyn Fn() -> Vec<CertificateView> + Send + Sync>,
@@ -80,7 +82,7 @@ impl Sources {
     fn read(&self, path: &str) -> Option<Value> {
         Some(match path {
             "/status" => value(&(self.status)()),
-            "/workloads" => value(&view::workloads(&(self.snapshot)())),
+            "/workloads" => value(&(self.workloads)()),
             "/services" => value(&view::services(&(self.snapshot)())),
             "/certs" => value(&(self.certificates)()),
             "/connections" => {

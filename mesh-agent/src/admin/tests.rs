@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use serde_json::json;
 use tokio::task::JoinSet;
 
-use super::view::{CertificateView, ConnectionCounts, StatusView, TunnelView};
+use super::view::{CertificateView, ConnectionCounts, StatusView, TunnelView, workloads};
 use super::{AdminError, AdminSocket, ClientError, Sources, ask, ask_to_change, serve};
 use crate::cli::ask::{Answered, answer};
 use crate::cli::output::Format;
@@ -54,6 +54,7 @@ fn sources(telemetry: Telemetry) -> Sources {
             connections: ConnectionCounts { outbound: 1, inbound: 0 },
             ..StatusView::default()
         }),
+        workloads: Box::new(|| workloads(&Shop::new().snapshot(), |_| None)),
         snapshot: Box::new(move || Arc::clone(&snapshot)),
         certificates: Box::new(|| {
             ["spiffe://cluster.local/ns/shop/sa/web", "spiffe://cluster.local/ns/shopping/sa/x"]

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use mesh_core::settings::{Mode, Outbound};
@@ -209,16 +210,21 @@ pub struct TunnelView {
     pub age_s: u64,
 }
 
-/// Every pod, by namespace and name.
-pub fn workloads(snapshot: &Snapshot) -> Vec<WorkloadView> {
-    let mut views: Vec<_> = snapshot.workloads().map(|pod| workload(snapshot, pod)).collect();
+/// Every pod, by namespace and name. `failing` tells of a pod that should be enrolled on this node why
+/// it is not.
+pub fn workloads(
+    snapshot: &Snapshot,
+    failing: impl Fn(&Workload) -> Option<String>,
+) -> Vec<WorkloadView> {
+    let view = |pod: &Arc<Workload>| workload(snapshot, pod, failing(pod));
+    let mut views: Vec<_> = snapshot.workloads().map(view).collect();
     views.sort_by(|a, b| (&a.namespace, &a.pod, &a.uid).cmp(&(&b.namespace, &b.pod, &b.uid)));
     views
 }
 
-fn workload(snapshot: &Snapshot, pod: &Workload) -> WorkloadView {
+fn workload(snapshot: &Snapshot, pod: &Workload, failing: Option<String>) -> WorkloadView {
     let reason = match pod.enrolment {
-        Enrolment::Enrolled => None,
+        Enrolment::Enrolled => failing,
         Enrolment::LeftAlone(reason) => Some(reason.to_owned()),
     };
     let way = match (pod.is_enrolled(), pod.node == snapshot.node) {
@@ -234,7 +240,7 @@ fn workload(snapshot: &Snapshot, pod: &Workload) -> WorkloadView {
         node: pod.node.to_string(),
         addresses: pod.ips.clone(),
         identity: pod.identity.to_string(),
-        enrolled: pod.is_enrolled(),
+        enrolled: reason.is_none(),
         reason,
         mode: match pod.settings.mode {
             Mode::Permissive => "permissive".into(),
@@ -281,13 +287,13 @@ fn service(service: &Service) -> ServiceView {
     }
 }
 
-/// The state's size, for [`StatusView`].
-pub fn snapshot(snapshot: &Snapshot, age_s: u64) -> SnapshotView {
+/// The state's size, for [`StatusView`]; `failing` pods of this node should be enrolled and are not.
+pub fn snapshot(snapshot: &Snapshot, failing: usize, age_s: u64) -> SnapshotView {
     SnapshotView {
         generation: snapshot.generation,
         age_s,
         workloads: snapshot.workloads().count(),
-        enrolled_here: snapshot.local_enrolled().count(),
+        enrolled_here: snapshot.local_enrolled().count().saturating_sub(failing),
         services: snapshot.services().count(),
         nodes: snapshot.nodes().count(),
     }
@@ -356,7 +362,6 @@ pub fn rfc3339(at: SystemTime) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::{Duration, UNIX_EPOCH};
 
     use super::*;
@@ -371,7 +376,7 @@ mod tests {
         plain.settings.outbound = Outbound::All;
         let pods = vec![Arc::clone(&shop.web), Arc::new(plain), Arc::clone(&shop.api)];
 
-        let views = workloads(&fixture::snapshot(pods, Vec::new()));
+        let views = workloads(&fixture::snapshot(pods, Vec::new()), |_| None);
 
         let shown: Vec<_> = views
             .iter()
@@ -384,6 +389,19 @@ mod tests {
         ];
         assert_eq!(shown, expected);
         assert_eq!(views[2].identity, "spiffe://cluster.local/ns/shop/sa/web");
+    }
+
+    #[test]
+    fn workload_whose_enrolment_fails_is_not_enrolled() {
+        let shop = Shop::new();
+        let failing = |pod: &Workload| (*pod.name == *"web-0").then(|| "no namespace".to_owned());
+
+        let views = workloads(&shop.snapshot(), failing);
+
+        let shown: Vec<_> =
+            views.iter().map(|v| (&*v.pod, v.enrolled, v.reason.as_deref())).collect();
+        assert_eq!(shown, [("api-0", true, None), ("web-0", false, Some("no namespace"))]);
+        assert_eq!(snapshot(&shop.snapshot(), 1, 0).enrolled_here, 0);
     }
 
     #[test]

@@ -72,6 +72,11 @@ impl NotEnrolled {
         }
     }
 
+    /// Whether it is this pod.
+    pub(super) fn is(&self, pod: &Workload) -> bool {
+        self.tried.uid == pod.uid
+    }
+
     /// Another one did.
     pub(super) fn once_more(&mut self, workload: &Arc<Workload>, error: &EnrolError, now: Instant) {
         let pause = (self.pause * 2).min(LONGEST_PAUSE);

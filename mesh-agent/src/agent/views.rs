@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
+use mesh_core::snapshot::Workload;
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -69,10 +70,11 @@ impl Views {
         telemetry: Telemetry,
         log: LogLevel,
     ) -> admin::Sources {
-        let [status, snapshot, certificates, tunnels, config] =
+        let [status, workloads, snapshot, certificates, tunnels, config] =
             std::array::from_fn(|_| Arc::clone(&self));
         admin::Sources {
             status: Box::new(move || status.status()),
+            workloads: Box::new(move || workloads.workloads()),
             snapshot: Box::new(move || snapshot.node.snapshot.load_full()),
             certificates: Box::new(move || certificates.certificates()),
             tunnels: Box::new(move || tunnels.tunnels()),
@@ -127,7 +129,11 @@ impl Views {
             uptime_s: self.started.elapsed().as_secs(),
             ready: ready.is_ok(),
             not_ready_reason: ready.err(),
-            snapshot: view::snapshot(&snapshot, self.snapshot_age().as_secs()),
+            snapshot: view::snapshot(
+                &snapshot,
+                self.shortfall.borrow().not_enrolled.len(),
+                self.snapshot_age().as_secs(),
+            ),
             problems,
             connections: view::ConnectionCounts {
                 outbound: self.node.telemetry.open_count(Direction::Outbound),
@@ -144,6 +150,17 @@ impl Views {
                 .map(|(event, count)| (event.to_owned(), count))
                 .collect(),
         }
+    }
+
+    /// What the manifests ask for, and where that has failed, why.
+    fn workloads(&self) -> Vec<view::WorkloadView> {
+        let shortfall = self.shortfall.borrow();
+        let failing = |pod: &Workload| {
+            let mut all = shortfall.not_enrolled.iter();
+            let found = all.find(|failing| failing.is(pod));
+            found.map(|failing| failing.why.clone())
+        };
+        view::workloads(&self.node.snapshot.load(), failing)
     }
 
     fn snapshot_age(&self) -> std::time::Duration {
