@@ -20,7 +20,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 ///
 /// Every connection holds one permit of `permits`, which other listeners share. When there are none,
 /// the connection accepted last waits for one and nothing further is accepted: the kernel's backlog
-/// holds the excess and clients see latency rather than resets. A listener that waits for clients holds
+/// holds the excess and clients see latency rather than resets. A stop ends that for those who come
+/// later: they are refused, while those who were queued go on waiting. A listener that waits for clients holds
 /// no permit, or idle pods would use up those of busy ones.
 ///
 /// Cancel-safe: dropping the future cuts every connection.
@@ -35,6 +36,7 @@ pub async fn serve<H, F>(
 {
     let handle = Arc::new(handle);
     let mut connections = JoinSet::new();
+    let mut waiting = Vec::new();
     loop {
         let accepted = tokio::select! {
             biased; // A stop must win over a client that never stops connecting.
@@ -46,16 +48,27 @@ pub async fn serve<H, F>(
             }
             accepted = accept(&listener) => accepted,
         };
-        // Not in the `select!`: what was accepted must not be dropped for another event.
-        let permit = permit(&permits).await;
+        let permit = tokio::select! {
+            biased;
+            permit = permit(&permits) => permit,
+            // The listener is closed first: nobody else may queue behind this one.
+            _ = stop.wait_for(|stop| *stop) => {
+                waiting.push(accepted);
+                break;
+            }
+        };
         spawn(&mut connections, &handle, permit, accepted);
     }
-    // Whoever is in the queue has seen its connection succeed: a close would reset it.
+    // Whoever is in the queue has seen its connection succeed: a close would reset it. The queue is
+    // no longer than the backlog.
     while let Ok(accepted) = timeout(Duration::ZERO, accept(&listener)).await {
-        let permit = permit(&permits).await;
-        spawn(&mut connections, &handle, permit, accepted);
+        waiting.push(accepted);
     }
     drop(listener);
+    for accepted in waiting {
+        let permit = permit(&permits).await;
+        spawn(&mut connections, &handle, permit, accepted);
+    }
     while let Some(ended) = connections.join_next().await {
         report_panic(ended);
     }
@@ -160,6 +173,39 @@ mod tests {
         assert!(early.is_err(), "served beyond the limit");
         drop(first);
         second.read_exact(&mut byte).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn stop_at_the_limit_refuses_the_next_and_serves_the_queue_later() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (stop, stopped) = watch::channel(false);
+        let permits = Arc::new(Semaphore::new(1));
+        let taken = Arc::clone(&permits).acquire_owned().await.unwrap();
+        let hello = |mut stream: TcpStream, _from| async move {
+            // Whoever tries until it is refused does not stay to read this.
+            drop(stream.write_all(b"x").await);
+        };
+        let serving = tokio::spawn(serve(listener, permits, stopped, hello));
+        // One that is accepted and waits for a permit, and one behind it.
+        let mut queued =
+            [TcpStream::connect(addr).await.unwrap(), TcpStream::connect(addr).await.unwrap()];
+        tokio::task::yield_now().await;
+
+        stop.send_replace(true);
+        let refused = async {
+            while TcpStream::connect(addr).await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(5), refused).await.expect("clients queue during a drain");
+        assert!(!serving.is_finished(), "two connections wait for a permit");
+        drop(taken);
+        for client in &mut queued {
+            let mut byte = [0];
+            client.read_exact(&mut byte).await.unwrap();
+        }
+        timeout(Duration::from_secs(5), serving).await.unwrap().unwrap();
     }
 
     #[tokio::test]
