@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Carrier, Mesh, PodSpec, Serve, exchange, wait};
+use harness::{Carrier, Mesh, PodSpec, Serve, exchange, linger_zero, wait};
 
 /// The labels of Istio's TCP metrics, which dashboards select by.
 const LABELS: &[&str] = &[
@@ -149,6 +149,40 @@ fn access_log_has_one_record_on_each_side() -> Result<()> {
         assert_eq!(same, 1, "{direction}");
     }
     ensure!(!traces[0].is_empty() && traces[0] == traces[1], "{traces:?} do not match");
+    Ok(())
+}
+
+/// How it chose to end: nothing failed, and nobody is to be woken.
+#[test]
+fn reset_of_an_application_is_no_failure() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+    exchange(&mut stream, b"hello")?;
+    linger_zero(&stream)?;
+    drop(stream);
+    for (node, reason) in [("a", "application_reset"), ("b", "peer_reset")] {
+        let agent = mesh.agent(node);
+        let record = agent.wait_for_record(&[
+            ("reason", reason),
+            ("message", "connection complete"),
+            ("level", "info"),
+            ("response_flags", "-"),
+        ])?;
+        assert_eq!(record.text("stage"), "", "nobody is to blame");
+        let metrics = agent.metrics()?;
+        for family in ["istio_tcp_connections_failed_total", "mesh_refusals_total"] {
+            assert_eq!(metrics.sum(family, &[]), 0.0, "{node}: {family}");
+        }
+        assert_eq!(metrics.sum("istio_tcp_connections_closed_total", &[]), 1.0, "{node}");
+    }
+    // A connection that could not be made is a failure, on the same counters.
+    mesh.pod("a1").refused(mesh.pod("b1").v4(8081))?;
+    for node in ["a", "b"] {
+        let failed = [("response_flags", "CONNECT")];
+        mesh.agent(node).wait_for_metric("istio_tcp_connections_failed_total", &failed, 1.0)?;
+    }
     Ok(())
 }
 

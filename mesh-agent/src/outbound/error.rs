@@ -118,6 +118,10 @@ impl OutboundError {
             Self::Tunnel { source, .. } if source.is_handshake() => {
                 failure.with_flags(ResponseFlags::TlsFailure)
             }
+            // The client's own way of ending, before there was anything to end.
+            Self::Tunnel { source: OpenError::Application(_), .. } => {
+                failure.with_flags(ResponseFlags::None)
+            }
             Self::Tunnel { source: OpenError::NoCertificate, .. } => {
                 failure.with_flags(ResponseFlags::IdentityError)
             }

@@ -211,7 +211,10 @@ fn fields(ended: &Ended, put: Put<'_>) {
         Outcome::Complete => put("response_flags", Value::Text("-")),
         Outcome::Failed(failure) => {
             put("response_flags", Value::Text(failure.flags.as_str()));
-            put("stage", Value::Text(failure.stage.as_str()));
+            // An application's reset is nobody's fault.
+            if ended.outcome.is_failure() {
+                put("stage", Value::Text(failure.stage.as_str()));
+            }
             put("reason", Value::Text(failure.reason));
             put("error", Value::Text(&failure.detail));
         }
@@ -238,9 +241,9 @@ fn time_of(at: SystemTime) -> String {
 
 /// `(level, message)`.
 fn headline(outcome: &Outcome) -> (&'static str, &'static str) {
-    match outcome {
-        Outcome::Complete => ("info", "connection complete"),
-        Outcome::Failed(_) => ("error", "connection failed"),
+    match outcome.is_failure() {
+        false => ("info", "connection complete"),
+        true => ("error", "connection failed"),
     }
 }
 
@@ -287,7 +290,7 @@ mod tests {
 
     use mesh_core::stage::Stage;
 
-    use super::super::connection::{ConnectionFacts, Direction, Failure, Live};
+    use super::super::connection::{ConnectionFacts, Direction, Failure, Live, ResponseFlags};
     use super::super::fixture::Shop;
     use super::super::open::{Counters, OpenTable};
     use super::*;
@@ -375,6 +378,19 @@ mod tests {
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         assert_eq!(json["error"], detail);
         assert_eq!(json["level"], "error");
+    }
+
+    #[test]
+    fn reset_of_an_application_is_told_and_is_no_error() {
+        let failure = Failure::new(Stage::Telemetry, "application_reset", "reset by the client")
+            .with_flags(ResponseFlags::None);
+        let ended = ended(Shop::new().facts(Direction::Outbound), Outcome::Failed(failure));
+        let text = rendered(write_text, &ended);
+        assert!(text.contains(" INFO access: connection complete "), "{text}");
+        let told = r#" response_flags="-" reason="application_reset" error="reset by the client" "#;
+        assert!(text.contains(told), "{text}");
+        let json: serde_json::Value = serde_json::from_str(&rendered(write_json, &ended)).unwrap();
+        assert_eq!((&json["level"], &json["stage"]), (&"info".into(), &serde_json::Value::Null));
     }
 
     /// A reader that never reads: `write` waits for ever.

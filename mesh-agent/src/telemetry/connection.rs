@@ -118,7 +118,7 @@ impl SecurityPolicy {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum ResponseFlags {
-    /// It did not fail.
+    /// It did not fail: it ended cleanly, or an application reset it.
     #[default]
     None,
     /// Policy refused it.
@@ -237,11 +237,22 @@ pub struct Live {
 pub enum Outcome {
     /// Both sides said all they had to say.
     Complete,
-    /// It was refused, could not be made, or broke.
+    /// It was refused, could not be made, or broke; or an application reset it.
     Failed(Failure),
 }
 
-/// Why a connection failed.
+impl Outcome {
+    /// Whether the mesh, or what it depends on, is to blame. An application that resets its connection
+    /// has chosen to end it that way.
+    pub fn is_failure(&self) -> bool {
+        match self {
+            Self::Complete => false,
+            Self::Failed(failure) => failure.flags != ResponseFlags::None,
+        }
+    }
+}
+
+/// Why a connection did not end cleanly.
 #[derive(Clone, Debug)]
 pub struct Failure {
     /// The stage to blame.

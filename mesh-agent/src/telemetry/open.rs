@@ -226,11 +226,11 @@ impl Tracked {
         let series = self.count_opened();
         self.connection.fold();
         match &outcome {
-            Outcome::Complete => series.closed(ResponseFlags::None, false),
-            Outcome::Failed(failure) => {
-                series.closed(failure.flags, true);
+            Outcome::Failed(failure) if outcome.is_failure() => {
+                series.closed(failure.flags, self.setup.is_none());
                 self.telemetry.refusals().count(self.direction, failure);
             }
+            _ => series.closed(ResponseFlags::None, false),
         }
         self.telemetry.table().close(&self.connection, self.direction);
         self.telemetry.log(Ended {

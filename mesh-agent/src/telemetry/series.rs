@@ -59,10 +59,10 @@ impl Series {
         }
     }
 
-    /// Counts the end, and whether it was a failure.
-    pub(super) fn closed(&self, flags: ResponseFlags, is_failure: bool) {
+    /// Counts the end, and whether there never was a connection.
+    pub(super) fn closed(&self, flags: ResponseFlags, has_failed: bool) {
         self.closed[flags as usize].fetch_add(1, Ordering::Relaxed);
-        if is_failure {
+        if has_failed {
             self.failed[flags as usize].fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -229,7 +229,7 @@ impl Collector for SeriesTable {
         )?;
         family(
             "istio_tcp_connections_failed",
-            "TCP connections that were refused, could not be made, or broke",
+            "TCP connections that could not be established",
             |series, flags| if_any(&series.failed[flags as usize]),
         )?;
         family(

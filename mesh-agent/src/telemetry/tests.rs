@@ -169,22 +169,29 @@ fn connection_is_opened_once_and_closed_once_however_it_ends() {
     broken.established();
     let failure = Failure::new(Stage::Tunnel, "expired", "").with_flags(ResponseFlags::TlsFailure);
     broken.finish(Outcome::Failed(failure));
+    let mut reset = open();
+    reset.established();
+    let failure = Failure::new(Stage::Telemetry, "application_reset", "");
+    reset.finish(Outcome::Failed(failure.with_flags(ResponseFlags::None)));
     open().finish(refused());
     drop(open());
 
     let text = telemetry.exposition();
-    assert_eq!(value(&text, "istio_tcp_connections_opened_total", &[]), 4);
+    assert_eq!(value(&text, "istio_tcp_connections_opened_total", &[]), 5);
     let closed = |flags: &str| {
         value(&text, "istio_tcp_connections_closed_total", &[&format!(r#"flags="{flags}""#)])
     };
     assert_eq!(
         (closed("-"), closed("TLS_FAILURE"), closed("DENY"), closed("CONNECT")),
-        (1, 1, 1, 1)
+        (2, 1, 1, 1)
     );
     let failed = |flags: &str| {
         value(&text, "istio_tcp_connections_failed_total", &[&format!(r#"flags="{flags}""#)])
     };
-    assert_eq!((failed("TLS_FAILURE"), failed("DENY"), failed("CONNECT")), (1, 1, 1));
+    assert_eq!((failed("DENY"), failed("CONNECT")), (1, 1));
+    let of_failed = |line: &&str| line.starts_with("istio_tcp_connections_failed_total{");
+    assert_eq!(text.lines().filter(of_failed).count(), 2, "those that were established count not");
+    assert!(!text.contains(r#"reason="application_reset""#), "an application refuses nobody");
     let refusals = |stage: &str, reason: &str| {
         let labels = [&*format!(r#"stage="{stage}""#), &*format!(r#"reason="{reason}""#)];
         value(&text, "mesh_refusals_total", &labels)

@@ -54,7 +54,7 @@ impl Story {
         };
         let totals = self.0.entry(pair).or_default();
         totals.connections += 1;
-        totals.failed += u64::from(!record.text("reason").is_empty());
+        totals.failed += u64::from(record.text("message") == "connection failed");
         totals.sent += record.number("bytes_sent");
         totals.received += record.number("bytes_recv");
     }
@@ -135,7 +135,7 @@ mod tests {
     fn a_pairs_connections_are_summed_up_from_the_clients_side_only() {
         let mut story = Story::default();
         story.add(&record(&[]));
-        story.add(&record(&[("reason", "timeout"), ("stage", "tunnel")]));
+        story.add(&record(&[("message", "connection failed"), ("reason", "timeout")]));
         story.add(&record(&[("direction", "inbound")]));
         let text = story.traffic();
         let row: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
@@ -153,7 +153,7 @@ mod tests {
         story.add(&record(&[]));
         story.add(&record(&[("way", "local")]));
         story.add(&record(&[("dst.identity", "")]));
-        story.add(&record(&[("reason", "timeout")]));
+        story.add(&record(&[("message", "connection failed")]));
         assert_eq!(story.tunnelled(), 1);
     }
 
