@@ -59,7 +59,7 @@ pub enum Command {
 #[derive(Debug, Subcommand)]
 pub enum Question {
     /// Whether the agent works, and on what.
-    Status(Ask),
+    Status(AskAgent),
     /// The pods that are known, and whether they are enrolled.
     Workloads(Ask),
     /// The services that are known.
@@ -73,7 +73,7 @@ pub enum Question {
     /// Show the log level, or change it until the agent ends.
     Log(Log),
     /// Version of this program, and of the agent that runs.
-    Version(Ask),
+    Version(AskAgent),
 }
 
 /// How an endpoint is chosen.
@@ -246,7 +246,19 @@ pub struct Admin {
     pub socket: PathBuf,
 }
 
-/// Asks a running agent.
+/// Asks a running agent about itself.
+#[derive(Clone, Debug, Args)]
+pub struct AskAgent {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "clap would show it as help")]
+    pub admin: Admin,
+
+    /// How to print the answer. The keys of json and yaml are stable.
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Format,
+}
+
+/// Asks a running agent for what it knows.
 #[derive(Clone, Debug, Args)]
 pub struct Ask {
     #[command(flatten)]
@@ -419,6 +431,9 @@ mod tests {
             "mesh-agent run --node n1 --manifests /m --ca-dir /c --log debgu",
             "mesh-agent run --node n1 --manifests /m --ca-dir /c --trust-domain A",
             "mesh-agent status -o xml",
+            // What is told of the agent as a whole belongs to no namespace.
+            "mesh-agent status -n shop",
+            "mesh-agent version -n shop",
             "mesh-agent log debgu",
         ] {
             let error = parse(line).unwrap_err();

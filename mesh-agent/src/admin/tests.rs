@@ -14,7 +14,7 @@ use super::view::{CertificateView, ConnectionCounts, StatusView, TunnelView, wor
 use super::{AdminError, AdminSocket, ClientError, Sources, ask, ask_to_change, serve};
 use crate::cli::ask::{Answered, answer};
 use crate::cli::output::Format;
-use crate::cli::{Admin, Ask, Log, Question};
+use crate::cli::{Admin, Ask, AskAgent, Log, Question};
 use crate::telemetry::fixture::{Shop, log_level};
 use crate::telemetry::{AccessLogFormat, Direction, Options, Telemetry};
 
@@ -143,7 +143,8 @@ async fn answers_are_printed_and_kept_to_the_namespace() {
     let shop = Ask { namespace: Some("shop".into()), output: Format::Json, ..agent.ask() };
     let (_, text) = printed(&Question::Certs(shop)).await;
     assert!(text.contains("/ns/shop/") && !text.contains("/ns/shopping/"), "{text}");
-    let (_, text) = printed(&Question::Version(agent.ask())).await;
+    let Ask { admin, output, .. } = agent.ask();
+    let (_, text) = printed(&Question::Version(AskAgent { admin, output })).await;
     let version = env!("CARGO_PKG_VERSION");
     assert_eq!(text, format!("PROGRAM   AGENT\n{version}     {version}\n"));
 }
@@ -156,7 +157,7 @@ async fn status_with_a_problem_is_a_problem() {
     let mut serving = JoinSet::new();
     serving.spawn(serve(socket, Sources { status, ..sources(telemetry()) }));
     let admin = Admin { socket: dir.socket() };
-    let ask = Ask { admin, output: Format::Table, namespace: None };
+    let ask = AskAgent { admin, output: Format::Table };
     assert_eq!(printed(&Question::Status(ask)).await.0, Answered::Problem);
 }
 

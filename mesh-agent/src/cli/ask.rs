@@ -8,7 +8,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use super::output::{Format, Table, Tabular, print, print_data};
-use super::{Ask, Log, Question};
+use super::{Admin, Ask, AskAgent, Log, Question};
 use crate::admin::view::{
     CertificateView, ConnectionView, ServiceView, StatusView, TunnelView, WorkloadView,
 };
@@ -105,8 +105,8 @@ pub async fn answer(question: &Question, out: &mut dyn Write) -> Result<Answered
     Ok(Answered::Ok)
 }
 
-async fn status(ask: &Ask, out: &mut dyn Write) -> Result<Answered, AskError> {
-    let status: StatusView = serde_json::from_value(read(ask, "/status").await?)?;
+async fn status(ask: &AskAgent, out: &mut dyn Write) -> Result<Answered, AskError> {
+    let status: StatusView = serde_json::from_value(read(&ask.admin, "/status").await?)?;
     print(out, ask.output, &status)?;
     let is_well = status.ready && status.problems.is_empty();
     Ok(if is_well { Answered::Ok } else { Answered::Problem })
@@ -130,8 +130,8 @@ async fn log(log: &Log, out: &mut dyn Write) -> Result<(), AskError> {
 }
 
 /// An agent that does not run is no error here.
-async fn version(ask: &Ask, out: &mut dyn Write) -> Result<(), AskError> {
-    let answer = admin::ask(&ask.admin.socket, "/version").await.ok();
+async fn version(ask: &AskAgent, out: &mut dyn Write) -> Result<(), AskError> {
+    let answer = read(&ask.admin, "/version").await.ok();
     let agent = answer.and_then(|answer| Some(answer.get("version")?.as_str()?.to_owned()));
     let versions = Versions { program: env!("CARGO_PKG_VERSION").into(), agent };
     Ok(print(out, ask.output, &versions)?)
@@ -157,13 +157,13 @@ where
     V: DeserializeOwned + Scoped,
     Vec<V>: Tabular,
 {
-    let mut views: Vec<V> = serde_json::from_value(read(ask, path).await?)?;
+    let mut views: Vec<V> = serde_json::from_value(read(&ask.admin, path).await?)?;
     if let Some(namespace) = &ask.namespace {
         views.retain(|view| view.is_in(namespace));
     }
     Ok(print(out, ask.output, &views)?)
 }
 
-async fn read(ask: &Ask, path: &str) -> Result<Value, ClientError> {
-    admin::ask(&ask.admin.socket, path).await
+async fn read(admin: &Admin, path: &str) -> Result<Value, ClientError> {
+    admin::ask(&admin.socket, path).await
 }
