@@ -77,7 +77,9 @@ pub enum CaptureError {
         source: io::Error,
     },
     /// A pod has at most one address of each family, and at least one.
-    #[error("pod {uid} has no usable address, or two of one family")]
+    #[error(
+        "pod {uid} has no usable address, or two of one family: leave one of each in status.podIPs"
+    )]
     Addresses {
         /// The pod.
         uid: String,

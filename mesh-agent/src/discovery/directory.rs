@@ -124,6 +124,9 @@ impl Directory {
         let mut problems: Vec<_> =
             self.files.values().filter_map(|file| file.problem.clone()).collect();
         for (name, file) in &self.files {
+            if file.problem.is_some() {
+                objects.add_unread(shown(name));
+            }
             for (document, object) in &file.objects {
                 let at = format!("{}, document {document}", shown(name));
                 let key = object.key();

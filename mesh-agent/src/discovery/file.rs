@@ -324,6 +324,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_missing_may_be_in_a_file_that_is_not_read() {
+        let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+                     metadata: {name: web-1, labels: {kubernetes.io/service-name: web}}\nendpoints: []\n";
+        let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\n\
+                       spec: {clusterIP: None, ports: [{port: 80}]}\n";
+        let broken = service.replace("80", "http");
+        let mesh = Followed::start(&[("service.yaml", &broken), ("slice.yaml", slice)]);
+        let of_slice = |mesh: &Followed| {
+            mesh.problems().into_iter().find(|problem| problem.contains("no Service `web`"))
+        };
+        let told = of_slice(&mesh).unwrap();
+        assert!(told.contains("correct service.yaml, which is not read"), "{told}");
+        fs::remove_file(mesh.path("service.yaml")).unwrap();
+        mesh.until(|mesh| of_slice(mesh).is_some_and(|told| !told.contains("service.yaml"))).await;
+        mesh.write("service.yaml", service);
+        mesh.until(|mesh| mesh.problems().is_empty()).await;
+    }
+
+    #[tokio::test]
     async fn directory_that_disappears_keeps_the_last_state() {
         let mesh = Followed::start(&[("a.yaml", &pod("a", "10.0.0.1"))]);
         let away = TempDir::new();

@@ -112,32 +112,47 @@ fn namespace_of(meta: &ObjectMeta) -> &str {
 
 /// A set of objects, at most one of each key.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Objects(BTreeMap<ObjectKey, Object>);
+pub struct Objects {
+    all: BTreeMap<ObjectKey, Object>,
+    /// Where there may be more, which could not be read.
+    unread: Vec<String>,
+}
 
 impl Objects {
     /// Adds `object`, and gives back the one of the same key that it replaces.
     pub fn insert(&mut self, object: Object) -> Option<Object> {
-        self.0.insert(object.key(), object)
+        self.all.insert(object.key(), object)
     }
 
     /// Takes the object of this key away.
     pub fn remove(&mut self, key: &ObjectKey) -> Option<Object> {
-        self.0.remove(key)
+        self.all.remove(key)
     }
 
     /// Whether there is one of this key.
     pub fn contains(&self, key: &ObjectKey) -> bool {
-        self.0.contains_key(key)
+        self.all.contains_key(key)
     }
 
     /// Every object, by kind, namespace and name.
     pub fn iter(&self) -> impl Iterator<Item = (&ObjectKey, &Object)> {
-        self.0.iter()
+        self.all.iter()
+    }
+
+    /// `place`, a file, could not be read: what is missing may be there.
+    pub fn add_unread(&mut self, place: String) {
+        self.unread.push(place);
+    }
+
+    /// Where there may be more objects, in the order in which it was said.
+    pub fn unread(&self) -> &[String] {
+        &self.unread
     }
 }
 
 impl FromIterator<Object> for Objects {
     fn from_iter<T: IntoIterator<Item = Object>>(objects: T) -> Self {
-        Self(objects.into_iter().map(|object| (object.key(), object)).collect())
+        let all = objects.into_iter().map(|object| (object.key(), object)).collect();
+        Self { all, unread: Vec::new() }
     }
 }

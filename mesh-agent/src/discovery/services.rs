@@ -11,10 +11,13 @@ use mesh_core::snapshot::{Endpoint, Service, ServicePort, Workload};
 
 use super::objects::ObjectKey;
 use super::pods::Pods;
+use super::translate::missing;
 use super::{Problem, Report, shown};
 
 /// Says which service a slice is of.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+const WRITE_THE_NAME: &str = "write the name of the Service that these endpoints are of";
 
 /// One address of one slice, resolved.
 #[derive(Debug)]
@@ -34,6 +37,7 @@ pub(super) fn translate<'a>(
     services: impl Iterator<Item = (&'a ObjectKey, &'a KubeService)>,
     slices: impl Iterator<Item = (&'a ObjectKey, &'a EndpointSlice)>,
     pods: &Pods,
+    unread: &[String],
     problems: &mut Vec<Problem>,
 ) -> Vec<Arc<Service>> {
     let services: BTreeMap<_, _> =
@@ -50,7 +54,10 @@ pub(super) fn translate<'a>(
                     Some(name) => format!("no Service `{}` in this namespace", shown(name)),
                     None => "is missing, so the slice belongs to no Service".into(),
                 },
-                "write the name of the Service that these endpoints are of",
+                match label {
+                    Some(_) => missing(unread, WRITE_THE_NAME),
+                    None => WRITE_THE_NAME.to_owned(),
+                },
             );
             continue;
         };

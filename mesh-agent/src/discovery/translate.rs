@@ -72,10 +72,16 @@ pub fn translate(
     }
     let pods =
         pods::translate(kube_pods.into_iter(), &namespaces, &accounts, context, &mut problems);
-    let services =
-        services::translate(kube_services.into_iter(), slices.into_iter(), &pods, &mut problems);
+    let unread = objects.unread();
+    let services = services::translate(
+        kube_services.into_iter(),
+        slices.into_iter(),
+        &pods,
+        unread,
+        &mut problems,
+    );
     let workloads = pods.workloads();
-    unreachable_pods(&workloads, &nodes, context, &mut problems);
+    unreachable_pods(&workloads, &nodes, context, unread, &mut problems);
     problems.sort();
     let parts = Parts { workloads, services, nodes };
     let (node, trust_domain) = (Arc::clone(&context.node), context.trust_domain.clone());
@@ -116,6 +122,7 @@ fn unreachable_pods(
     workloads: &[Arc<mesh_core::snapshot::Workload>],
     nodes: &HashMap<Arc<str>, Node>,
     context: &Context,
+    unread: &[String],
     problems: &mut Vec<Problem>,
 ) {
     for workload in workloads {
@@ -125,9 +132,18 @@ fn unreachable_pods(
             Report::of(object, problems).say(
                 "spec.nodeName",
                 format!("no Node `{}`, so no tunnel leads to this pod", shown(&workload.node)),
-                "add the Node, with an address of type InternalIP",
+                missing(unread, "add the Node, with an address of type InternalIP"),
             );
         }
+    }
+}
+
+/// What to do about an object that is not there: `remedy`, unless it may be in a file that could not be
+/// read. Its author would look for a mistake where there is none.
+pub(super) fn missing(unread: &[String], remedy: &str) -> String {
+    match unread.first() {
+        None => remedy.to_owned(),
+        Some(place) => format!("correct {place}, which is not read and may hold it, or {remedy}"),
     }
 }
 
