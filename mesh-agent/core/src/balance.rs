@@ -77,15 +77,20 @@ impl Loads {
         draw: impl FnMut(usize) -> usize,
     ) -> Option<usize> {
         let index = self.choose(policy, candidates, tried, now, draw)?;
+        self.take(candidates[index].addr, now);
+        Some(index)
+    }
+
+    /// As [`Loads::pick`], of an endpoint that somebody else has chosen.
+    pub fn take(&mut self, addr: EndpointAddr, now: Instant) {
         self.picks += 1;
         let picks = self.picks;
         if self.by_addr.len() >= MAX_LOADS {
             self.by_addr.retain(|_, load| load.outstanding > 0);
         }
-        let load = self.load_mut(candidates[index].addr, now);
+        let load = self.load_mut(addr, now);
         load.outstanding += 1;
         load.picked = picks;
-        Some(index)
     }
 
     /// The endpoint accepted the connection `rtt` after it was asked.
@@ -118,6 +123,13 @@ impl Loads {
     /// Forgets endpoints that are gone, unless a connection to them is still open.
     pub fn retain(&mut self, live: impl Fn(&EndpointAddr) -> bool) {
         self.by_addr.retain(|addr, load| load.outstanding > 0 || live(addr));
+    }
+
+    /// How long `addr` is still tried last; `None` if it is not.
+    pub fn avoided_for(&self, addr: EndpointAddr, now: Instant) -> Option<Duration> {
+        let until = self.by_addr.get(&addr).and_then(|load| load.avoid_until)?;
+        let left = until.saturating_duration_since(now);
+        (!left.is_zero()).then_some(left)
     }
 
     /// Connections open or being opened to `addr`.
@@ -177,8 +189,7 @@ impl Loads {
     }
 
     fn is_avoided(&self, addr: EndpointAddr, now: Instant) -> bool {
-        let until = self.by_addr.get(&addr).and_then(|load| load.avoid_until);
-        until.is_some_and(|until| now < until)
+        self.avoided_for(addr, now).is_some()
     }
 
     fn load_mut(&mut self, addr: EndpointAddr, now: Instant) -> &mut Load {

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`route`] | route: which service or workload a destination means |
 //! | [`balance`] | balance: which endpoint takes the connection |
+//! | [`direct`], [`generation`] | capture: what the kernel may decide by itself, and until when |
 //! | [`wire`] | tunnel: what two agents say to each other |
 //! | [`authorize`] | authorize: whether the destination's agent delivers |
 //! | [`addr`], [`spiffe`], [`snapshot`], [`settings`], [`stage`] | the vocabulary of all of them |
@@ -17,8 +18,10 @@ pub mod addr;
 pub mod authorize;
 pub mod backoff;
 pub mod balance;
+pub mod direct;
 #[cfg(test)]
 mod fixtures;
+pub mod generation;
 pub mod route;
 pub mod settings;
 pub mod snapshot;

@@ -50,6 +50,8 @@ pub struct Settings {
     /// `malla.dev/preserve-client-address` (default true): the application sees the client's
     /// address; otherwise its own pod's.
     pub preserve_client_address: bool,
+    /// `malla.dev/direct` (default on): between pods of one node, connections may leave the agent out.
+    pub direct: bool,
 }
 
 impl Default for Settings {
@@ -62,6 +64,7 @@ impl Default for Settings {
             skip_outbound_cidrs: Vec::new(),
             fail_open: false,
             preserve_client_address: true,
+            direct: true,
         }
     }
 }

@@ -29,6 +29,8 @@ pub const SKIP_OUTBOUND_CIDRS: &str = "malla.dev/skip-outbound-cidrs";
 pub const FAIL_OPEN: &str = "malla.dev/fail-open";
 /// `true` or `false`.
 pub const PRESERVE_CLIENT_ADDRESS: &str = "malla.dev/preserve-client-address";
+/// `on` or `off`.
+pub const DIRECT: &str = "malla.dev/direct";
 /// On a pod, standalone: where its network namespace is.
 pub const NETNS: &str = "malla.dev/netns";
 /// On a node: the port of its agent, if not everybody's.
@@ -45,6 +47,7 @@ const OF_NAMESPACE: &[&str] = &[
     SKIP_OUTBOUND_CIDRS,
     FAIL_OPEN,
     PRESERVE_CLIENT_ADDRESS,
+    DIRECT,
 ];
 
 /// Namespaces whose pods the mesh itself may need to start.
@@ -87,6 +90,7 @@ pub struct Wishes {
     skip_outbound_cidrs: Option<Vec<Cidr>>,
     fail_open: Option<bool>,
     preserve_client_address: Option<bool>,
+    direct: Option<bool>,
 }
 
 impl Wishes {
@@ -137,6 +141,11 @@ impl Wishes {
                 report,
                 parsed,
             ),
+            direct: value(meta, DIRECT, "on or off", report, |text| match text {
+                "on" => Some(true),
+                "off" => Some(false),
+                _ => None,
+            }),
         }
     }
 
@@ -154,6 +163,7 @@ impl Wishes {
                 .preserve_client_address
                 .or(namespace.preserve_client_address)
                 .unwrap_or(default.preserve_client_address),
+            direct: self.direct.or(namespace.direct).unwrap_or(default.direct),
         }
     }
 

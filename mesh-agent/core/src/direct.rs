@@ -1,0 +1,282 @@
+//! The direct way: what the kernel may decide by itself the next time, and whether what it let through
+//! is still allowed.
+//!
+//! A verdict says what [`crate::route`], [`crate::balance`] and [`crate::authorize`] would say of the next
+//! connection of one pod to one destination, as long as nothing that they look at changes. Where that
+//! cannot be said in the verdict's few words there is none, and the agent goes on carrying.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use crate::addr::{EndpointAddr, OrigDst};
+use crate::authorize::{AuthorizeRefusal, Request, Verdict, Via, authorize};
+use crate::route::{Route, Way, route, way};
+use crate::snapshot::{Endpoint, Snapshot, Workload};
+
+/// Endpoints of one verdict: `mesh_common::direct::MAX_ENDPOINTS`, checked where both are known.
+pub const MAX_ENDPOINTS: usize = 32;
+
+/// One endpoint that the kernel may draw.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// The kernel sends the connection straight there.
+    Direct {
+        /// Where it accepts connections.
+        addr: EndpointAddr,
+        /// Its pod.
+        workload: Arc<Workload>,
+    },
+    /// The agent carries it there.
+    Agent(EndpointAddr),
+}
+
+/// What the kernel may do with connections of `source` to `dst`: draw uniformly from these. `None` if
+/// it has to ask every time. `is_avoided` is asked of every endpoint whether it is tried last now.
+pub fn verdict(
+    snapshot: &Snapshot,
+    source: &Arc<Workload>,
+    dst: OrigDst,
+    mut is_avoided: impl FnMut(EndpointAddr) -> bool,
+) -> Option<Vec<Choice>> {
+    if !source.is_enrolled() || !source.settings.direct {
+        return None;
+    }
+    let dst = OrigDst::canonical(dst.0);
+    let one;
+    let (service, pod);
+    let endpoints: &[Endpoint] = match route(snapshot, dst) {
+        Route::Service { candidates, .. } => {
+            service = candidates;
+            service.as_slice()
+        }
+        Route::Workload { workload, addr } => {
+            pod = Endpoint { addr, workload: Some(workload) };
+            one = [pod];
+            &one
+        }
+        Route::Passthrough | Route::Refuse(_) => return None,
+    };
+    if endpoints.len() > MAX_ENDPOINTS {
+        return None;
+    }
+    let choice = |endpoint: &Endpoint| match direct_to(snapshot, source, dst, endpoint) {
+        Some(workload) => Choice::Direct { addr: endpoint.addr, workload },
+        None => Choice::Agent(endpoint.addr),
+    };
+    // As `balance` does: who has just failed is left out, unless nobody else is there.
+    let good = endpoints.iter().filter(|endpoint| !is_avoided(endpoint.addr));
+    let choices: Vec<Choice> = good.map(choice).collect();
+    let has_direct = choices.iter().any(|choice| matches!(choice, Choice::Direct { .. }));
+    has_direct.then_some(choices)
+}
+
+/// The endpoint's pod, if connections of `source` may go there without the agent.
+fn direct_to(
+    snapshot: &Snapshot,
+    source: &Workload,
+    dst: OrigDst,
+    endpoint: &Endpoint,
+) -> Option<Arc<Workload>> {
+    let Way::Local { workload } = way(snapshot, endpoint.workload.as_ref()) else {
+        return None;
+    };
+    let to = endpoint.addr.0;
+    // Without the client's address the application has to see its own pod's, which is the agent's work.
+    let wanted = workload.settings.direct && workload.settings.preserve_client_address;
+    // A socket has one family, and what a pod says to itself the kernel does not let pass the agent.
+    let possible = to.is_ipv4() == dst.0.is_ipv4() && workload.uid != source.uid;
+    let client = source.ips.iter().find(|ip| ip.is_ipv4() == to.is_ipv4())?;
+    let request = Request {
+        to: endpoint.addr,
+        client: SocketAddr::new(*client, 0),
+        via: Via::Local { caller: &source.identity },
+    };
+    let allowed = matches!(authorize(snapshot, &request), Verdict::Deliver { .. });
+    (wanted && possible && allowed).then_some(workload)
+}
+
+/// A direct connection that is open: what it was let through as.
+#[derive(Clone, Copy, Debug)]
+pub struct Open<'a> {
+    /// UID of the client's pod.
+    pub client_uid: &'a str,
+    /// The client's address.
+    pub client: SocketAddr,
+    /// UID of the server's pod.
+    pub server_uid: &'a str,
+    /// The endpoint.
+    pub to: EndpointAddr,
+}
+
+/// Whether an open direct connection would be let in now.
+///
+/// Leaving or entering the mesh and a change of mode touch new connections only; that either pod is gone
+/// or another has its address ends this one.
+///
+/// # Errors
+///
+/// It would be refused, for this reason.
+pub fn still_allowed(snapshot: &Snapshot, open: &Open<'_>) -> Result<(), AuthorizeRefusal> {
+    let client = snapshot.workload(open.client_uid).ok_or(AuthorizeRefusal::UnknownWorkload)?;
+    let via = Via::Local { caller: &client.identity };
+    let request = Request { to: open.to, client: open.client, via };
+    match authorize(snapshot, &request) {
+        Verdict::Refuse(refusal) => Err(refusal),
+        Verdict::Deliver { workload, .. } if *workload.uid == *open.server_uid => Ok(()),
+        Verdict::Deliver { .. } => Err(AuthorizeRefusal::WrongWorkload),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{node, service, snapshot, workload};
+    use crate::settings::Mode;
+    use crate::snapshot::Enrolment;
+
+    fn changed(pod: &Arc<Workload>, change: impl FnOnce(&mut Workload)) -> Arc<Workload> {
+        let mut pod = Workload::clone(pod);
+        change(&mut pod);
+        Arc::new(pod)
+    }
+
+    fn at(pod: &Arc<Workload>) -> Endpoint {
+        let addr = EndpointAddr((pod.ips[0], 8080).into());
+        Endpoint { addr, workload: Some(Arc::clone(pod)) }
+    }
+
+    /// What a pod `client` of node-1 may do with a service that has these pods.
+    fn ask(client: &Arc<Workload>, pods: &[&Arc<Workload>]) -> Option<Vec<Choice>> {
+        ask_avoiding(client, pods, |_| false)
+    }
+
+    fn ask_avoiding(
+        client: &Arc<Workload>,
+        pods: &[&Arc<Workload>],
+        is_avoided: impl Fn(EndpointAddr) -> bool,
+    ) -> Option<Vec<Choice>> {
+        let endpoints = pods.iter().map(|pod| at(pod)).collect();
+        let all = pods.iter().copied().chain([client]).map(Arc::clone).collect();
+        let services = vec![service("web", &["10.96.0.1"], 80, endpoints)];
+        let nodes = vec![node("node-2", "192.0.2.2:15019")];
+        let snapshot = snapshot(all, services, nodes);
+        verdict(&snapshot, client, OrigDst("10.96.0.1:80".parse().unwrap()), is_avoided)
+    }
+
+    fn direct(pod: &Arc<Workload>) -> Choice {
+        Choice::Direct { addr: at(pod).addr, workload: Arc::clone(pod) }
+    }
+
+    fn agent(pod: &Arc<Workload>) -> Choice {
+        Choice::Agent(at(pod).addr)
+    }
+
+    #[test]
+    fn all_endpoints_are_drawn_from_and_only_those_here_are_direct() {
+        let client = workload("client", "node-1", &["10.0.1.9"]);
+        let here = workload("here", "node-1", &["10.0.1.1"]);
+        let there = workload("there", "node-2", &["10.0.2.1"]);
+        assert_eq!(ask(&client, &[&here, &there]), Some(vec![direct(&here), agent(&there)]));
+        assert_eq!(ask(&client, &[&there]), None, "nothing to gain");
+    }
+
+    #[test]
+    fn whoever_is_not_for_it_is_carried() {
+        let client = workload("client", "node-1", &["10.0.1.9"]);
+        let here = workload("here", "node-1", &["10.0.1.1"]);
+        let other = workload("other", "node-1", &["10.0.1.2"]);
+        let changes: [fn(&mut Workload); 3] = [
+            |pod| pod.settings.direct = false,
+            |pod| pod.settings.preserve_client_address = false,
+            |pod| pod.enrolment = Enrolment::LeftAlone("left"),
+        ];
+        for change in changes {
+            let not = changed(&other, change);
+            assert_eq!(ask(&client, &[&here, &not]), Some(vec![direct(&here), agent(&not)]));
+        }
+        let strict = changed(&other, |pod| pod.settings.mode = Mode::Strict);
+        assert_eq!(ask(&client, &[&strict]), Some(vec![direct(&strict)]));
+        let itself = Some(vec![direct(&here), agent(&client)]);
+        assert_eq!(ask(&client, &[&here, &client]), itself);
+        for not in [
+            changed(&client, |pod| pod.settings.direct = false),
+            changed(&client, |pod| pod.enrolment = Enrolment::LeftAlone("left")),
+            changed(&client, |pod| pod.ips = vec!["fd00::9".parse().unwrap()]),
+        ] {
+            assert_eq!(ask(&not, &[&here]), None);
+        }
+    }
+
+    #[test]
+    fn endpoint_that_failed_is_left_out() {
+        let client = workload("client", "node-1", &["10.0.1.9"]);
+        let here = workload("here", "node-1", &["10.0.1.1"]);
+        let other = workload("other", "node-1", &["10.0.1.2"]);
+        let avoid = at(&other).addr;
+        let asked = ask_avoiding(&client, &[&here, &other], |addr| addr == avoid);
+        assert_eq!(asked, Some(vec![direct(&here)]));
+        assert_eq!(ask_avoiding(&client, &[&here, &other], |_| true), None);
+    }
+
+    #[test]
+    fn more_endpoints_than_fit_are_the_agents() {
+        let client = workload("client", "node-1", &["10.0.1.9"]);
+        let pods: Vec<_> = (1..=33)
+            .map(|n| workload(&format!("p{n}"), "node-1", &[&format!("10.0.2.{n}")]))
+            .collect();
+        let all: Vec<_> = pods.iter().collect();
+        assert_eq!(ask(&client, &all[..32]).map(|choices| choices.len()), Some(32));
+        assert_eq!(ask(&client, &all), None);
+    }
+
+    #[test]
+    fn destination_of_another_family_or_outside_is_the_agents() {
+        let client = workload("client", "node-1", &["10.0.1.9", "fd00::9"]);
+        let here = workload("here", "node-1", &["10.0.1.1"]);
+        let services = vec![service("web", &["fd96::1"], 80, vec![at(&here)])];
+        let known = snapshot(vec![Arc::clone(&client), Arc::clone(&here)], services, vec![]);
+        let ask = |dst: &str| {
+            let dst = OrigDst(dst.parse().unwrap());
+            verdict(&known, &client, dst, |_| false)
+        };
+        assert_eq!(ask("[fd96::1]:80"), None, "a v6 service with v4 endpoints");
+        assert_eq!(ask("[fd96::1]:81"), None, "no such port");
+        assert_eq!(ask("203.0.113.1:80"), None, "outside");
+        let to = Choice::Direct {
+            addr: EndpointAddr("10.0.1.1:9".parse().unwrap()),
+            workload: Arc::clone(&here),
+        };
+        assert_eq!(ask("10.0.1.1:9"), Some(vec![to.clone()]), "the pod itself");
+        assert_eq!(ask("[::ffff:10.0.1.1]:9"), Some(vec![to]));
+    }
+
+    #[test]
+    fn open_connection_ends_when_either_pod_is_another() {
+        let client = workload("client", "node-1", &["10.0.1.9"]);
+        let server = workload("server", "node-1", &["10.0.1.1"]);
+        let judge = |pods: Vec<Arc<Workload>>| {
+            let open = Open {
+                client_uid: "client",
+                client: "10.0.1.9:4000".parse().unwrap(),
+                server_uid: "server",
+                to: EndpointAddr("10.0.1.1:80".parse().unwrap()),
+            };
+            still_allowed(&snapshot(pods, vec![], vec![]), &open)
+        };
+        assert_eq!(judge(vec![Arc::clone(&client), Arc::clone(&server)]), Ok(()));
+        let untouched: [fn(&mut Workload); 3] = [
+            |pod| pod.enrolment = Enrolment::LeftAlone("left"),
+            |pod| pod.settings.mode = Mode::Strict,
+            |pod| pod.settings.direct = false,
+        ];
+        for change in untouched {
+            let pods = [&client, &server].map(|pod| changed(pod, change));
+            assert_eq!(judge(pods.to_vec()), Ok(()));
+        }
+        let gone = Err(AuthorizeRefusal::UnknownWorkload);
+        assert_eq!(judge(vec![Arc::clone(&client)]), gone);
+        assert_eq!(judge(vec![Arc::clone(&server)]), gone);
+        let successor = changed(&server, |pod| pod.uid = "successor".into());
+        assert_eq!(judge(vec![client, successor]), Err(AuthorizeRefusal::WrongWorkload));
+    }
+}
