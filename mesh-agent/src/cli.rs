@@ -190,6 +190,11 @@ pub struct Run {
     #[arg(long, env = "MESH_MAX_FLOWS", value_name = "N", default_value = "65536", value_parser = value_parser!(u32).range(1..=16_777_216))]
     pub max_flows: u32,
 
+    /// Most decisions that the kernel keeps so that pods of this node reach each other without the
+    /// agent: one for each pod and destination, 1,100 bytes when used. Past it the agent carries.
+    #[arg(long, env = "MESH_MAX_VERDICTS", value_name = "N", default_value = "16384", value_parser = value_parser!(u32).range(1..=1_048_576))]
+    pub max_verdicts: u32,
+
     /// Threads that carry connections [default: one for each CPU that this process may use].
     #[arg(long, env = "MESH_WORKERS", value_name = "N")]
     pub workers: Option<NonZeroUsize>,
@@ -390,6 +395,7 @@ mod tests {
         assert_eq!(run.max_pods, sizes.max_pods);
         assert_eq!(run.max_destinations, sizes.max_destinations);
         assert_eq!(run.max_flows, sizes.max_flows);
+        assert_eq!(run.max_verdicts, sizes.max_verdicts);
         assert_eq!(run.connect_timeout, Duration::from_secs(5));
         assert_eq!(run.drain, Duration::from_secs(25));
         assert_eq!(run.cert_lifetime, Duration::from_secs(86_400));

@@ -13,6 +13,7 @@
 mod clients;
 mod deliver;
 mod netlink;
+mod nsid;
 mod own;
 mod routes;
 mod sock_diag;
@@ -33,11 +34,13 @@ use tokio::net::TcpStream;
 
 use clients::Clients;
 pub use deliver::deliver;
+pub use nsid::namespace_id;
 pub use own::{any_address, listen_shared, raise_file_limit, udp_socket};
 pub use routes::{
     add_client_address_routes, raise_loopback, remove_client_address_routes,
     retire_client_address_routes,
 };
+pub use sock_diag::{Ends, SockDiag, TcpInfo};
 
 /// The mark of deliveries that keep the client's address. `routes` sends marked replies back over
 /// loopback. The value is only ever seen inside a pod's namespace, by that namespace's rules.

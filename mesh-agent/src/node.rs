@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use mesh_core::addr::OrigDst;
 use mesh_core::balance::{Loads, Policy};
 use mesh_core::snapshot::{Snapshot, WorkloadUid};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::capture::{Capture, OrigDstTable};
 use crate::net::Netns;
@@ -53,6 +54,17 @@ pub struct Node {
     pub connections: Arc<Semaphore>,
     /// Turns true when the agent is told to end.
     pub draining: watch::Receiver<bool>,
+    /// To whoever writes verdicts of the direct way. A full queue means later.
+    pub wishes: mpsc::Sender<Wish>,
+}
+
+/// A connection was carried that the kernel could let through by itself the next time.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    /// UID of the pod that connected.
+    pub source: WorkloadUid,
+    /// What it dialled.
+    pub dst: OrigDst,
 }
 
 /// A pod of this node: its namespace stays open for as long as a connection uses it.

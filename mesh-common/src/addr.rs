@@ -32,6 +32,9 @@ map_struct! {
 const _: () = assert!(size_of::<WireAddr>() == 20 && align_of::<WireAddr>() == 4);
 
 impl WireAddr {
+    /// No address.
+    pub const NONE: Self = Self::new([0; 4], 0);
+
     /// An address and a port in host order.
     #[inline(always)]
     pub const fn new(ip: WireIp, port: u16) -> Self {

@@ -50,6 +50,20 @@ counters! {
     ConnectNoListener = "connect_no_listener",
     /// `connect`: refused; the kernel had no memory to remember the destination.
     ConnectNoStorage = "connect_no_storage",
+    /// `connect`: sent straight to an endpoint on this node.
+    DirectTaken = "direct_taken",
+    /// `connect`: a verdict chose an endpoint that the agent is to carry it to.
+    DirectAgent = "direct_agent",
+    /// `connect`: left to the agent; the verdict is not of the generations that hold now, or is due.
+    DirectStale = "direct_stale",
+    /// `connect`: left to the agent; nothing listens at the endpoint, or its namespace is gone.
+    DirectNoListener = "direct_no_listener",
+    /// `connect`: left to the agent; the socket is bound to another address than the pod's own.
+    DirectBound = "direct_bound",
+    /// `sock_ops`: a direct connection is not in the list of open ones, which is full.
+    DirectUnlisted = "direct_unlisted",
+    /// `sock_ops`: what happened to a direct connection could not be told.
+    DirectEventLost = "direct_event_lost",
     /// `sock_ops`: a captured connection's origin was published.
     FlowPublished = "flow_published",
     /// `sock_ops`: it could not be published; the agent will reset the connection.
@@ -66,6 +80,8 @@ counters! {
     LookupSelf = "lookup_self",
     /// `sk_lookup`: a delivery by the agent.
     LookupDelivery = "lookup_delivery",
+    /// `sk_lookup`: `connect` asked whether somebody listens; no connection.
+    LookupProbe = "lookup_probe",
     /// `sk_lookup`: a port of `skip-inbound-ports`.
     LookupSkippedPort = "lookup_skipped_port",
     /// `sk_lookup`: refused; plain text in strict mode.

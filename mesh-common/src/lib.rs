@@ -12,6 +12,7 @@
 pub mod abi;
 pub mod addr;
 pub mod counter;
+pub mod direct;
 pub mod maps;
 pub mod verdict;
 

@@ -3,6 +3,7 @@
 use crate::abi::{self, Layout as _};
 use crate::addr::{WireAddr, WireIp};
 use crate::counter::Counter;
+use crate::direct::{DirectConn, DirectEvent, Flow, Verdict, VerdictEndpoint, VerdictKey};
 
 /// Declares a struct that lies in a map, refuses padding, and derives its layout hash.
 macro_rules! map_struct {
@@ -63,6 +64,8 @@ pub const ROLE_APP: u8 = 0;
 pub const ROLE_AGENT: u8 = 1;
 /// [`SockMeta::role`]: a socket of the agent that delivers to an application in its pod.
 pub const ROLE_DELIVER: u8 = 2;
+/// [`SockMeta::role`]: an application's socket that goes straight to an endpoint on this node.
+pub const ROLE_DIRECT: u8 = 3;
 
 map_struct! {
     /// Ports from `first` to `last`, both included, in host order.
@@ -106,6 +109,8 @@ map_struct! {
         pub turn: u32,
         /// Hash of the pod's UID, two words: whose entry this is after a restart of the agent.
         pub pod: [u32; 2],
+        /// Generation, two words: verdicts about other generations do not hold. Zero: none does.
+        pub generation: [u32; 2],
     }
 }
 
@@ -124,11 +129,13 @@ map_struct! {
         pub flags: u32,
         /// Hash of the pod's UID, as in [`PodOutbound`].
         pub pod: [u32; 2],
+        /// Generation, as in [`PodOutbound`].
+        pub generation: [u32; 2],
     }
 }
 
 map_struct! {
-    /// A captured connection as the agent sees it. Map `FLOWS`; the value is the original destination.
+    /// A captured connection as the agent sees it. Map `FLOWS`; the value is a [`Flow`].
     pub struct FlowKey {
         /// Cookie of the pod's netns: two pods may use one address and port (loopback).
         pub netns: u64,
@@ -178,14 +185,44 @@ map_struct! {
 map_struct! {
     /// What is remembered on a socket. Map `SOCK_META`.
     pub struct SockMeta {
+        /// `CLOCK_BOOTTIME` of `connect()`, if direct.
+        pub started_ns: u64,
+        /// Bytes received when the state became `FIN_WAIT2`, if direct.
+        pub received_at_fin: u64,
         /// Where the application meant to go, if `captured`.
         pub orig: WireAddr,
-        /// [`ROLE_APP`], [`ROLE_AGENT`], [`ROLE_DELIVER`].
+        /// The endpoint that a verdict chose, or zeros.
+        pub endpoint: WireAddr,
+        /// Hash of the client pod's UID, if direct.
+        pub client: [u32; 2],
+        /// Hash of the server pod's UID, if direct.
+        pub server: [u32; 2],
+        /// [`ROLE_APP`], [`ROLE_AGENT`], [`ROLE_DELIVER`], [`ROLE_DIRECT`].
         pub role: u8,
         /// 1 while the socket's destination is rewritten.
         pub captured: u8,
+        /// Which directions of a direct connection have ended: [`crate::direct::FIN_SENT`] and on.
+        pub fins: u8,
         /// Zero.
-        pub reserved: [u8; 2],
+        pub reserved: [u8; 5],
+    }
+}
+
+impl SockMeta {
+    /// A socket of this role of which nothing else is known.
+    pub const fn of(role: u8) -> Self {
+        Self {
+            started_ns: 0,
+            received_at_fin: 0,
+            orig: WireAddr::NONE,
+            endpoint: WireAddr::NONE,
+            client: [0; 2],
+            server: [0; 2],
+            role,
+            captured: 0,
+            fins: 0,
+            reserved: [0; 5],
+        }
     }
 }
 
@@ -194,6 +231,15 @@ map_struct! {
     pub struct Control {
         /// `CLOCK_BOOTTIME` when the agent last said that it lives.
         pub heartbeat_ns: u64,
+    }
+}
+
+map_struct! {
+    /// What only agents read, and what outlives them. Map `SECRETS`, one element.
+    pub struct Secrets {
+        /// Key of the generations' hash, made with the map: who writes manifests cannot aim for a
+        /// collision, and the next agent computes the same generations.
+        pub generation_key: [u64; 2],
     }
 }
 
@@ -223,6 +269,8 @@ pub enum MapSize {
     Destinations,
     /// The connections between `connect()` and the agent's `accept()`.
     Flows,
+    /// The verdicts of the direct way.
+    Verdicts,
 }
 
 const HASH: u32 = 1;
@@ -230,6 +278,7 @@ const ARRAY: u32 = 2;
 const PERCPU_ARRAY: u32 = 6;
 const LRU_HASH: u32 = 9;
 const LPM_TRIE: u32 = 11;
+const RINGBUF: u32 = 27;
 const SOCKHASH: u32 = 18;
 const SK_STORAGE: u32 = 24;
 
@@ -238,14 +287,17 @@ pub const MAX_SHARDS: usize = 16;
 /// Blocks of `skip-outbound-cidrs` per pod, on average, that fit.
 pub const SKIP_CIDRS_PER_POD: usize = 8;
 
+/// Bytes of `EVENTS`: some 6,000 records, read ten times a second.
+pub const EVENTS_BYTES: usize = 1 << 20;
+
 /// Every pinned map.
-pub const SPECS: [MapSpec; 10] = [
+pub const SPECS: [MapSpec; 15] = [
     spec("POD_OUTBOUND", HASH, size_of::<u64>(), size_of::<PodOutbound>(), MapSize::PerPod(1)),
     spec("POD_INBOUND", HASH, size_of::<WireIp>(), size_of::<PodInbound>(), MapSize::PerPod(2)),
-    spec("DESTINATIONS", HASH, size_of::<WireIp>(), size_of::<u32>(), MapSize::Destinations),
+    spec("DESTINATIONS", HASH, size_of::<WireIp>(), size_of::<u64>(), MapSize::Destinations),
     spec("SKIP_CIDRS", LPM_TRIE, 28, size_of::<u32>(), MapSize::PerPod(SKIP_CIDRS_PER_POD)),
     spec("SOCK_META", SK_STORAGE, size_of::<u32>(), size_of::<SockMeta>(), MapSize::Fixed(0)),
-    spec("FLOWS", LRU_HASH, size_of::<FlowKey>(), size_of::<WireAddr>(), MapSize::Flows),
+    spec("FLOWS", LRU_HASH, size_of::<FlowKey>(), size_of::<Flow>(), MapSize::Flows),
     spec(
         "DELIVERIES",
         LRU_HASH,
@@ -260,6 +312,11 @@ pub const SPECS: [MapSpec; 10] = [
         size_of::<u32>(),
         MapSize::PerPod(2 * MAX_SHARDS),
     ),
+    spec("VERDICTS", HASH, size_of::<VerdictKey>(), size_of::<Verdict>(), MapSize::Verdicts),
+    spec("PROBE", PERCPU_ARRAY, size_of::<u32>(), size_of::<DeliveryKey>(), MapSize::Fixed(1)),
+    spec("DIRECT_CONNS", HASH, size_of::<u64>(), size_of::<DirectConn>(), MapSize::Fixed(65_536)),
+    spec("EVENTS", RINGBUF, 0, 0, MapSize::Fixed(EVENTS_BYTES)),
+    spec("SECRETS", ARRAY, size_of::<u32>(), size_of::<Secrets>(), MapSize::Fixed(1)),
     spec("CONTROL", ARRAY, size_of::<u32>(), size_of::<Control>(), MapSize::Fixed(1)),
     spec(
         "COUNTERS",
@@ -294,6 +351,13 @@ pub(crate) const fn layout_hash(mut hash: u64) -> u64 {
         SkipCidr::HASH,
         SockMeta::HASH,
         Control::HASH,
+        Secrets::HASH,
+        VerdictKey::HASH,
+        VerdictEndpoint::HASH,
+        Verdict::HASH,
+        Flow::HASH,
+        DirectConn::HASH,
+        DirectEvent::HASH,
     ];
     let mut i = 0;
     while i < structs.len() {
@@ -317,6 +381,21 @@ pub(crate) const fn layout_hash(mut hash: u64) -> u64 {
     hash
 }
 
+/// A 64-bit number as structs carry it whose alignment is four bytes.
+#[inline(always)]
+pub const fn words(number: u64) -> [u32; 2] {
+    // Truncation is the point: the low word, then the high one.
+    #[expect(clippy::cast_possible_truncation, reason = "split into two words")]
+    let words = [number as u32, (number >> 32) as u32];
+    words
+}
+
+/// What [`words`] took apart.
+#[inline(always)]
+pub const fn number(words: [u32; 2]) -> u64 {
+    words[0] as u64 | (words[1] as u64) << 32
+}
+
 impl SkipCidr {
     /// Bits before those of the address.
     pub const NETNS_BITS: u32 = 64;
@@ -324,10 +403,7 @@ impl SkipCidr {
     /// The key for an address seen from a netns.
     #[inline(always)]
     pub const fn new(netns: u64, ip: WireIp) -> Self {
-        // Truncation is the point: the low word, then the high one.
-        #[expect(clippy::cast_possible_truncation, reason = "split into two words")]
-        let netns = [netns as u32, (netns >> 32) as u32];
-        Self { netns, ip }
+        Self { netns: words(netns), ip }
     }
 }
 

@@ -220,6 +220,7 @@ mod tests {
                 flags: self.flags,
                 turn: self.turn,
                 pod: [0; 2],
+                generation: [0; 2],
             }
         }
 
@@ -233,6 +234,7 @@ mod tests {
                 listeners,
                 flags,
                 pod: [0; 2],
+                generation: [0; 2],
             }
         }
 

@@ -1,4 +1,5 @@
-//! `cgroup/connect4` and `connect6`: send an enrolled pod's outbound TCP to its agent's listener.
+//! `cgroup/connect4` and `connect6`: send an enrolled pod's outbound TCP to its agent's listener, or
+//! straight to an endpoint on this node that the agent has allowed before ([`crate::direct`]).
 //!
 //! An `AF_INET6` socket that dials `::ffff:a.b.c.d` runs `connect6` alone and is sent to the
 //! v4-mapped form of the pod's IPv4 address.
@@ -9,12 +10,13 @@ use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_sk_storage_get, bpf_skc_to_mpt
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::maps::{ROLE_APP, SkipCidr, SockMeta};
+use mesh_common::maps::{ROLE_APP, ROLE_DIRECT, SkipCidr, SockMeta};
 use mesh_common::verdict::{Connect, decide_connect};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
-use crate::maps::{DESTINATIONS, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count};
+use crate::direct::{Way, way};
+use crate::maps::{DESTINATIONS, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count, now_ns};
 
 const ALLOW: i32 = 1;
 /// `connect()` fails with `EPERM`.
@@ -49,11 +51,12 @@ fn capture(
     if !meta.is_null() {
         // SAFETY: not null; see above. Only this socket's owner and this program write it.
         let meta = unsafe { &mut *meta };
-        if meta.role != ROLE_APP {
+        if meta.role != ROLE_APP && meta.role != ROLE_DIRECT {
             count(Counter::ConnectAgent);
             return ALLOW;
         }
         // The socket may be used a second time, `connect(AF_UNSPEC)` in between.
+        meta.role = ROLE_APP;
         meta.captured = 0;
     }
 
@@ -87,7 +90,21 @@ fn capture(
             DENY
         }
         Connect::Capture { ip, port } => {
-            let mut meta = SockMeta { orig: dst, role: ROLE_APP, captured: 1, reserved: [0; 2] };
+            let mut meta = SockMeta { orig: dst, captured: 1, ..SockMeta::of(ROLE_APP) };
+            let to = match way(ctx, netns, pod, &dst) {
+                Way::Agent(endpoint) => {
+                    meta.endpoint = endpoint;
+                    WireAddr::new(ip, port)
+                }
+                Way::Direct(endpoint, server) => {
+                    meta.endpoint = endpoint;
+                    meta.role = ROLE_DIRECT;
+                    meta.started_ns = now_ns();
+                    meta.client = pod.pod;
+                    meta.server = server;
+                    endpoint
+                }
+            };
             // Remember before rewriting: who accepts without it cannot know the destination.
             // SAFETY: as for the first lookup; `meta` outlives the call, which copies it.
             let stored = unsafe { SOCK_META.get_or_insert_ptr_mut(ctx, Some(&mut meta)) };
@@ -98,10 +115,12 @@ fn capture(
             // SAFETY: not null; this socket's storage. It may have existed before, with an older value.
             unsafe { *stored = meta };
             remember_on_mptcp(ctx, &mut meta);
-            // SAFETY: the slot stays mapped, see above. Not atomic: see `PodOutbound::turn`.
-            unsafe { (*slot).turn = (*slot).turn.wrapping_add(1) };
-            redirect(ctx.sock_addr, &WireAddr::new(ip, port));
-            count(Counter::Captured);
+            redirect(ctx.sock_addr, &to);
+            if meta.role == ROLE_APP {
+                // SAFETY: the slot stays mapped, see above. Not atomic: see `PodOutbound::turn`.
+                unsafe { (*slot).turn = (*slot).turn.wrapping_add(1) };
+                count(Counter::Captured);
+            }
             ALLOW
         }
     }

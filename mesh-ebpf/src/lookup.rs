@@ -13,7 +13,7 @@ use mesh_common::{Counter, WireAddr};
 
 use crate::context::{AF_INET, AF_INET6, IPPROTO_TCP, read, read_ip6};
 use crate::log::tell;
-use crate::maps::{DELIVERIES, INBOUND, POD_INBOUND, agent, count, now_ns};
+use crate::maps::{DELIVERIES, INBOUND, POD_INBOUND, PROBE, agent, count, now_ns};
 
 const PASS: u32 = sk_action::SK_PASS;
 /// RST to the client.
@@ -49,6 +49,10 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp) -> u32 {
     let local = WireAddr::new(local_ip, read!(ctx.lookup, local_port) as u16);
     let remote = WireAddr::new(remote_ip, u16::from_be(read!(ctx.lookup, remote_port)));
 
+    if is_probe(&remote, &local) {
+        count(Counter::LookupProbe);
+        return PASS;
+    }
     let is_delivery = || is_announced(&DeliveryKey { src: remote, dst: local });
     let verdict = decide_lookup(pod, &local, &remote, is_delivery, agent);
     match verdict {
@@ -84,6 +88,19 @@ fn refuse(reason: Counter, remote: &WireAddr, local: &WireAddr) -> u32 {
         _ => {}
     }
     DROP
+}
+
+/// Whether this is `connect` asking from this CPU whether the application listens, and no SYN.
+///
+/// It asks with source port 0, which no connection has. A SYN that somebody forges from that port would
+/// also have to be of this very tuple and interrupt this very CPU while it asks.
+#[inline(always)]
+fn is_probe(remote: &WireAddr, local: &WireAddr) -> bool {
+    if remote.port_be != 0 {
+        return false;
+    }
+    // The slot is this CPU's: programs do not migrate.
+    PROBE.get(0).is_some_and(|asked| asked.src == *remote && asked.dst == *local)
 }
 
 #[inline(always)]

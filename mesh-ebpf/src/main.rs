@@ -1,8 +1,10 @@
 //! Malla's programs in the kernel: they send an enrolled pod's connections to the agent of its node.
 //!
 //! ```text
-//! connect4/6      remember the destination on the socket, rewrite it to the agent's listener
+//! connect4/6      remember the destination on the socket, rewrite it to the agent's listener, or
+//!                 to an endpoint on this node that a verdict allows
 //! sock_ops        publish {netns, source} -> destination before the SYN leaves; announce deliveries
+//!                 and direct connections, and tell what becomes of the latter
 //! getpeername4/6  show the application whom it dialled
 //! sk_lookup       steer what comes to the pod to the agent, pass deliveries, refuse the rest
 //! ```
@@ -17,6 +19,7 @@
 
 mod connect;
 mod context;
+mod direct;
 mod getpeername;
 mod log;
 mod lookup;

@@ -5,13 +5,15 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockHash};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockHash};
+use mesh_common::Counter;
 use mesh_common::addr::WireIp;
+use mesh_common::direct::{DirectConn, Flow, Verdict, VerdictKey};
 use mesh_common::maps::{
-    Control, DeliveryKey, FlowKey, ListenerKey, PodInbound, PodOutbound, SkipCidr, SockMeta,
+    Control, DeliveryKey, EVENTS_BYTES, FlowKey, ListenerKey, PodInbound, PodOutbound, Secrets,
+    SkipCidr, SockMeta,
 };
 use mesh_common::verdict::Agent;
-use mesh_common::{Counter, WireAddr};
 
 /// Read in place: a copy of its 180 bytes is a call and a loop. An element may be recycled for another
 /// pod under a program that reads it; what that can mix up is the configuration of a pod that is going
@@ -22,9 +24,9 @@ pub(crate) static POD_OUTBOUND: HashMap<u64, PodOutbound> = HashMap::with_max_en
 #[map]
 pub(crate) static POD_INBOUND: HashMap<WireIp, PodInbound> = HashMap::with_max_entries(2048, 0);
 
-/// Every address that belongs to the mesh.
+/// Every address that belongs to the mesh, and its generation.
 #[map]
-pub(crate) static DESTINATIONS: HashMap<WireIp, u32> =
+pub(crate) static DESTINATIONS: HashMap<WireIp, u64> =
     HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
 
 #[map]
@@ -36,7 +38,28 @@ pub(crate) static SOCK_META: SkStorage<SockMeta> = SkStorage::new();
 /// Least recently used first out: a connect flood cannot fill it, and a flow that it pushes out is
 /// reset by the agent.
 #[map]
-pub(crate) static FLOWS: LruHashMap<FlowKey, WireAddr> = LruHashMap::with_max_entries(131_072, 0);
+pub(crate) static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(131_072, 0);
+
+/// What the agent has decided for the direct way.
+#[map]
+pub(crate) static VERDICTS: HashMap<VerdictKey, Verdict> =
+    HashMap::with_max_entries(16_384, BPF_F_NO_PREALLOC);
+
+/// Which tuple `connect` asks about on this CPU, so that `sk_lookup` tells the question from a SYN.
+#[map]
+pub(crate) static PROBE: PerCpuArray<DeliveryKey> = PerCpuArray::with_max_entries(1, 0);
+
+/// Open direct connections, for an agent that starts while they are.
+#[map]
+pub(crate) static DIRECT_CONNS: HashMap<u64, DirectConn> =
+    HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
+
+#[map]
+pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES as u32, 0);
+
+/// No program reads it: it lies here to be pinned with the others.
+#[map]
+static SECRETS: Array<Secrets> = Array::with_max_entries(1, 0);
 
 /// The value: until when the tuple passes, on `CLOCK_BOOTTIME` in units of 2^20 ns (about 1 ms), or
 /// zero while the SYN is unanswered.

@@ -1,26 +1,41 @@
-//! `sock_ops`: publishes a captured connection's origin, and announces deliveries to `sk_lookup`.
+//! `sock_ops`: publishes a captured connection's origin, announces deliveries and direct connections to
+//! `sk_lookup`, and tells what becomes of direct ones.
 //!
-//! Both at `TCP_CONNECT_CB`: the kernel has chosen the source address and port, and no SYN has left.
+//! The first two at `TCP_CONNECT_CB`: the kernel has chosen the source address and port, and no SYN has
+//! left. Telling fails open: a connection is never refused because it cannot be told of.
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops,
+    BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops,
 };
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set};
+use aya_ebpf::helpers::{
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
+};
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use mesh_common::addr::v4_mapped;
-use mesh_common::maps::{DeliveryKey, FlowKey, ROLE_DELIVER, SockMeta};
+use mesh_common::direct::{
+    CLOSED, DirectConn, DirectEvent, FAILED, FIN_RECEIVED, FIN_SENT, FIN_UNKNOWN, Flow, OPENED,
+};
+use mesh_common::maps::{DeliveryKey, FlowKey, ROLE_DELIVER, ROLE_DIRECT, SockMeta};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{AF_INET6, read, read_ip6};
 use crate::log::tell;
-use crate::maps::{DELIVERIES, FLOWS, SOCK_META, count, now_ns};
+use crate::maps::{DELIVERIES, DIRECT_CONNS, EVENTS, FLOWS, SOCK_META, count, now_ns};
 
 const OK: u32 = 1;
 
-/// `TCP_ESTABLISHED` of `enum` in the kernel's UAPI.
+// States of `enum` in the kernel's UAPI.
 const TCP_ESTABLISHED: u32 = 1;
+const TCP_SYN_SENT: u32 = 2;
+const TCP_FIN_WAIT1: u32 = 4;
+const TCP_FIN_WAIT2: u32 = 5;
+const TCP_CLOSE: u32 = 7;
+const TCP_CLOSE_WAIT: u32 = 8;
+const TCP_LAST_ACK: u32 = 9;
+const TCP_CLOSING: u32 = 11;
 
 /// How long a tuple still passes after the handshake, in units of 2^20 ns: an application whose SYN
 /// queue is full answers with a SYN cookie, and then the ACK is looked up like a SYN.
@@ -31,7 +46,7 @@ pub fn mesh_sockops(ctx: SockOpsContext) -> u32 {
     // Some nine callbacks run per connection and most are not ours.
     match read!(ctx.ops, op) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
-        BPF_SOCK_OPS_STATE_CB => answered(&ctx),
+        BPF_SOCK_OPS_STATE_CB => changed(&ctx),
         _ => {}
     }
     OK
@@ -42,9 +57,11 @@ fn connecting(ctx: &SockOpsContext) {
     let Some(meta) = meta(ctx) else {
         return;
     };
-    if meta.role == ROLE_DELIVER {
+    // SAFETY: the storage lives as long as the socket, and nothing else writes it during this callback.
+    let meta = unsafe { *meta };
+    if meta.role == ROLE_DELIVER || meta.role == ROLE_DIRECT {
         let announced = DELIVERIES.insert(ends(ctx.ops), 0, 0).is_ok();
-        // Asks for the callback that ends the announcement.
+        // Asks for the callback that ends the announcement, and tells what becomes of a direct one.
         // SAFETY: the context is a full socket's `bpf_sock_ops`; an error leaves the flags as they were.
         unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32) };
         count(if announced { Counter::DeliveryAnnounced } else { Counter::DeliveryLost });
@@ -53,7 +70,8 @@ fn connecting(ctx: &SockOpsContext) {
         let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
         let ends = ends(ctx.ops);
         let key = FlowKey { netns, src: ends.src, listener_be: ends.dst.port_be, reserved: 0 };
-        let published = FLOWS.insert(key, meta.orig, 0).is_ok();
+        let flow = Flow { orig: meta.orig, endpoint: meta.endpoint };
+        let published = FLOWS.insert(key, flow, 0).is_ok();
         if published {
             count(Counter::FlowPublished);
         } else {
@@ -74,19 +92,32 @@ fn grace() -> u32 {
     ((now_ns() >> 20) as u32).wrapping_add(GRACE).max(1)
 }
 
-/// A delivery has left `SYN_SENT`: its tuple must not let anybody else past the agent.
+/// A delivery or a direct connection has another state.
 #[inline(always)]
-fn answered(ctx: &SockOpsContext) {
+fn changed(ctx: &SockOpsContext) {
     let Some(meta) = meta(ctx) else {
         return;
     };
-    if meta.role != ROLE_DELIVER {
-        return;
+    // SAFETY: as in `connecting`; the pointer is not kept.
+    let role = unsafe { (*meta).role };
+    let old = read!(ctx.ops, __bindgen_anon_1.args[0]);
+    let new = read!(ctx.ops, __bindgen_anon_1.args[1]);
+    if old == TCP_SYN_SENT && (role == ROLE_DELIVER || role == ROLE_DIRECT) {
+        answered(ctx, new);
     }
-    // SAFETY: as in `connecting`.
-    unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, 0) };
+    if role == ROLE_DELIVER {
+        // SAFETY: as in `connecting`.
+        unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, 0) };
+    } else if role == ROLE_DIRECT {
+        tell_of(ctx, meta, old, new);
+    }
+}
+
+/// The connection has left `SYN_SENT`: its tuple must not let anybody else past the agent.
+#[inline(always)]
+fn answered(ctx: &SockOpsContext, new: u32) {
     let key = ends(ctx.ops);
-    if read!(ctx.ops, __bindgen_anon_1.args[1]) == TCP_ESTABLISHED {
+    if new == TCP_ESTABLISHED {
         // A tuple that cannot be updated stays open until it is pushed out: worth no reset.
         let _unbounded = DELIVERIES.insert(key, grace(), 0);
     } else {
@@ -94,9 +125,73 @@ fn answered(ctx: &SockOpsContext) {
     }
 }
 
+/// Follows a direct connection's states, and tells of its begin and its end.
+#[inline(always)]
+fn tell_of(ctx: &SockOpsContext, meta: *mut SockMeta, old: u32, new: u32) {
+    // SAFETY: as in `connecting`.
+    let meta = unsafe { &mut *meta };
+    meta.fins |= match (old, new) {
+        (_, TCP_FIN_WAIT1 | TCP_LAST_ACK) => FIN_SENT,
+        (_, TCP_CLOSE_WAIT | TCP_CLOSING) => FIN_RECEIVED,
+        (TCP_FIN_WAIT2, TCP_CLOSE) => FIN_UNKNOWN,
+        _ => 0,
+    } as u8;
+    match new {
+        TCP_FIN_WAIT2 => meta.received_at_fin = read!(ctx.ops, bytes_received),
+        TCP_ESTABLISHED => event(ctx, meta, OPENED),
+        TCP_CLOSE => event(ctx, meta, if old == TCP_SYN_SENT { FAILED } else { CLOSED }),
+        _ => {}
+    }
+}
+
+#[inline(never)]
+fn event(ctx: &SockOpsContext, meta: &SockMeta, kind: u32) {
+    let at_ns = now_ns();
+    // SAFETY: the helper only reads the context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let conn = DirectConn {
+        // SAFETY: the helper only reads the context.
+        netns: unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
+        started_ns: meta.started_ns,
+        opened_ns: if kind == OPENED { at_ns } else { 0 },
+        src: ends(ctx.ops).src,
+        orig: meta.orig,
+        endpoint: meta.endpoint,
+        client: meta.client,
+        server: meta.server,
+        reserved: 0,
+    };
+    if kind == OPENED {
+        if DIRECT_CONNS.insert(cookie, conn, 0).is_err() {
+            count(Counter::DirectUnlisted);
+        }
+    } else if kind == CLOSED {
+        let _never_listed = DIRECT_CONNS.remove(cookie);
+    }
+    let Some(mut entry) = EVENTS.reserve::<DirectEvent>(0) else {
+        return count(Counter::DirectEventLost);
+    };
+    entry.write(DirectEvent {
+        cookie,
+        at_ns,
+        acked: read!(ctx.ops, bytes_acked),
+        received: read!(ctx.ops, bytes_received),
+        received_at_fin: meta.received_at_fin,
+        conn,
+        kind,
+        fins: u32::from(meta.fins),
+        all_acked: u32::from(read!(ctx.ops, snd_una) == read!(ctx.ops, snd_nxt)),
+        srtt: read!(ctx.ops, srtt_us),
+        retransmits: read!(ctx.ops, total_retrans),
+        reserved: 0,
+    });
+    // Nobody is woken: the agent looks ten times a second, and a wake-up costs more than the connection.
+    entry.submit(BPF_RB_NO_WAKEUP.into());
+}
+
 /// What is remembered on the socket, without creating it.
 #[inline(always)]
-fn meta(ctx: &SockOpsContext) -> Option<SockMeta> {
+fn meta(ctx: &SockOpsContext) -> Option<*mut SockMeta> {
     let sk = read!(ctx.ops, __bindgen_anon_2.sk);
     if sk.is_null() {
         return None;
@@ -106,11 +201,7 @@ fn meta(ctx: &SockOpsContext) -> Option<SockMeta> {
     let map = (&raw const SOCK_META).cast_mut();
     // SAFETY: `sk` is this callback's socket, and without `CREATE` no initial value is read.
     let meta = unsafe { bpf_sk_storage_get(map.cast(), sk.cast(), core::ptr::null_mut(), 0) };
-    if meta.is_null() {
-        return None;
-    }
-    // SAFETY: not null; the map's values are `SockMeta` and live as long as the socket.
-    Some(unsafe { *meta.cast::<SockMeta>() })
+    if meta.is_null() { None } else { Some(meta.cast()) }
 }
 
 /// The connection's two ends.

@@ -46,6 +46,8 @@ pub struct StatusView {
     pub carrier: String,
     /// Which carrier is in use to each node, `lane` or `quic`.
     pub carriers: BTreeMap<String, String>,
+    /// Verdicts by which the kernel connects pods of this node directly.
+    pub verdicts: usize,
     /// What the kernel programs counted, by event.
     pub kernel: BTreeMap<String, u64>,
 }
@@ -114,7 +116,8 @@ pub struct WorkloadView {
     pub mode: String,
     /// `mesh` or `all`: what of its outbound traffic is captured.
     pub outbound: String,
-    /// How a pod of this node reaches it: `local`, `tunnel`, or `passthrough`.
+    /// How a pod of this node reaches it: `direct` (after a first connection), `local`, `tunnel`, or
+    /// `passthrough`.
     pub way: String,
 }
 
@@ -181,7 +184,7 @@ pub struct ConnectionView {
     pub peer_node: String,
     /// `lane`, `quic`, `local`, `passthrough`, `plaintext`; empty while none is chosen.
     pub carrier: String,
-    /// `tunnel`, `local`, `passthrough`; empty while none is chosen.
+    /// `tunnel`, `local`, `direct`, `passthrough`; empty while none is chosen.
     pub way: String,
     /// Milliseconds since it was accepted.
     pub age_ms: u64,
@@ -229,6 +232,7 @@ fn workload(snapshot: &Snapshot, pod: &Workload, failing: Option<String>) -> Wor
     };
     let way = match (pod.is_enrolled(), pod.node == snapshot.node) {
         (false, _) => "passthrough",
+        (true, true) if pod.settings.direct && pod.settings.preserve_client_address => "direct",
         (true, true) => "local",
         (true, false) => "tunnel",
     };
@@ -385,7 +389,7 @@ mod tests {
         let expected = [
             ("api-0", "tunnel", true, None, "permissive", "mesh"),
             ("db-0", "passthrough", false, Some("host network"), "strict", "all"),
-            ("web-0", "local", true, None, "permissive", "mesh"),
+            ("web-0", "direct", true, None, "permissive", "mesh"),
         ];
         assert_eq!(shown, expected);
         assert_eq!(views[2].identity, "spiffe://cluster.local/ns/shop/sa/web");

@@ -9,6 +9,8 @@
 //!
 //! Every task that outlives a connection is started here, and joined or dropped here.
 
+mod connections;
+mod direct;
 mod pods;
 mod shortfall;
 mod views;
@@ -17,9 +19,10 @@ use std::collections::{HashMap, HashSet};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -30,10 +33,12 @@ use mesh_core::balance::Loads;
 use mesh_core::snapshot::Snapshot;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc as queue, watch};
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
+use self::connections::Connections;
+use self::direct::{Verdicts, WISHES};
 use self::pods::Pods;
 use self::views::Views;
 use crate::admin::{self, AdminSocket};
@@ -44,7 +49,7 @@ use crate::discovery::file::{FileSource, Settings};
 use crate::identity::store::{Identities, Issuer, Lifetimes};
 use crate::identity::verify::verify_peer;
 use crate::identity::{bundle, ca};
-use crate::node::{Limits, Node, Worker};
+use crate::node::{Limits, Node, Wish, Worker};
 use crate::telemetry::{self, LogLevel, Telemetry};
 use crate::tunnel::{
     Credentials, Credit, ResetKey, TicketKeys, TunnelConfig, TunnelStats, Tunnels,
@@ -101,6 +106,9 @@ struct Agent {
     workers: Arc<Workers>,
     contexts: Vec<Arc<Worker>>,
     pods: Pods,
+    verdicts: Verdicts,
+    connections: Option<Connections>,
+    wished: queue::Receiver<Wish>,
     snapshots: watch::Receiver<Arc<Snapshot>>,
     views: Arc<Views>,
     drain: watch::Sender<bool>,
@@ -133,6 +141,7 @@ impl Agent {
             max_pods: options.max_pods,
             max_destinations: options.max_destinations,
             max_flows: options.max_flows,
+            max_verdicts: options.max_verdicts,
         })?);
         capture.beat();
         if let Some(log) = capture.take_log() {
@@ -144,6 +153,7 @@ impl Agent {
         }
 
         let (drain, draining) = watch::channel(false);
+        let (wishes, wished) = queue::channel(WISHES);
         let node = Arc::new(Node {
             snapshot: ArcSwap::new(Arc::clone(&snapshots.borrow())),
             pods: ArcSwap::new(Arc::new(HashMap::new())),
@@ -157,6 +167,7 @@ impl Agent {
             },
             connections: Arc::new(Semaphore::new(options.max_connections.get())),
             draining,
+            wishes,
         });
 
         let count = options.workers.map_or_else(available_cores, NonZeroUsize::get);
@@ -178,6 +189,7 @@ impl Agent {
             shortfall: pods.shortfall(),
             is_applied: AtomicBool::new(false),
             applied_at: Mutex::new(started),
+            direct: OnceLock::new(),
         });
         telemetry.set_sources(Arc::clone(&views).telemetry_sources());
         serve_http(&options, &telemetry, &views, log, &mut control).await?;
@@ -192,10 +204,13 @@ impl Agent {
         );
         Ok(Self {
             options,
+            verdicts: Verdicts::new(Arc::clone(&node)),
+            connections: None,
             node,
             workers,
             contexts,
             pods,
+            wished,
             snapshots,
             views,
             drain,
@@ -209,18 +224,25 @@ impl Agent {
     async fn carry_on(mut self) -> Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        loop {
+        'run: loop {
             let snapshot = Arc::clone(&self.snapshots.borrow_and_update());
             self.apply(snapshot).await;
-            tokio::select! {
-                changed = self.snapshots.changed() => {
-                    if changed.is_err() {
-                        bail!("the manifests are not followed any more");
+            let pods = &self.pods;
+            let mut due = pin!(pods.due());
+            loop {
+                tokio::select! {
+                    biased; // A verdict must not be written from a snapshot that is no more.
+                    _ = terminate.recv() => break 'run,
+                    _ = interrupt.recv() => break 'run,
+                    changed = self.snapshots.changed() => {
+                        if changed.is_err() {
+                            bail!("the manifests are not followed any more");
+                        }
+                        break;
                     }
+                    () = &mut due => break,
+                    Some(wish) = self.wished.recv() => self.verdicts.grant(&wish),
                 }
-                () = self.pods.due() => {}
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
             }
         }
         self.end().await;
@@ -229,8 +251,14 @@ impl Agent {
 
     async fn apply(&mut self, snapshot: Arc<Snapshot>) {
         let is_new = !Arc::ptr_eq(&self.node.snapshot.load(), &snapshot);
+        // First of all: what the kernel lets through by itself must not outlive what it was decided from.
+        self.verdicts.follow(&snapshot);
         self.node.snapshot.store(Arc::clone(&snapshot));
+        if let Some(connections) = &self.connections {
+            connections.judge(&snapshot);
+        }
         self.pods.follow(&snapshot).await;
+        self.follow_direct();
         let endpoints: HashSet<_> = snapshot.endpoints().map(|endpoint| endpoint.addr).collect();
         let is_live = |addr: &EndpointAddr| {
             endpoints.contains(addr) || snapshot.workload_at(addr.0.ip()).is_some()
@@ -238,6 +266,15 @@ impl Agent {
         self.node.loads().retain(is_live);
         self.node.telemetry.retain(&snapshot);
         self.views.applied(is_new);
+    }
+
+    /// Begins to follow direct connections, once: the pods have to be known whose they are.
+    fn follow_direct(&mut self) {
+        let Some(events) = self.node.capture.take_events() else { return };
+        let connections = Connections::start(Arc::clone(&self.node), events);
+        self.control.spawn(connections.clone().follow());
+        self.views.follow_direct(connections.clone());
+        self.connections = Some(connections);
     }
 
     /// Takes no new connection, lets those that are open end, and leaves the programs in the kernel:
@@ -267,6 +304,9 @@ impl Agent {
             warn!(cut = open(), "the time to drain is over");
         }
         self.control.shutdown().await;
+        if let Some(connections) = &self.connections {
+            connections.let_go();
+        }
         drop(self.workers);
         drop(self.heart);
         self.node.telemetry.flush();

@@ -261,6 +261,8 @@ impl Pods {
         let mut pods = HashMap::clone(&node.pods.load());
         pods.insert(Arc::clone(&pod.uid), Arc::clone(&pod));
         node.pods.store(Arc::new(pods));
+        let generation = node.capture.generation_key().of_pod(workload, pod.netns.cookie());
+        node.capture.set_pod_generation(&workload.uid, generation)?;
         let listeners = node.capture.enrol(&PodCapture {
             uid: &workload.uid,
             ips: &workload.ips,

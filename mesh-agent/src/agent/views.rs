@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use mesh_core::snapshot::Workload;
 use serde_json::json;
 use tokio::sync::watch;
 
+use super::connections::Connections;
 use super::shortfall::Shortfall;
 use crate::admin::{self, view};
 use crate::cli::Run;
@@ -31,6 +32,7 @@ pub(super) struct Views {
     pub(super) shortfall: watch::Receiver<Shortfall>,
     pub(super) is_applied: AtomicBool,
     pub(super) applied_at: Mutex<Instant>,
+    pub(super) direct: OnceLock<Connections>,
 }
 
 impl Views {
@@ -48,7 +50,7 @@ impl Views {
     }
 
     pub(super) fn telemetry_sources(self: Arc<Self>) -> telemetry::Sources {
-        let [capture, pods, tunnels, certificates, snapshot] =
+        let [capture, pods, tunnels, certificates, snapshot, direct, lost] =
             std::array::from_fn(|_| Arc::clone(&self));
         telemetry::Sources {
             capture: Box::new(move || capture.node.capture.counters()),
@@ -62,7 +64,22 @@ impl Views {
                 age: snapshot.snapshot_age(),
                 problems: snapshot.problem_count(),
             }),
+            look_at_direct: Box::new(move || {
+                if let Some(connections) = direct.direct.get() {
+                    connections.look();
+                }
+            }),
+            direct_events_lost: Box::new(move || {
+                let counters = lost.node.capture.counters();
+                let lost = mesh_common::Counter::DirectEventLost.name();
+                counters.into_iter().find(|(event, _)| *event == lost).map_or(0, |(_, n)| n)
+            }),
         }
+    }
+
+    /// Direct connections are followed from now on.
+    pub(super) fn follow_direct(&self, connections: Connections) {
+        self.direct.get_or_init(|| connections);
     }
 
     pub(super) fn admin_sources(
@@ -142,6 +159,8 @@ impl Views {
             workers: self.contexts.len(),
             carrier: self.options.carrier.as_str().into(),
             carriers,
+            // One that cannot be counted is no reason to tell nothing.
+            verdicts: self.node.capture.sweep_verdicts().unwrap_or_default(),
             kernel: self
                 .node
                 .capture
@@ -258,6 +277,7 @@ impl Views {
             "max_pods": options.max_pods,
             "max_destinations": options.max_destinations,
             "max_flows": options.max_flows,
+            "max_verdicts": options.max_verdicts,
             "connect_timeout_s": options.connect_timeout.as_secs(),
             "drain_s": options.drain.as_secs(),
             "cert_lifetime_s": options.cert_lifetime.as_secs(),

@@ -11,12 +11,14 @@ use aya::Ebpf;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash};
 use mesh_common::addr::{V4_MAPPED_BITS, WireIp, from_ip};
+use mesh_common::direct::{DirectConn, Verdict, VerdictKey};
 use mesh_common::maps::{
     FAIL_OPEN, HAS_SKIP_CIDRS, ListenerKey, MAX_PORTS, OUTBOUND_ALL, PodInbound, PodOutbound,
-    PortRange, PortRanges, SPECS, STRICT, SkipCidr,
+    PortRange, PortRanges, SPECS, STRICT, SkipCidr, words,
 };
 use mesh_common::{Counter, abi};
 use mesh_core::addr::Cidr;
+use mesh_core::generation::Generation;
 use mesh_core::settings::{Mode, Outbound, PortList, Settings};
 
 use super::{CaptureConfig, CaptureError, pins};
@@ -27,7 +29,9 @@ pub(super) struct Maps {
     pub(super) inbound: HashMap<MapData, WireIp, PodInbound>,
     pub(super) skip: LpmTrie<MapData, SkipCidr, u32>,
     pub(super) listeners: SockHash<MapData, ListenerKey>,
-    pub(super) destinations: HashMap<MapData, WireIp, u32>,
+    pub(super) destinations: HashMap<MapData, WireIp, Generation>,
+    pub(super) verdicts: HashMap<MapData, VerdictKey, Verdict>,
+    pub(super) direct: HashMap<MapData, u64, DirectConn>,
     pub(super) counters: PerCpuArray<MapData, u64>,
     config: CaptureConfig,
 }
@@ -47,6 +51,8 @@ impl Maps {
             skip: typed(ebpf, "SKIP_CIDRS")?,
             listeners: typed(ebpf, "INBOUND")?,
             destinations: typed(ebpf, "DESTINATIONS")?,
+            verdicts: typed(ebpf, "VERDICTS")?,
+            direct: typed(ebpf, "DIRECT_CONNS")?,
             counters: typed(ebpf, "COUNTERS")?,
             config: config.clone(),
         })
@@ -58,6 +64,8 @@ impl Maps {
         let limit = spec.map_or(0, |spec| pins::entries(spec, &self.config));
         let remedy = if map == "DESTINATIONS" {
             "raise --max-destinations"
+        } else if map == "VERDICTS" {
+            "raise --max-verdicts"
         } else if map == "SKIP_CIDRS" {
             "raise --max-pods, or name fewer blocks in skip-outbound-cidrs"
         } else {
@@ -157,9 +165,13 @@ impl Maps {
         Ok(())
     }
 
-    pub(super) fn add_destination(&mut self, ip: WireIp) -> Result<(), CaptureError> {
+    pub(super) fn set_destination(
+        &mut self,
+        ip: WireIp,
+        generation: Generation,
+    ) -> Result<(), CaptureError> {
         let failed = self.failed("DESTINATIONS");
-        self.destinations.insert(ip, 1, 0).map_err(failed)
+        self.destinations.insert(ip, generation, 0).map_err(failed)
     }
 
     pub(super) fn remove_destination(&mut self, ip: WireIp) -> Result<(), CaptureError> {
@@ -187,7 +199,7 @@ pub(super) fn map(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, CaptureErr
     })
 }
 
-fn typed<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, CaptureError>
+pub(super) fn typed<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, CaptureError>
 where
     T: TryFrom<Map, Error = MapError>,
 {
@@ -206,7 +218,7 @@ fn io_error(error: MapError) -> io::Error {
     }
 }
 
-fn absent_is_ok(result: Result<(), MapError>) -> Result<(), MapError> {
+pub(super) fn absent_is_ok(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
         Err(MapError::SyscallError(error))
@@ -240,12 +252,21 @@ pub(super) fn skips(blocks: &[Cidr]) -> BTreeMap<Cidr, u32> {
     skips
 }
 
+/// A pod's UID as programs know and tell it: its hash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PodTag(pub(super) [u32; 2]);
+
+impl PodTag {
+    /// Of the pod with this UID.
+    pub fn of(uid: &str) -> Self {
+        Self(pod_hash(uid))
+    }
+}
+
 /// A pod's UID as its entries carry it.
 pub(super) fn pod_hash(uid: &str) -> [u32; 2] {
     let hash = abi::text(abi::SEED, uid);
-    #[expect(clippy::cast_possible_truncation, reason = "split into two words")]
-    let words = [hash as u32, (hash >> 32) as u32];
-    words
+    words(hash)
 }
 
 /// The value of `POD_OUTBOUND` for a pod: `outbound` is what it captures, whatever its settings say,
@@ -255,6 +276,7 @@ pub(super) fn outbound(
     settings: &Settings,
     outbound: Outbound,
     ports: &[(IpAddr, Vec<u16>)],
+    generation: Generation,
 ) -> PodOutbound {
     let mut pod = PodOutbound {
         ip4: [0; 4],
@@ -268,6 +290,7 @@ pub(super) fn outbound(
             | flag(!settings.skip_outbound_cidrs.is_empty(), HAS_SKIP_CIDRS),
         turn: 0,
         pod: pod_hash(uid),
+        generation: words(generation),
     };
     for (ip, ports) in ports {
         let (own_ip, own_ports) = match ip {
@@ -281,7 +304,13 @@ pub(super) fn outbound(
 }
 
 /// The value of `POD_INBOUND` for one of a pod's addresses.
-pub(super) fn inbound(uid: &str, settings: &Settings, ports: &[u16], listeners: u32) -> PodInbound {
+pub(super) fn inbound(
+    uid: &str,
+    settings: &Settings,
+    ports: &[u16],
+    listeners: u32,
+    generation: Generation,
+) -> PodInbound {
     let mut own_ports = [0; MAX_PORTS];
     PodInbound {
         skip: ranges(&settings.skip_inbound_ports),
@@ -290,6 +319,7 @@ pub(super) fn inbound(uid: &str, settings: &Settings, ports: &[u16], listeners: 
         listeners,
         flags: flag(settings.mode == Mode::Strict, STRICT) | flag(settings.fail_open, FAIL_OPEN),
         pod: pod_hash(uid),
+        generation: words(generation),
     }
 }
 

@@ -20,7 +20,9 @@
 //! ([`mesh_common::verdict`]).
 
 mod attach;
+mod direct;
 mod error;
+mod events;
 mod log;
 mod maps;
 mod orig_dst;
@@ -43,14 +45,18 @@ use aya::EbpfLoader;
 use aya::maps::MapData;
 use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported};
-use mesh_common::WireAddr;
 use mesh_common::maps::{Control, ROLE_AGENT, ROLE_DELIVER, SPECS, SockMeta};
+use mesh_core::generation::GenerationKey;
 use mesh_core::settings::Settings;
 use serde::Serialize;
 
+pub use direct::{VerdictEntry, Written};
 pub use error::CaptureError;
+pub use events::{DirectFacts, DirectRecord, Ended, KernelEvents};
 pub use log::KernelLog;
+pub use maps::PodTag;
 pub use orig_dst::OrigDstTable;
+pub use pods::Generations;
 
 use crate::net::Netns;
 use attach::Programs;
@@ -77,6 +83,9 @@ pub struct CaptureConfig {
     /// Connections between `connect()` and the agent's `accept()`. Default 65536, 7 MiB of the kernel's
     /// memory. Too small and a flood of connections pushes out, and so resets, others.
     pub max_flows: u32,
+    /// Verdicts of the direct way: one for each pod and destination that it talks to. Default 16384; one
+    /// takes about 1,100 bytes, when used. Too small and the agent carries the rest.
+    pub max_verdicts: u32,
 }
 
 impl Default for CaptureConfig {
@@ -87,6 +96,7 @@ impl Default for CaptureConfig {
             max_pods: 1024,
             max_destinations: 65_536,
             max_flows: 65_536,
+            max_verdicts: 16_384,
         }
     }
 }
@@ -161,6 +171,8 @@ pub struct Capture {
     sock_meta: OwnedFd,
     flows: Arc<OwnedFd>,
     log: Mutex<Option<KernelLog>>,
+    events: Mutex<Option<KernelEvents>>,
+    generation_key: GenerationKey,
 }
 
 impl Capture {
@@ -194,9 +206,12 @@ impl Capture {
         let flows = Arc::new(open_map(&pins, "FLOWS")?);
         let programs = Programs::load(&mut ebpf, cgroup.into(), cgroup_id, older)?;
         let log = Mutex::new(Some(KernelLog::take(&mut ebpf)?));
+        let events = Mutex::new(Some(KernelEvents::take(&mut ebpf)?));
+        let generation_key = direct::generation_key(&open_map(&pins, "SECRETS")?)?;
         let pods = Mutex::new(Pods::new(maps::Maps::take(&mut ebpf, config)?, routes)?);
 
-        let capture = Self { pods, programs, pins, control, sock_meta, flows, log };
+        let capture =
+            Self { pods, programs, pins, control, sock_meta, flows, log, events, generation_key };
         capture.beat();
         capture.programs.attach_hooks(&capture.pins)?;
         attach::remove_dead_lookups(capture.pins.dir())?;
@@ -288,8 +303,7 @@ impl Capture {
             Role::Agent => ROLE_AGENT,
             Role::Deliver => ROLE_DELIVER,
         };
-        let meta = SockMeta { orig: WireAddr::new([0; 4], 0), role, captured: 0, reserved: [0; 2] };
-        sys::update(self.sock_meta.as_fd(), &socket.as_raw_fd(), &meta)
+        sys::update(self.sock_meta.as_fd(), &socket.as_raw_fd(), &SockMeta::of(role))
     }
 
     /// A worker's own handle to the table of original destinations.

@@ -35,6 +35,7 @@ pub(super) fn entries(spec: &MapSpec, config: &CaptureConfig) -> u32 {
         MapSize::PerPod(n) => config.max_pods.saturating_mul(fit(n)),
         MapSize::Destinations => config.max_destinations,
         MapSize::Flows => config.max_flows,
+        MapSize::Verdicts => config.max_verdicts,
     }
 }
 

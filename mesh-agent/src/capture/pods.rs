@@ -4,14 +4,15 @@
 //! Out: the other way round. Every step may be repeated, so an enrolment that failed half-way is
 //! completed, or undone, by the next one.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 
-use mesh_common::addr::{WireIp, from_ip};
+use mesh_common::addr::{WireIp, from_ip, to_ip};
 use mesh_common::maps::PodOutbound;
 use mesh_common::maps::{MAX_PORTS, MAX_SHARDS};
 use mesh_core::addr::Cidr;
+use mesh_core::generation::Generation;
 use mesh_core::settings::{Outbound, Settings};
 
 use super::maps::{self, Maps};
@@ -31,6 +32,26 @@ struct Enrolled {
     /// Inbound listeners per address.
     shards: u32,
     settings: Settings,
+    generation: Generation,
+}
+
+/// Generations of everything that verdicts are about.
+#[derive(Clone, Debug, Default)]
+pub struct Generations {
+    /// By address.
+    pub destinations: HashMap<IpAddr, Generation>,
+    /// By the pod's UID.
+    pub pods: HashMap<String, Generation>,
+}
+
+impl Generations {
+    fn of_destination(&self, ip: WireIp) -> Generation {
+        self.destinations.get(&to_ip(ip)).copied().unwrap_or(0)
+    }
+
+    fn of_pod(&self, uid: &str) -> Generation {
+        self.pods.get(uid).copied().unwrap_or(0)
+    }
 }
 
 impl Enrolled {
@@ -45,7 +66,10 @@ pub(super) struct Pods {
     pub(super) maps: Maps,
     pub(super) routes: Routes,
     enrolled: BTreeMap<String, Enrolled>,
-    destinations: HashSet<WireIp>,
+    /// What lies in the map, with the generations there.
+    destinations: HashMap<WireIp, Generation>,
+    /// As they should be, also of what is not in the maps yet.
+    generations: Generations,
     /// There was no room for all destinations: every pod captures everything.
     everything: bool,
 }
@@ -54,8 +78,75 @@ impl Pods {
     /// Begins with what an earlier agent left in the maps.
     pub(super) fn new(maps: Maps, routes: Routes) -> Result<Self, CaptureError> {
         let failed = maps.failed("DESTINATIONS");
-        let destinations = maps.destinations.keys().collect::<Result<_, _>>().map_err(failed)?;
-        Ok(Self { maps, routes, enrolled: BTreeMap::new(), destinations, everything: false })
+        let destinations = maps.destinations.iter().collect::<Result<_, _>>().map_err(failed)?;
+        Ok(Self {
+            maps,
+            routes,
+            enrolled: BTreeMap::new(),
+            destinations,
+            generations: Generations::default(),
+            everything: false,
+        })
+    }
+
+    /// Writes the generations of what is in the maps, and keeps those of what is going to be.
+    pub(super) fn set_generations(&mut self, wanted: Generations) -> Result<(), CaptureError> {
+        self.generations = wanted;
+        // Pods first: one of them ends more verdicts than any destination does.
+        let uids: Vec<String> = self.enrolled.keys().cloned().collect();
+        for uid in uids {
+            self.set_pod_generation(&uid, self.generations.of_pod(&uid))?;
+        }
+        let stale = |(ip, generation): (&WireIp, &Generation)| {
+            let now = self.generations.of_destination(*ip);
+            (now != *generation).then_some((*ip, now))
+        };
+        let changed: Vec<_> = self.destinations.iter().filter_map(stale).collect();
+        for (ip, generation) in changed {
+            self.set_destination(ip, generation)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Self::set_generations`], of one pod.
+    pub(super) fn set_pod_generation(
+        &mut self,
+        uid: &str,
+        generation: Generation,
+    ) -> Result<(), CaptureError> {
+        self.generations.pods.insert(uid.to_owned(), generation);
+        let Some(before) = self.enrolled.get(uid) else {
+            return Ok(());
+        };
+        if before.generation == generation {
+            return Ok(());
+        }
+        let now = Enrolled { generation, ..before.clone() };
+        self.write_inbound(uid, &now)?;
+        self.maps.set_outbound(now.netns, &outbound_entry(uid, &now, self.everything))?;
+        self.enrolled.insert(uid.to_owned(), now);
+        Ok(())
+    }
+
+    /// The generation in the map of an enrolled pod's namespace.
+    pub(super) fn pod_generation(&self, uid: &str) -> Option<Generation> {
+        self.enrolled.get(uid).map(|pod| pod.generation)
+    }
+
+    /// The generation in the map of an address.
+    pub(super) fn destination_generation(&self, ip: WireIp) -> Option<Generation> {
+        self.destinations.get(&ip).copied()
+    }
+
+    /// By netns cookie, the generations of all enrolled pods.
+    pub(super) fn generations_by_netns(&self) -> HashMap<u64, Generation> {
+        self.enrolled.values().map(|pod| (pod.netns, pod.generation)).collect()
+    }
+
+    fn set_destination(&mut self, ip: WireIp, generation: Generation) -> Result<(), CaptureError> {
+        self.maps.set_destination(ip, generation)?;
+        self.destinations.insert(ip, generation);
+        Ok(())
     }
 
     pub(super) fn set_destinations(
@@ -68,9 +159,11 @@ impl Pods {
             // Before anything is removed: what has no place must not leave in plain text.
             self.capture_everything(true)?;
         }
-        for ip in self.destinations.clone().difference(&wanted) {
-            self.maps.remove_destination(*ip)?;
-            self.destinations.remove(ip);
+        let gone: Vec<_> =
+            self.destinations.keys().filter(|ip| !wanted.contains(*ip)).copied().collect();
+        for ip in gone {
+            self.maps.remove_destination(ip)?;
+            self.destinations.remove(&ip);
         }
         if added.is_err() {
             added = self.add_destinations(&wanted);
@@ -85,9 +178,10 @@ impl Pods {
     }
 
     fn add_destinations(&mut self, wanted: &HashSet<WireIp>) -> Result<(), CaptureError> {
-        for ip in wanted.difference(&self.destinations.clone()) {
-            self.maps.add_destination(*ip)?;
-            self.destinations.insert(*ip);
+        for ip in wanted {
+            if !self.destinations.contains_key(ip) {
+                self.set_destination(*ip, self.generations.of_destination(*ip))?;
+            }
         }
         Ok(())
     }
@@ -147,6 +241,7 @@ impl Pods {
             ports,
             shards,
             settings: pod.settings.clone(),
+            generation: self.generations.of_pod(pod.uid),
         };
         let before = self.enrolled.insert(pod.uid.to_owned(), now.clone());
         self.prepare_routes(pod.uid, &now)?;
@@ -198,6 +293,7 @@ impl Pods {
             }
         }
         self.enrolled.remove(uid);
+        self.generations.pods.remove(uid);
         self.routes.release(&pod.namespace);
         Ok(())
     }
@@ -246,7 +342,8 @@ impl Pods {
 
     fn write_inbound(&mut self, uid: &str, pod: &Enrolled) -> Result<(), CaptureError> {
         for (ip, ports) in &pod.ports {
-            self.maps.set_inbound(*ip, &maps::inbound(uid, &pod.settings, ports, pod.shards))?;
+            let entry = maps::inbound(uid, &pod.settings, ports, pod.shards, pod.generation);
+            self.maps.set_inbound(*ip, &entry)?;
         }
         Ok(())
     }
@@ -307,7 +404,7 @@ impl Pods {
 /// The value of `POD_OUTBOUND` for a pod.
 fn outbound_entry(uid: &str, pod: &Enrolled, everything: bool) -> PodOutbound {
     let outbound = if everything { Outbound::All } else { pod.settings.outbound };
-    maps::outbound(uid, &pod.settings, outbound, &pod.ports)
+    maps::outbound(uid, &pod.settings, outbound, &pod.ports, pod.generation)
 }
 
 fn shards(pod: &PodCapture<'_>) -> usize {

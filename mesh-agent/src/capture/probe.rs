@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::thread;
@@ -17,7 +17,7 @@ use aya::sys::is_map_supported;
 
 use super::sys::{self, AttachType};
 use super::{OBJECT, loader, pins};
-use crate::net::{Netns, add_client_address_routes, raise_loopback};
+use crate::net::{Ends, Netns, SockDiag, add_client_address_routes, raise_loopback};
 
 /// How a feature fares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -247,13 +247,22 @@ fn in_scratch_namespace(lookup: Option<OwnedFd>) -> Vec<Feature> {
                 .map(|()| "a link was made and moved".to_owned())
                 .map_err(|error| error.to_string())
         });
-        let routes = netns.and_then(|netns| {
+        let routes = netns.clone().and_then(|netns| {
             let both: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
             raise_loopback(netns)
                 .and_then(|()| add_client_address_routes(netns, &both))
                 .map(|()| "rule, route and tcp_fwmark_accept".to_owned())
                 .map_err(|error| error.to_string())
         });
+        let ended = netns.and_then(|_inside| {
+            end_a_connection()
+                .map(|()| "a connection was ended".to_owned())
+                .map_err(|error| error.to_string())
+        });
+        let (end_state, end_detail) = match ended {
+            Ok(detail) => (FeatureState::Ok, detail),
+            Err(detail) => (FeatureState::Warning, detail),
+        };
         let kernel = "a kernel with CONFIG_NET_NS, and CAP_SYS_ADMIN";
         let (state, detail) = match routes {
             Ok(detail) => (FeatureState::Ok, detail),
@@ -270,9 +279,26 @@ fn in_scratch_namespace(lookup: Option<OwnedFd>) -> Vec<Feature> {
                 remedy: "malla.dev/preserve-client-address: false, or a kernel with IPv6 and \
                          CONFIG_IP_MULTIPLE_TABLES",
             },
+            Feature {
+                name: "ending a direct connection",
+                since: "4.9",
+                state: end_state,
+                detail: end_detail,
+                remedy: "malla.dev/direct: off, or a kernel with CONFIG_INET_DIAG_DESTROY",
+            },
         ]
     });
     probed.join().unwrap_or_default()
+}
+
+/// Ends a connection as one is ended that is no longer allowed. Loopback is up already.
+fn end_a_connection() -> io::Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    let ends = Ends { local: client.local_addr()?, remote: client.peer_addr()? };
+    let diag = SockDiag::open()?;
+    let found = diag.look(ends, None)?.ok_or(io::ErrorKind::NotFound)?;
+    if diag.destroy(ends, found.cookie)? { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
 }
 
 /// Moves this thread into a new network namespace.

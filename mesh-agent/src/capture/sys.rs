@@ -11,7 +11,9 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use aya::Pod;
+use mesh_common::direct::DirectEvent;
 
+const MAP_LOOKUP_ELEM: libc::c_int = 1;
 const MAP_UPDATE_ELEM: libc::c_int = 2;
 const OBJ_PIN: libc::c_int = 6;
 const OBJ_GET: libc::c_int = 7;
@@ -229,6 +231,26 @@ pub(super) fn update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) ->
 pub(super) fn take<K: Pod, V: Pod>(
     map: BorrowedFd<'_>,
     key: &K,
+    value: V,
+) -> io::Result<Option<V>> {
+    read(MAP_LOOKUP_AND_DELETE_ELEM, map, key, value)
+}
+
+/// Reads an element.
+///
+/// `K` and `V` must be the map's, as for [`take`].
+pub(super) fn lookup<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    key: &K,
+    value: V,
+) -> io::Result<Option<V>> {
+    read(MAP_LOOKUP_ELEM, map, key, value)
+}
+
+fn read<K: Pod, V: Pod>(
+    command: libc::c_int,
+    map: BorrowedFd<'_>,
+    key: &K,
     mut value: V,
 ) -> io::Result<Option<V>> {
     let pointer = &raw mut value;
@@ -240,10 +262,30 @@ pub(super) fn take<K: Pod, V: Pod>(
         flags: 0,
     };
     // SAFETY: the kernel reads the map's key size and writes its value size, those of `K` and `V`.
-    match unsafe { bpf(MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) } {
+    match unsafe { bpf(command, &mut attr) } {
         Ok(_) => Ok(Some(value)),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// A record of the ring; `None` if it has another size.
+pub(super) fn read_event(bytes: &[u8]) -> Option<DirectEvent> {
+    // SAFETY: as many bytes as the struct has, of which every pattern is valid (`Pod`), copied because
+    // the ring's alignment is its own.
+    (bytes.len() == size_of::<DirectEvent>())
+        .then(|| unsafe { bytes.as_ptr().cast::<DirectEvent>().read_unaligned() })
+}
+
+/// Two words from the kernel's generator.
+pub(super) fn random_words() -> io::Result<[u64; 2]> {
+    let mut words = [0u64; 2];
+    // SAFETY: the kernel writes at most the size of `words`.
+    let got = unsafe { libc::getrandom(words.as_mut_ptr().cast(), size_of_val(&words), 0) };
+    if usize::try_from(got) == Ok(size_of_val(&words)) {
+        Ok(words)
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 

@@ -181,6 +181,7 @@ impl Tabular for StatusView {
         line("Connections", format!("{outbound} outbound, {inbound} inbound"));
         line("Workers", self.workers.to_string());
         line("Carrier", carriers);
+        line("Verdicts", format!("{} held by the kernel", self.verdicts));
         for (event, count) in self.kernel.iter().filter(|(_, count)| **count > 0) {
             line(&format!("Kernel {event}"), count.to_string());
         }
@@ -396,6 +397,7 @@ node-2   spiffe://cluster.local/ns/a/sa/x   spiffe://cluster.local/ns/b/sa/y   q
             workers: 2,
             carrier: "auto".into(),
             carriers: [("node-2".to_owned(), "quic".to_owned())].into(),
+            verdicts: 3,
             kernel: [("captured".to_owned(), 9), ("orig_dst_full".to_owned(), 0)].into(),
             ..StatusView::default()
         };
@@ -409,6 +411,7 @@ State                   0 (0s old): 0 pods, 0 of this node enrolled, 0 services,
 Connections             3 outbound, 4 inbound
 Workers                 2
 Carrier                 auto, node-2: quic
+Verdicts                3 held by the kernel
 Kernel captured         9
 Problems                1
 pods.yaml, document 2   spec.nodeName: missing: add it

@@ -1,4 +1,4 @@
-//! The two kinds of rtnetlink objects that this agent makes: a policy rule and a local route.
+//! The rtnetlink objects that this agent makes: a policy rule, a local route, a namespace's number.
 //!
 //! Written out here because it is all that is needed, and less than the adapters around a crate would
 //! be. Layouts: `linux/netlink.h`, `linux/rtnetlink.h`, `linux/fib_rules.h`; numbers are in the
@@ -21,6 +21,12 @@ const FRA_FWMARK: u16 = 10;
 const FRA_TABLE: u16 = 15;
 const FRA_FWMASK: u16 = 16;
 const FRA_PROTOCOL: u16 = 21;
+
+// `linux/net_namespace.h`, which libc does not have.
+const NETNSA_NSID: u16 = 1;
+const NETNSA_FD: u16 = 3;
+/// Bytes of `struct rtgenmsg`, padded.
+const RTGENMSG_LEN: usize = 4;
 
 /// An address family as rtnetlink spells it.
 #[derive(Clone, Copy, Debug)]
@@ -127,6 +133,41 @@ impl Rtnetlink {
         body.extend(UP.to_ne_bytes());
         body.extend(UP.to_ne_bytes());
         self.request(libc::RTM_NEWLINK, 0, &body)
+    }
+
+    /// Gives the namespace behind the descriptor `fd` the number `id` here, or fails with
+    /// `AlreadyExists` if it has one.
+    pub(super) fn add_namespace_id(&self, fd: u32, id: u32) -> io::Result<()> {
+        let mut body = vec![0; RTGENMSG_LEN];
+        attribute(&mut body, NETNSA_FD, &fd.to_ne_bytes());
+        attribute(&mut body, NETNSA_NSID, &id.to_ne_bytes());
+        self.request(libc::RTM_NEWNSID, 0, &body)
+    }
+
+    /// The number of the namespace behind the descriptor `fd`, if it has one here.
+    pub(super) fn namespace_id(&self, fd: u32) -> io::Result<Option<u32>> {
+        let mut body = vec![0; RTGENMSG_LEN];
+        attribute(&mut body, NETNSA_FD, &fd.to_ne_bytes());
+        self.0.send(&message(libc::RTM_GETNSID, libc::NLM_F_REQUEST, &body))?;
+        let mut answer = [0; 1024];
+        let len = (&self.0).read(&mut answer)?;
+        // struct nlmsghdr: the type comes behind the length.
+        if answer[4..6] != libc::RTM_NEWNSID.to_ne_bytes() {
+            return Err(errno(&answer[..len]));
+        }
+        let mut attributes = answer[..len].get(HEADER_LEN + RTGENMSG_LEN..).unwrap_or_default();
+        while let [l0, l1, k0, k1, rest @ ..] = attributes {
+            let (length, kind) = (u16::from_ne_bytes([*l0, *l1]), u16::from_ne_bytes([*k0, *k1]));
+            if kind == NETNSA_NSID
+                && let Some(value) = rest.first_chunk()
+            {
+                // "None" is -1.
+                return Ok(u32::try_from(i32::from_ne_bytes(*value)).ok());
+            }
+            let next = usize::from(length).max(4).next_multiple_of(4) - 4;
+            attributes = rest.get(next..).unwrap_or_default();
+        }
+        Ok(None)
     }
 
     /// Sends one message and reads the kernel's answer to it.

@@ -33,6 +33,7 @@ use std::time::{Duration, Instant};
 
 use mesh_core::addr::{EndpointAddr, OrigDst};
 use mesh_core::authorize::Via;
+use mesh_core::direct;
 use mesh_core::route::{self, Candidates, Route, RouteRefusal};
 use mesh_core::snapshot::{Endpoint, Snapshot, Workload};
 use mesh_core::stage::Stage;
@@ -43,7 +44,7 @@ pub use self::error::OutboundError;
 use crate::capture::Role;
 use crate::inbound::{self, Arrival};
 use crate::net;
-use crate::node::{LocalPod, Node, Worker};
+use crate::node::{LocalPod, Node, Wish, Worker};
 use crate::relay;
 use crate::telemetry::{
     Carrier, ConnectionFacts, Direction, Outcome, Party, SecurityPolicy, Tracked, Way,
@@ -136,7 +137,7 @@ impl Connection<'_> {
         source: Option<&Arc<Workload>>,
         tracked: &mut Tracked,
     ) -> Result<Carried, OutboundError> {
-        let dst = self.orig_dst()?;
+        let (dst, chosen) = self.orig_dst()?;
         tracked.update(|facts| facts.orig_dst = Some(dst));
         tracked.lap(Stage::OrigDst);
 
@@ -144,9 +145,23 @@ impl Connection<'_> {
         let targets = self.route(dst, tracked)?;
         tracked.lap(Stage::Route);
 
+        let carried = self.settle(source, dst, &targets, chosen, tracked).await?;
+        self.wish(source, dst, &targets, chosen, &carried);
+        Ok(carried)
+    }
+
+    /// Tries endpoints, and again while the mesh does not know them everywhere yet.
+    async fn settle(
+        &self,
+        source: &Arc<Workload>,
+        dst: OrigDst,
+        targets: &Targets,
+        chosen: Option<EndpointAddr>,
+        tracked: &mut Tracked,
+    ) -> Result<Carried, OutboundError> {
         let mut held = Held::default();
         for wait in SETTLE {
-            match self.try_endpoints(source, dst, &targets, &mut held, tracked).await {
+            match self.try_endpoints(source, dst, targets, chosen, &mut held, tracked).await {
                 Err(error) if error.may_settle() => {
                     tracing::debug!(
                         error = %crate::telemetry::chain(&error),
@@ -160,8 +175,30 @@ impl Connection<'_> {
             }
         }
         let (flow, picked, arrival) =
-            self.try_endpoints(source, dst, &targets, &mut held, tracked).await?;
+            self.try_endpoints(source, dst, targets, chosen, &mut held, tracked).await?;
         Ok(Carried { flow, held, picked, arrival })
+    }
+
+    /// Tells that the kernel had no verdict on this connection, or one that leads astray, and could have
+    /// one that spares us the next.
+    fn wish(
+        &self,
+        source: &Arc<Workload>,
+        dst: OrigDst,
+        targets: &Targets,
+        chosen: Option<EndpointAddr>,
+        carried: &Carried,
+    ) {
+        let (endpoints, here) = (targets.as_slice(), &self.snapshot.node);
+        let is_here =
+            |endpoint: &Endpoint| endpoint.workload.as_ref().is_some_and(|w| w.node == *here);
+        let is_new = chosen.is_none_or(|chosen| chosen != carried.picked.endpoint);
+        let could = source.settings.direct && endpoints.len() <= direct::MAX_ENDPOINTS;
+        if is_new && could && endpoints.iter().any(is_here) {
+            let wish = Wish { source: Arc::clone(&source.uid), dst };
+            // Full, or nobody listens any more: the next connection will wish again.
+            drop(self.worker.node.wishes.try_send(wish));
+        }
     }
 
     /// One endpoint after the other, while nothing can have been delivered.
@@ -170,6 +207,7 @@ impl Connection<'_> {
         source: &Arc<Workload>,
         dst: OrigDst,
         targets: &Targets,
+        chosen: Option<EndpointAddr>,
         held: &mut Held,
         tracked: &mut Tracked,
     ) -> Result<(Flow, Picked, Option<Tracked>), OutboundError> {
@@ -177,10 +215,7 @@ impl Connection<'_> {
         let mut tried = Vec::new();
         loop {
             let asked = Instant::now();
-            let index =
-                node.loads().pick(node.limits.balance, targets.as_slice(), &tried, asked, |n| {
-                    fastrand::usize(..n)
-                });
+            let index = self.pick(targets.as_slice(), chosen, &tried, asked);
             // The first pick always finds one: a route has at least one endpoint.
             let Some(index) = index else {
                 let refusal = RouteRefusal::NoEndpoints;
@@ -214,8 +249,28 @@ impl Connection<'_> {
         }
     }
 
-    /// Where the application meant to go, as the kernel noted it before the SYN left.
-    fn orig_dst(&self) -> Result<OrigDst, OutboundError> {
+    /// The endpoint to try next: first the one that the kernel drew, if it is still there.
+    fn pick(
+        &self,
+        endpoints: &[Endpoint],
+        chosen: Option<EndpointAddr>,
+        tried: &[EndpointAddr],
+        now: Instant,
+    ) -> Option<usize> {
+        let node = &self.worker.node;
+        let first = chosen.filter(|_chosen| tried.is_empty());
+        let drawn = first.and_then(|addr| endpoints.iter().position(|one| one.addr == addr));
+        let mut loads = node.loads();
+        if let Some(index) = drawn {
+            loads.take(endpoints[index].addr, now);
+            return drawn;
+        }
+        loads.pick(node.limits.balance, endpoints, tried, now, |n| fastrand::usize(..n))
+    }
+
+    /// Where the application meant to go, as the kernel noted it before the SYN left, and to which
+    /// endpoint, if a verdict says.
+    fn orig_dst(&self) -> Result<(OrigDst, Option<EndpointAddr>), OutboundError> {
         // The address of a socket that was reset before it was accepted is gone, as is its connection.
         let listener = self.app.local_addr().map_or(0, |own| own.port());
         let cookie = self.pod.netns.cookie();

@@ -10,6 +10,7 @@
 //! | `direction` | which agent reports: the client's (`outbound`) or the server's (`inbound`) |
 //! | `bytes_sent`, `bytes_recv` | by the application on the reporting side, as in ztunnel |
 //! | `duration`, `setup` | accept to end; accept to the moment bytes could flow |
+//! | `rtt`, `retransmits` | what the kernel measured, of a direct connection |
 //! | `carrier`, `way`, `peer.node` | how it went, and to or from which node |
 //! | `response_flags`, `stage`, `reason`, `error` | who is to blame, if it failed |
 //! | `connection`, `trace.id` | to find it again here, and on the other node |
@@ -207,6 +208,10 @@ fn fields(ended: &Ended, put: Put<'_>) {
     if let Some(node) = &facts.peer_node {
         put("peer.node", Value::Text(node));
     }
+    if let Some(path) = facts.path {
+        put("rtt", Value::Text(&format!("{}us", path.rtt.as_micros())));
+        put("retransmits", Value::Number(path.retransmits.into()));
+    }
     match &ended.outcome {
         Outcome::Complete => put("response_flags", Value::Text("-")),
         Outcome::Failed(failure) => {
@@ -286,7 +291,7 @@ fn push(out: &mut String, text: fmt::Arguments<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::UNIX_EPOCH;
+    use std::time::{Instant, UNIX_EPOCH};
 
     use mesh_core::stage::Stage;
 
@@ -300,7 +305,7 @@ mod tests {
 
     fn ended(facts: ConnectionFacts, outcome: Outcome) -> Ended {
         let live = Arc::new(Live { sent: 67.into(), received: 490.into() });
-        let connection = OpenTable::default().open(facts, Counters::Own(live));
+        let connection = OpenTable::default().open(facts, Counters::Own(live), Instant::now());
         Ended {
             connection,
             outcome,

@@ -6,6 +6,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use mesh_core::addr::OrigDst;
 use mesh_core::snapshot::{Service, Workload};
@@ -50,7 +51,7 @@ pub enum Carrier {
     Lane,
     /// A QUIC stream.
     Quic,
-    /// A hand-over inside this agent: both pods are on this node.
+    /// No wire: both pods are on this node.
     Local,
     /// Plain TCP from inside the pod to a destination outside the mesh.
     Passthrough,
@@ -77,8 +78,10 @@ impl Carrier {
 pub enum Way {
     /// Through a tunnel to another node.
     Tunnel,
-    /// Between two pods of this node.
+    /// Between two pods of this node, through this agent.
     Local,
+    /// Between two pods of this node, without this agent.
+    Direct,
     /// Around the mesh.
     Passthrough,
 }
@@ -89,9 +92,19 @@ impl Way {
         match self {
             Self::Tunnel => "tunnel",
             Self::Local => "local",
+            Self::Direct => "direct",
             Self::Passthrough => "passthrough",
         }
     }
+}
+
+/// What the kernel measured of a direct connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Path {
+    /// Smoothed round trip.
+    pub rtt: Duration,
+    /// Segments that the client sent again.
+    pub retransmits: u32,
 }
 
 /// Istio's `connection_security_policy`.
@@ -199,6 +212,8 @@ pub struct ConnectionFacts {
     pub security: SecurityPolicy,
     /// The trace id that both agents log, from the OPEN frame; 0 if there is none.
     pub trace_id: u128,
+    /// What the kernel measured, of a direct connection that has ended.
+    pub path: Option<Path>,
 }
 
 impl ConnectionFacts {
@@ -215,6 +230,7 @@ impl ConnectionFacts {
             way: None,
             security: SecurityPolicy::Unknown,
             trace_id: 0,
+            path: None,
         }
     }
 }

@@ -86,6 +86,7 @@ impl Shop {
             way: Some(Way::Tunnel),
             security: SecurityPolicy::MutualTls,
             trace_id: 0xfeed,
+            path: None,
             ..ConnectionFacts::new(direction, source)
         }
     }

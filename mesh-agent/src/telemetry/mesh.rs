@@ -56,6 +56,10 @@ pub struct Sources {
     pub certificates: Box<dyn Fn() -> Vec<(SpiffeId, SystemTime)> + Send + Sync>,
     /// `mesh_snapshot_age_seconds`, `mesh_manifest_problems`.
     pub snapshot: Box<dyn Fn() -> SnapshotState + Send + Sync>,
+    /// Brings the byte counters of open direct connections up to date.
+    pub look_at_direct: Box<dyn Fn() + Send + Sync>,
+    /// `mesh_direct_events_lost_total`: what the kernel could not tell of direct connections.
+    pub direct_events_lost: Box<dyn Fn() -> u64 + Send + Sync>,
 }
 
 impl fmt::Debug for Sources {
@@ -112,6 +116,15 @@ pub(super) struct MeshState {
     pub(super) sources: OnceLock<Sources>,
 }
 
+impl MeshState {
+    /// See [`Sources::look_at_direct`].
+    pub(super) fn look_at_direct(&self) {
+        if let Some(sources) = self.sources.get() {
+            (sources.look_at_direct)();
+        }
+    }
+}
+
 impl Collector for MeshState {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let Some(sources) = self.sources.get() else {
@@ -131,6 +144,14 @@ impl Collector for MeshState {
         for (reason, count) in (sources.not_enrolled)() {
             pods.encode_family(&[("reason", reason)])?.encode_gauge(&as_gauge(count))?;
         }
+        encoder
+            .encode_descriptor(
+                "mesh_direct_events_lost",
+                "Begins and ends of direct connections that the kernel could not tell",
+                None,
+                MetricType::Counter,
+            )?
+            .encode_counter::<NoLabelSet, _, u64>(&(sources.direct_events_lost)(), None)?;
         let TunnelNumbers { tunnels, handshakes, refusals, events } = (sources.tunnels)();
         let mut now =
             encoder.encode_descriptor("mesh_tunnels", "Tunnels now", None, MetricType::Gauge)?;

@@ -22,6 +22,7 @@
 
 mod access_log;
 mod connection;
+mod direct;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub(crate) mod http;
@@ -49,9 +50,10 @@ use prometheus_client::registry::Registry;
 pub use self::access_log::AccessLogFormat;
 use self::access_log::{AccessLog, Lost};
 pub use self::connection::{
-    Carrier, ConnectionFacts, Direction, Failure, Live, Outcome, Party, ResponseFlags,
+    Carrier, ConnectionFacts, Direction, Failure, Live, Outcome, Party, Path, ResponseFlags,
     SecurityPolicy, Way,
 };
+pub use self::direct::{DirectTracked, Neighbours};
 pub use self::http::{Readiness, serve_metrics, serve_probes};
 pub use self::labels::LabelGroup;
 use self::labels::Scheme;
@@ -159,13 +161,13 @@ impl Telemetry {
 
     /// A connection was accepted.
     pub fn open(&self, facts: ConnectionFacts) -> Tracked {
-        Tracked::new(self.clone(), facts, Counters::default())
+        Tracked::new(self.clone(), facts, Counters::default(), Instant::now())
     }
 
     /// As [`Self::open`], for the second record of a connection between two pods of this node: one
     /// relay counts for both, and `live` is seen from the application on the *other* side.
     pub fn open_sharing(&self, facts: ConnectionFacts, live: Arc<Live>) -> Tracked {
-        Tracked::new(self.clone(), facts, Counters::Mirrored(live))
+        Tracked::new(self.clone(), facts, Counters::Mirrored(live), Instant::now())
     }
 
     /// A new snapshot is in use: series of what it no longer has are shown once more and then go.
@@ -175,6 +177,7 @@ impl Telemetry {
 
     /// The connections that are open now, oldest first.
     pub fn connections(&self) -> Vec<OpenConnection> {
+        self.0.state.look_at_direct();
         let mut open = self.0.table.all();
         open.sort_unstable_by_key(|connection| connection.id);
         let look = |connection: &Arc<open::Connection>| {
@@ -199,6 +202,7 @@ impl Telemetry {
     /// Everything, in OpenMetrics text: one scrape.
     pub fn exposition(&self) -> String {
         let scraped = Instant::now();
+        self.0.state.look_at_direct();
         for connection in self.0.table.all() {
             connection.fold();
         }

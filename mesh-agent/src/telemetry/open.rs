@@ -105,11 +105,16 @@ pub(super) struct OpenTable {
 }
 
 impl OpenTable {
-    pub(super) fn open(&self, facts: ConnectionFacts, counters: Counters) -> Arc<Connection> {
+    pub(super) fn open(
+        &self,
+        facts: ConnectionFacts,
+        counters: Counters,
+        started: Instant,
+    ) -> Arc<Connection> {
         self.counts[facts.direction as usize].fetch_add(1, Ordering::Relaxed);
         let connection = Arc::new(Connection {
             id: self.last_id.fetch_add(1, Ordering::Relaxed) + 1,
-            started: Instant::now(),
+            started,
             counters,
             facts: Mutex::new(facts),
             series: OnceLock::new(),
@@ -171,9 +176,14 @@ pub struct Tracked {
 }
 
 impl Tracked {
-    pub(super) fn new(telemetry: Telemetry, facts: ConnectionFacts, counters: Counters) -> Self {
+    pub(super) fn new(
+        telemetry: Telemetry,
+        facts: ConnectionFacts,
+        counters: Counters,
+        started: Instant,
+    ) -> Self {
         let direction = facts.direction;
-        let connection = telemetry.table().open(facts, counters);
+        let connection = telemetry.table().open(facts, counters, started);
         let lap = connection.started;
         Self { telemetry, connection, direction, lap, setup: None, is_finished: false }
     }
@@ -208,9 +218,33 @@ impl Tracked {
         self.count_opened();
     }
 
+    /// As [`Self::established`], which took `setup`.
+    pub(super) fn established_after(&mut self, setup: Duration) {
+        self.setup.get_or_insert(setup);
+        self.count_opened();
+    }
+
+    /// What it has carried so far was counted by somebody else.
+    pub(super) fn skip_carried(&self) {
+        let (sent, received) = self.connection.carried();
+        self.connection.folded.sent.store(sent, Ordering::Relaxed);
+        self.connection.folded.received.store(received, Ordering::Relaxed);
+    }
+
+    /// It goes on without this agent, and the next one records it.
+    pub(super) fn let_go(mut self) {
+        self.is_finished = true;
+    }
+
     /// The connection has ended.
     pub fn finish(mut self, outcome: Outcome) {
-        self.end(outcome);
+        let duration = self.connection.started.elapsed();
+        self.end(outcome, duration);
+    }
+
+    /// As [`Self::finish`], after `duration`.
+    pub(super) fn finish_after(mut self, outcome: Outcome, duration: Duration) {
+        self.end(outcome, duration);
     }
 
     fn count_opened(&self) -> &Arc<Series> {
@@ -219,7 +253,7 @@ impl Tracked {
             .get_or_init(|| self.telemetry.series().open(&self.connection.facts()))
     }
 
-    fn end(&mut self, outcome: Outcome) {
+    fn end(&mut self, outcome: Outcome, duration: Duration) {
         self.is_finished = true;
         // One that failed before it was established counts as opened too: what is opened is
         // closed, and the difference of the two families is what is open.
@@ -237,7 +271,7 @@ impl Tracked {
             connection: Arc::clone(&self.connection),
             outcome,
             at: SystemTime::now(),
-            duration: self.connection.started.elapsed(),
+            duration,
             setup: self.setup,
         });
     }
@@ -247,7 +281,8 @@ impl Drop for Tracked {
     fn drop(&mut self) {
         if !self.is_finished {
             let detail = "the agent gave the connection up";
-            self.end(Outcome::Failed(Failure::new(Stage::Telemetry, "aborted", detail)));
+            let duration = self.connection.started.elapsed();
+            self.end(Outcome::Failed(Failure::new(Stage::Telemetry, "aborted", detail)), duration);
         }
     }
 }

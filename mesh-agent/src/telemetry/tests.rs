@@ -64,6 +64,8 @@ fn exposition_is_pinned() {
             vec![(web.identity.clone(), UNIX_EPOCH + Duration::from_secs(1_800_000_000))]
         }),
         snapshot: Box::new(|| SnapshotState { age: Duration::from_millis(1500), problems: 2 }),
+        look_at_direct: Box::new(|| {}),
+        direct_events_lost: Box::new(|| 5),
     });
     let shop = Shop::new();
     let mut open = telemetry.open(shop.facts(Direction::Outbound));

@@ -178,7 +178,7 @@ fn pods_with_the_same_addresses_and_ports_do_not_mix() {
         let (stream, peer) = accept(&listeners.outbound);
         assert_eq!(peer, addr("10.90.0.2:40999"));
         let listener = stream.local_addr().unwrap().port();
-        let orig = table.take(world.pod.cookie(), peer, listener).unwrap();
+        let (orig, _) = table.take(world.pod.cookie(), peer, listener).unwrap();
         assert_eq!(orig.to_string(), service);
     }
     let shared = PodCapture {

@@ -148,7 +148,7 @@ fn detach_leaves_nothing() {
     drop(capture);
 
     let detached = Capture::detach(&world.config.bpffs).unwrap();
-    assert_eq!(detached.removed.len(), 10 + 6 + 1 + 4 + 1, "{detached:#?}");
+    assert_eq!(detached.removed.len(), 15 + 6 + 1 + 4 + 1, "{detached:#?}");
     assert_eq!(detached.namespaces.len(), 1, "{detached:#?}");
     assert!(!world.config.bpffs.exists());
     assert!(

@@ -119,6 +119,7 @@ impl World {
             max_pods: 16,
             max_destinations: 64,
             max_flows: 4096,
+            max_verdicts: 64,
         };
         let open = |name: &str| Netns::open(&Path::new("/run/netns").join(name)).unwrap();
         let (pod, world) = (open(pod), open(world));
@@ -273,7 +274,8 @@ pub(crate) fn learn(
     assert_eq!(local(app).port(), peer.port(), "the application's own connection");
     let mut table = capture.orig_dst_table();
     let listener = stream.local_addr().unwrap().port();
-    let orig = table.take(world.pod.cookie(), peer, listener).expect("an original destination");
+    let (orig, chosen) = table.take(world.pod.cookie(), peer, listener).expect("an entry");
+    assert_eq!(chosen, None, "nobody has decided anything yet");
     assert!(table.take(world.pod.cookie(), peer, listener).is_none(), "read once");
     (stream, orig.to_string())
 }

@@ -1,0 +1,157 @@
+//! Writes the verdicts of the direct way, and the generations by which they end.
+//!
+//! Everything is decided from the snapshot in [`mesh_core::direct`]; what is written is only what the
+//! kernel's generations agree with. Whatever goes wrong here, the agent carries.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_core::addr::{EndpointAddr, OrigDst};
+use mesh_core::direct::{self, Choice};
+use mesh_core::generation::Generation;
+use mesh_core::snapshot::{Snapshot, Workload};
+use thiserror::Error;
+use tracing::{debug, warn};
+
+use crate::capture::{CaptureError, Generations, VerdictEntry, Written};
+use crate::net;
+use crate::node::{Node, Wish};
+
+/// Wishes that may wait. Each is a connection that was carried all the same.
+pub(super) const WISHES: usize = 1024;
+
+/// Why there is no verdict.
+#[derive(Debug, Error)]
+enum VerdictError {
+    #[error("the kernel cannot be told where pod {uid} listens")]
+    NamespaceId { uid: Arc<str>, source: std::io::Error },
+    #[error("capture")]
+    Capture(#[from] CaptureError),
+}
+
+/// Writes verdicts, one after the other, on the thread that also follows the snapshot.
+#[derive(Debug)]
+pub(super) struct Verdicts {
+    node: Arc<Node>,
+    /// The number of a pod's namespace as another's sees it, by both cookies.
+    numbers: HashMap<(u64, u64), u32>,
+    /// Why the last one was not written: told once.
+    failing: Option<String>,
+}
+
+impl Verdicts {
+    pub(super) fn new(node: Arc<Node>) -> Self {
+        Self { node, numbers: HashMap::new(), failing: None }
+    }
+
+    /// Ends every verdict that `snapshot` touches. Before anything else that follows it: a verdict must
+    /// not outlive what it was decided from.
+    pub(super) fn follow(&mut self, snapshot: &Snapshot) {
+        let pods = self.node.pods.load();
+        let cookies: HashSet<u64> = pods.values().map(|pod| pod.netns.cookie()).collect();
+        self.numbers.retain(|(from, to), _| cookies.contains(from) && cookies.contains(to));
+        let key = self.node.capture.generation_key();
+        let of_pod = |workload: &Arc<Workload>| {
+            let pod = pods.get(&workload.uid)?;
+            Some((workload.uid.to_string(), key.of_pod(workload, pod.netns.cookie())))
+        };
+        let of_destination = |ip| Some((ip, key.of_destination(snapshot, ip)?));
+        let generations = Generations {
+            destinations: snapshot
+                .captured_destinations()
+                .into_iter()
+                .filter_map(of_destination)
+                .collect(),
+            pods: snapshot.local_enrolled().filter_map(of_pod).collect(),
+        };
+        if let Err(error) = self.node.capture.set_generations(generations) {
+            warn!(error = %crate::telemetry::chain(&error), stage = "capture", "verdicts may outlive a change");
+        }
+    }
+
+    /// Decides what the kernel may do by itself the next time, and tells it.
+    pub(super) fn grant(&mut self, wish: &Wish) {
+        let snapshot = self.node.snapshot.load_full();
+        match self.write(&snapshot, wish) {
+            Ok(Some(Written::Yes)) => {
+                self.failing = None;
+                debug!(pod = %wish.source, dst = %wish.dst, stage = "capture", "a verdict holds");
+            }
+            Ok(Some(Written::Outdated) | None) => {}
+            Err(error) => self.report(&error),
+        }
+    }
+
+    fn write(&mut self, snapshot: &Snapshot, wish: &Wish) -> Result<Option<Written>, VerdictError> {
+        let node = Arc::clone(&self.node);
+        let key = node.capture.generation_key();
+        let found = (snapshot.workload(&wish.source), node.pod(&wish.source));
+        let (Some(source), Some(pod)) = found else {
+            return Ok(None);
+        };
+        let dst = OrigDst::canonical(wish.dst.0);
+        let Some(destination) = key.of_destination(snapshot, dst.0.ip()) else {
+            return Ok(None);
+        };
+        let (now, mut until) = (Instant::now(), None::<Duration>);
+        let mut is_avoided = |addr: EndpointAddr| {
+            let left = node.loads().avoided_for(addr, now);
+            until = until.into_iter().chain(left).min();
+            left.is_some()
+        };
+        let Some(choices) = direct::verdict(snapshot, source, dst, &mut is_avoided) else {
+            return Ok(None);
+        };
+        let mut entries = Vec::with_capacity(choices.len());
+        for choice in &choices {
+            entries.push(self.entry(pod.netns.cookie(), &pod.netns, choice)?);
+        }
+        let source = (pod.netns.cookie(), key.of_pod(source, pod.netns.cookie()));
+        Ok(Some(node.capture.set_verdict(source, (dst, destination), until, &entries)?))
+    }
+
+    fn entry(
+        &mut self,
+        from: u64,
+        netns: &net::Netns,
+        choice: &Choice,
+    ) -> Result<VerdictEntry, VerdictError> {
+        let (addr, workload) = match choice {
+            Choice::Agent(addr) => return Ok(VerdictEntry::Agent(*addr)),
+            Choice::Direct { addr, workload } => (*addr, workload),
+        };
+        let enrolled = self.node.capture.pod_generation(&workload.uid);
+        let (Some(server), Some(generation)) = (self.node.pod(&workload.uid), enrolled) else {
+            return Ok(VerdictEntry::Agent(addr));
+        };
+        if generation != self.generation_of(workload, server.netns.cookie()) {
+            return Ok(VerdictEntry::Agent(addr));
+        }
+        let key = (from, server.netns.cookie());
+        let nsid = match self.numbers.get(&key) {
+            Some(nsid) => *nsid,
+            None => {
+                let nsid = net::namespace_id(netns, &server.netns).map_err(|source| {
+                    VerdictError::NamespaceId { uid: Arc::clone(&workload.uid), source }
+                })?;
+                self.numbers.insert(key, nsid);
+                nsid
+            }
+        };
+        Ok(VerdictEntry::Direct { addr, generation, nsid })
+    }
+
+    fn generation_of(&self, workload: &Workload, netns: u64) -> Generation {
+        self.node.capture.generation_key().of_pod(workload, netns)
+    }
+
+    /// Logs why connections go on being carried, once for each reason.
+    fn report(&mut self, error: &VerdictError) {
+        let why = crate::telemetry::chain(error);
+        if self.failing.as_ref() != Some(&why) {
+            warn!(error = %why, stage = "capture", "no verdict: the agent carries");
+            self.failing = Some(why);
+        }
+    }
+}

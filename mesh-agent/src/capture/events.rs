@@ -1,0 +1,152 @@
+//! What the kernel tells of direct connections, in the agent's words.
+//!
+//! Records wait in a ring that outlives the agent: what ends while none runs is told to the next one, as
+//! long as the ring has room. Nobody is woken by them; the reader looks as often as it wants to know.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use aya::Ebpf;
+use aya::maps::{MapData, RingBuf};
+use mesh_common::direct::{CLOSED, DirectConn, DirectEvent, FIN_SENT, OPENED};
+use mesh_core::addr::{EndpointAddr, OrigDst};
+
+use super::maps::{PodTag, typed};
+use super::{Capture, CaptureError, lock, sys};
+
+/// A direct connection, as the kernel let it through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectFacts {
+    /// Its client's socket cookie: unique since boot.
+    pub cookie: u64,
+    /// Cookie of the client's netns.
+    pub netns: u64,
+    /// The client's pod.
+    pub client: PodTag,
+    /// The server's pod.
+    pub server: PodTag,
+    /// The client.
+    pub src: SocketAddr,
+    /// What the application dialled.
+    pub orig_dst: OrigDst,
+    /// The endpoint.
+    pub to: EndpointAddr,
+    /// How long ago `connect()` was called.
+    pub age: Duration,
+}
+
+/// How a direct connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// From `connect()` to the end.
+    pub duration: Duration,
+    /// Payload from client to server.
+    pub sent: u64,
+    /// Payload from server to client.
+    pub received: u64,
+    /// Both directions ended with FIN, or the client's did and it is gone.
+    pub clean: bool,
+    /// Smoothed round trip, at the end.
+    pub rtt: Duration,
+    /// Segments that the client sent again.
+    pub retransmits: u32,
+}
+
+/// What happened to a direct connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DirectRecord {
+    /// It is established; the handshake took this long.
+    Opened(DirectFacts, Duration),
+    /// It has ended.
+    Closed(DirectFacts, Ended),
+    /// It was never established.
+    Failed(DirectFacts, Ended),
+}
+
+/// The reading end of the ring.
+pub struct KernelEvents(RingBuf<MapData>);
+
+impl fmt::Debug for KernelEvents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KernelEvents").finish_non_exhaustive()
+    }
+}
+
+impl KernelEvents {
+    /// Takes it out of the loaded object.
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, CaptureError> {
+        Ok(Self(typed(ebpf, "EVENTS")?))
+    }
+}
+
+impl Iterator for KernelEvents {
+    type Item = DirectRecord;
+
+    /// The next record; `None` if there is none now.
+    fn next(&mut self) -> Option<DirectRecord> {
+        loop {
+            let item = self.0.next()?;
+            // Another size would be another layout, and that has its own ring.
+            let Some(event) = sys::read_event(&item) else { continue };
+            return Some(record(&event, sys::boot_ns()));
+        }
+    }
+}
+
+impl Capture {
+    /// What the programs tell of direct connections, for one reader: `None` after the first call.
+    pub fn take_events(&self) -> Option<KernelEvents> {
+        lock(&self.events).take()
+    }
+
+    /// The direct connections that are open now.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub fn direct_connections(&self) -> Result<Vec<DirectFacts>, CaptureError> {
+        let pods = lock(&self.pods);
+        let failed = pods.maps.failed("DIRECT_CONNS");
+        let now_ns = sys::boot_ns();
+        let all = pods.maps.direct.iter().map(|found| {
+            let (cookie, conn) = found.map_err(&failed)?;
+            Ok(facts(cookie, &conn, now_ns))
+        });
+        all.collect()
+    }
+}
+
+fn record(event: &DirectEvent, now_ns: u64) -> DirectRecord {
+    let facts = facts(event.cookie, &event.conn, now_ns);
+    let since_start = Duration::from_nanos(event.at_ns.saturating_sub(event.conn.started_ns));
+    if event.kind == OPENED {
+        return DirectRecord::Opened(facts, since_start);
+    }
+    let ended = Ended {
+        duration: since_start,
+        sent: event.payload_sent(),
+        received: event.payload_received(),
+        clean: event.fins & FIN_SENT != 0 && (event.server_finished() || event.all_acked != 0),
+        rtt: Duration::from_micros(u64::from(event.srtt >> 3)),
+        retransmits: event.retransmits,
+    };
+    if event.kind == CLOSED {
+        DirectRecord::Closed(facts, ended)
+    } else {
+        DirectRecord::Failed(facts, ended)
+    }
+}
+
+fn facts(cookie: u64, conn: &DirectConn, now_ns: u64) -> DirectFacts {
+    DirectFacts {
+        cookie,
+        netns: conn.netns,
+        client: PodTag(conn.client),
+        server: PodTag(conn.server),
+        src: conn.src.into(),
+        orig_dst: OrigDst(conn.orig.into()),
+        to: EndpointAddr(conn.endpoint.into()),
+        age: Duration::from_nanos(now_ns.saturating_sub(conn.started_ns)),
+    }
+}
