@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::addr::{EndpointAddr, OrigDst};
 use crate::authorize::{AuthorizeRefusal, Request, Verdict, Via, authorize};
+use crate::balance::Policy;
 use crate::route::{Route, Way, route, way};
 use crate::snapshot::{Endpoint, Snapshot, Workload};
 
@@ -36,6 +37,7 @@ pub fn verdict(
     snapshot: &Snapshot,
     source: &Arc<Workload>,
     dst: OrigDst,
+    policy: Policy,
     mut is_avoided: impl FnMut(EndpointAddr) -> bool,
 ) -> Option<Vec<Choice>> {
     if !source.is_enrolled() || !source.settings.direct {
@@ -56,7 +58,9 @@ pub fn verdict(
         }
         Route::Passthrough | Route::Refuse(_) => return None,
     };
-    if endpoints.len() > MAX_ENDPOINTS {
+    // Who asks for turns can count them, and a draw is none.
+    let is_drawn = policy != Policy::RoundRobin || endpoints.len() == 1;
+    if endpoints.len() > MAX_ENDPOINTS || !is_drawn {
         return None;
     }
     let choice = |endpoint: &Endpoint| match direct_to(snapshot, source, dst, endpoint) {
@@ -147,12 +151,13 @@ mod tests {
 
     /// What a pod `client` of node-1 may do with a service that has these pods.
     fn ask(client: &Arc<Workload>, pods: &[&Arc<Workload>]) -> Option<Vec<Choice>> {
-        ask_avoiding(client, pods, |_| false)
+        ask_with(client, pods, Policy::LeastLoaded, |_| false)
     }
 
-    fn ask_avoiding(
+    fn ask_with(
         client: &Arc<Workload>,
         pods: &[&Arc<Workload>],
+        policy: Policy,
         is_avoided: impl Fn(EndpointAddr) -> bool,
     ) -> Option<Vec<Choice>> {
         let endpoints = pods.iter().map(|pod| at(pod)).collect();
@@ -160,7 +165,7 @@ mod tests {
         let services = vec![service("web", &["10.96.0.1"], 80, endpoints)];
         let nodes = vec![node("node-2", "192.0.2.2:15019")];
         let snapshot = snapshot(all, services, nodes);
-        verdict(&snapshot, client, OrigDst("10.96.0.1:80".parse().unwrap()), is_avoided)
+        verdict(&snapshot, client, OrigDst("10.96.0.1:80".parse().unwrap()), policy, is_avoided)
     }
 
     fn direct(pod: &Arc<Workload>) -> Choice {
@@ -213,9 +218,19 @@ mod tests {
         let here = workload("here", "node-1", &["10.0.1.1"]);
         let other = workload("other", "node-1", &["10.0.1.2"]);
         let avoid = at(&other).addr;
-        let asked = ask_avoiding(&client, &[&here, &other], |addr| addr == avoid);
+        let asked = ask_with(&client, &[&here, &other], Policy::Random, |addr| addr == avoid);
         assert_eq!(asked, Some(vec![direct(&here)]));
-        assert_eq!(ask_avoiding(&client, &[&here, &other], |_| true), None);
+        assert_eq!(ask_with(&client, &[&here, &other], Policy::Random, |_| true), None);
+    }
+
+    #[test]
+    fn turns_are_the_agents_to_take() {
+        let client = workload("client", "node-1", &["10.0.1.9"]);
+        let here = workload("here", "node-1", &["10.0.1.1"]);
+        let other = workload("other", "node-1", &["10.0.1.2"]);
+        let turns = |pods: &[_]| ask_with(&client, pods, Policy::RoundRobin, |_| false);
+        assert_eq!(turns(&[&here, &other]), None);
+        assert_eq!(turns(&[&here]), Some(vec![direct(&here)]), "one takes every turn");
     }
 
     #[test]
@@ -237,7 +252,7 @@ mod tests {
         let known = snapshot(vec![Arc::clone(&client), Arc::clone(&here)], services, vec![]);
         let ask = |dst: &str| {
             let dst = OrigDst(dst.parse().unwrap());
-            verdict(&known, &client, dst, |_| false)
+            verdict(&known, &client, dst, Policy::Random, |_| false)
         };
         assert_eq!(ask("[fd96::1]:80"), None, "a v6 service with v4 endpoints");
         assert_eq!(ask("[fd96::1]:81"), None, "no such port");

@@ -100,7 +100,8 @@ impl Verdicts {
             until = until.into_iter().chain(left).min();
             left.is_some()
         };
-        let Some(choices) = direct::verdict(snapshot, source, dst, &mut is_avoided) else {
+        let policy = node.limits.balance;
+        let Some(choices) = direct::verdict(snapshot, source, dst, policy, &mut is_avoided) else {
             return Ok(None);
         };
         let mut entries = Vec::with_capacity(choices.len());

@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use harness::{Carrier, Node};
+use harness::{Carrier, Node, wait};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{Endpoint, EndpointConfig, TokioRuntime};
 use rcgen::{
@@ -202,8 +202,11 @@ pub(crate) struct Impostor {
 impl Impostor {
     pub(crate) fn new(node: &Node, shown: &Shown) -> Result<Self> {
         let addr = SocketAddr::from((node.v4(), TUNNEL_PORT));
+        // A predecessor's sockets live on for a moment in a program that another test is just starting:
+        // it has them all between fork and exec.
+        let bind = || Ok((TcpListener::bind(addr)?, UdpSocket::bind(addr)?));
         let (tcp, udp) =
-            node.netns().run(|| Ok((TcpListener::bind(addr)?, UdpSocket::bind(addr)?)))?;
+            wait::until_some(wait::SOON, "the tunnel port", || node.netns().run(bind).ok())?;
         let config = Arc::new(server_config(shown)?);
 
         let heard = Arc::<Mutex<Vec<u8>>>::default();
