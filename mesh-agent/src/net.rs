@@ -318,6 +318,12 @@ pub fn prepare_relayed(stream: &TcpStream) {
     }
 }
 
+/// Whether the connection has not been reset: it may have ended in either direction, or both.
+pub fn is_connected(stream: &TcpStream) -> bool {
+    // Of a socket in TCP_CLOSE, and only of such a one, getpeername(2) says ENOTCONN.
+    stream.peer_addr().is_ok()
+}
+
 /// `connecting`, or [`io::ErrorKind::TimedOut`] after `limit`.
 ///
 /// # Errors

@@ -5,10 +5,11 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Family, Mesh, Pod, PodSpec, Serve, exchange};
+use harness::{Family, Mesh, Pod, PodSpec, Serve, exchange, linger_zero};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// sendto(2): opens the connection with the data, from linux/socket.h.
@@ -420,5 +421,58 @@ fn same_source_port_of_two_pods_is_never_mixed_up() -> Result<()> {
             assert_eq!(&greeting, server.as_bytes(), "source port {port}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn reset_connection_is_not_taken_for_the_next_user_of_its_port() -> Result<()> {
+    harness::require!();
+    // Four listeners that take turns: the fifth connection meets the listener of the first.
+    let mut mesh = Mesh::two_nodes_builder().flag("--workers=1").start()?;
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let _b1 = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let _b2 = mesh.pod("b2").serve(8080, {
+        let heard = Arc::clone(&heard);
+        Serve::custom(move |mut stream| {
+            let mut message = [0; 5];
+            stream.read_exact(&mut message)?;
+            heard.lock().unwrap().push(message);
+            Ok(stream.write_all(&message)?)
+        })
+    })?;
+    let (b1, b2) = (mesh.pod("b1").v4(8080), mesh.pod("b2").v4(8080));
+    let from = |mesh: &Mesh, port: u16, to: SocketAddr| {
+        let pod = mesh.pod("a1");
+        pod.run(|| {
+            let socket = stream(to)?;
+            if port != 0 {
+                socket.bind(&pod.v4(port).into())?;
+            }
+            socket.connect_timeout(&to.into(), LIMIT)?;
+            socket.set_read_timeout(Some(LIMIT))?;
+            Ok(TcpStream::from(socket))
+        })
+    };
+
+    mesh.agent_mut("a").signal(libc::SIGSTOP)?;
+    let mut waiting = Vec::new();
+    for port in 41_000..41_008 {
+        let mut first = from(&mesh, port, b1)?;
+        first.write_all(b"secret of the first")?;
+        linger_zero(&first)?;
+        drop(first);
+        for _ in 0..3 {
+            waiting.push((from(&mesh, 0, b1)?, *b"other"));
+        }
+        waiting.push((from(&mesh, port, b2)?, *b"hello"));
+    }
+    mesh.agent_mut("a").signal(libc::SIGCONT)?;
+
+    for (stream, message) in &mut waiting {
+        exchange(stream, message)?;
+    }
+    let heard = heard.lock().unwrap();
+    assert!(heard.iter().all(|message| message == b"hello"), "{heard:?}");
+    assert_eq!(heard.len(), 8);
     Ok(())
 }

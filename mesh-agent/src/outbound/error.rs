@@ -24,6 +24,12 @@ pub enum OutboundError {
         /// The client's socket.
         peer: SocketAddr,
     },
+    /// The application reset its connection before it was carried.
+    #[error("the application at {client} reset its connection before it was carried")]
+    ClientGone {
+        /// The client's socket.
+        client: SocketAddr,
+    },
     /// The pod left the manifests while its connection waited.
     #[error("the pod is not known any more")]
     UnknownSource,
@@ -68,7 +74,7 @@ impl OutboundError {
     /// The stage to blame.
     pub fn stage(&self) -> Stage {
         match self {
-            Self::NotCaptured { .. } => Stage::OrigDst,
+            Self::NotCaptured { .. } | Self::ClientGone { .. } => Stage::OrigDst,
             Self::UnknownSource | Self::Route { .. } => Stage::Route,
             Self::UnknownNode { .. } => Stage::Balance,
             Self::Tunnel { source, .. } => source.stage(),
@@ -81,6 +87,7 @@ impl OutboundError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::NotCaptured { .. } => "not_captured",
+            Self::ClientGone { .. } => "application_reset",
             Self::UnknownSource => "unknown_source",
             Self::Route { refusal, .. } => refusal.reason(),
             Self::UnknownNode { .. } => "unknown_node",
@@ -94,7 +101,10 @@ impl OutboundError {
     /// another endpoint could answer differently.
     pub fn may_retry(&self) -> bool {
         match self {
-            Self::NotCaptured { .. } | Self::UnknownSource | Self::Route { .. } => false,
+            Self::NotCaptured { .. }
+            | Self::ClientGone { .. }
+            | Self::UnknownSource
+            | Self::Route { .. } => false,
             Self::UnknownNode { .. } | Self::Passthrough { .. } => true,
             Self::Tunnel { source, .. } => source.may_retry(),
             Self::Local(error) => error.may_retry(),
@@ -119,7 +129,7 @@ impl OutboundError {
                 failure.with_flags(ResponseFlags::TlsFailure)
             }
             // The client's own way of ending, before there was anything to end.
-            Self::Tunnel { source: OpenError::Application(_), .. } => {
+            Self::ClientGone { .. } | Self::Tunnel { source: OpenError::Application(_), .. } => {
                 failure.with_flags(ResponseFlags::None)
             }
             Self::Tunnel { source: OpenError::NoCertificate, .. } => {

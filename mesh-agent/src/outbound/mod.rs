@@ -274,7 +274,17 @@ impl Connection<'_> {
         // The address of a socket that was reset before it was accepted is gone, as is its connection.
         let listener = self.app.local_addr().map_or(0, |own| own.port());
         let cookie = self.pod.netns.cookie();
+        let gone = OutboundError::ClientGone { client: self.client };
+        // As long as this connection lives nobody else has its port, and the entry is its own. One that
+        // was reset while it waited for us may find that of its port's next user: to be left alone, and
+        // if that came between the two looks, in no case to be followed with what this one had sent.
+        if !net::is_connected(self.app) {
+            return Err(gone);
+        }
         let found = self.worker.orig_dst().take(cookie, self.client, listener);
+        if !net::is_connected(self.app) {
+            return Err(gone);
+        }
         found.ok_or(OutboundError::NotCaptured { peer: self.client })
     }
 
