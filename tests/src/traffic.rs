@@ -1,6 +1,6 @@
 //! What tests send, and how they tell whether all of it came.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::panic;
 use std::thread;
@@ -130,6 +130,26 @@ pub fn exchange(stream: &mut TcpStream, message: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Writes until the other side takes no more for a second, or `limit` bytes are gone. Returns how many
+/// are.
+///
+/// # Errors
+///
+/// Fails if a write does.
+pub fn fill(stream: &mut TcpStream, limit: usize) -> Result<usize> {
+    stream.set_write_timeout(Some(Duration::from_secs(1)))?;
+    let block = vec![0; 256 * 1024];
+    let mut sent = 0;
+    while sent < limit {
+        match stream.write(&block) {
+            Ok(n) => sent += n,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error).context("write to a reader that stalls"),
+        }
+    }
+    Ok(sent)
+}
+
 /// Makes the coming `close()` a reset.
 ///
 /// # Errors
@@ -146,7 +166,7 @@ pub fn is_reset(stream: &mut TcpStream) -> bool {
         match stream.read(&mut buffer) {
             Ok(0) => return false,
             Ok(_) => {}
-            Err(error) => return error.kind() == std::io::ErrorKind::ConnectionReset,
+            Err(error) => return error.kind() == io::ErrorKind::ConnectionReset,
         }
     }
 }

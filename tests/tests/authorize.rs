@@ -124,6 +124,33 @@ fn skipped_port_is_reached_in_any_mode() -> Result<()> {
 }
 
 #[test]
+fn own_list_of_skipped_ports_takes_the_place_of_the_namespaces() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .namespace(
+            "default",
+            &[("malla.dev/mode", "strict"), ("malla.dev/skip-inbound-ports", "9001")],
+        )
+        .pod(PodSpec::new("b2", "b").annotation("malla.dev/skip-inbound-ports", "9002"))
+        .pod(PodSpec::new("far", "a").annotation("malla.dev/mesh", "disabled"))
+        .start()?;
+    for (pod, port, skipped) in
+        [("b1", 9001, true), ("b1", 9002, false), ("b2", 9001, false), ("b2", 9002, true)]
+    {
+        let _server = mesh.pod(pod).serve(port, Serve::Echo)?;
+        for family in Family::BOTH {
+            let to = mesh.pod(pod).addr(family, port);
+            if skipped {
+                exchange(&mut mesh.pod("far").connect(to)?, b"plain")?;
+            } else {
+                mesh.pod("far").refused(to)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn flow_for_which_the_agent_has_no_place_is_refused_with_a_reason() -> Result<()> {
     harness::require!();
     let mut mesh = Mesh::two_nodes()?;

@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use harness::{Carrier, Family, Mesh, PodSpec, Serve, exchange};
+use harness::{Carrier, Family, Mesh, PodSpec, Serve, exchange, fill, linger_zero};
 
 #[test]
 fn application_sees_the_client_and_its_own_address() -> Result<()> {
@@ -29,15 +29,46 @@ fn application_sees_the_client_and_its_own_address() -> Result<()> {
 #[test]
 fn application_sees_its_own_pod_where_the_client_is_not_preserved() -> Result<()> {
     harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = Mesh::two_nodes_builder()
+            .carrier(carrier)
+            .pod(PodSpec::new("b1", "b").annotation("malla.dev/preserve-client-address", "false"))
+            .pod(PodSpec::new("far", "a").annotation("malla.dev/mesh", "disabled"))
+            .start()?;
+        let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+        // Through a tunnel, on one node, and in plain text.
+        for (client, came) in [("a1", carrier.as_str()), ("b2", "local"), ("far", "plaintext")] {
+            for family in Family::BOTH {
+                let mut stream = mesh.pod(client).connect(mesh.pod("b1").addr(family, 8080))?;
+                exchange(&mut stream, b"hello")?;
+                let seen = server.clients().pop().map(|client| client.ip());
+                assert_eq!(seen, Some(mesh.pod("b1").ip(family)), "{client}, {carrier:?}");
+            }
+            mesh.agent("b").wait_for_record(&[("direction", "inbound"), ("carrier", came)])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn reader_that_stalls_holds_a_bounded_number_of_bytes_without_a_tunnel() -> Result<()> {
+    harness::require!();
     let mesh = Mesh::two_nodes_builder()
-        .pod(PodSpec::new("b1", "b").annotation("malla.dev/preserve-client-address", "false"))
+        .namespace("default", &[("malla.dev/outbound", "all")])
+        .pod(PodSpec::new("out", "a").annotation("malla.dev/mesh", "disabled"))
         .start()?;
-    let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
-    for family in Family::BOTH {
-        let mut stream = mesh.pod("a1").connect(mesh.service("b").addr(family, 80))?;
-        exchange(&mut stream, b"hello")?;
-        let seen = server.clients().pop().map(|client| client.ip());
-        assert_eq!(seen, Some(mesh.pod("b1").ip(family)));
+    for (server, way) in [("a2", "local"), ("out", "passthrough")] {
+        // Nobody accepts, and so nobody reads.
+        let _listener = mesh.pod(server).listen(8080)?;
+        let before = mesh.agent("a").rss_bytes()?;
+        let mut stream = mesh.pod("a1").connect(mesh.pod(server).v4(8080))?;
+        let sent = fill(&mut stream, 256 << 20)?;
+        let grown = mesh.agent("a").rss_bytes()?.saturating_sub(before);
+        ensure!(sent < 64 << 20, "{way}: {sent} bytes went to nobody");
+        ensure!(grown < 12 << 20, "{way}: the agent grew by {grown} bytes");
+        linger_zero(&stream)?;
+        drop(stream);
+        mesh.agent("a").wait_for_record(&[("direction", "outbound"), ("way", way)])?;
     }
     Ok(())
 }

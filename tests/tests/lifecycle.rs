@@ -1,5 +1,6 @@
 //! Pods come into the mesh and leave it, agents end and start, and programs keep running.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
@@ -7,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Carrier, Load, Mesh, PodSpec, Serve, exchange, is_reset};
+use harness::{Carrier, Family, Load, Mesh, PodSpec, Serve, exchange, is_reset};
 
 const AT_ONCE: Duration = Duration::from_secs(1);
 
@@ -57,6 +58,35 @@ fn server_enrols_and_leaves_fifty_times_without_a_failed_request() -> Result<()>
         }
         Ok(())
     })?;
+    Ok(())
+}
+
+/// Neither a wire nor another agent is between them, and IPv6 goes its own way in the kernel.
+#[test]
+fn neighbours_enrol_and_leave_in_both_families_without_a_failed_request() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    for family in Family::BOTH {
+        let to = mesh.pod("a2").addr(family, 8080);
+        let mut held = mesh.pod("a1").connect(to)?;
+        exchange(&mut held, b"before")?;
+        Load::during(mesh.pod("a1"), to, |load| {
+            for toggle in 0..20 {
+                // The client and the server in turn: all four combinations.
+                let pod = if toggle % 2 == 0 { "a1" } else { "a2" };
+                mesh.enrol(pod, toggle % 4 >= 2)?;
+                load.wait_for(2)?;
+                exchange(&mut held, b"an open connection is left as it is")?;
+            }
+            Ok(())
+        })?;
+        let client = mesh.pod("a1").ip(family).to_string();
+        let records = mesh.agent("a").access_log();
+        let of_client = records.iter().filter(|one| one.text("src.addr").contains(&client));
+        let ways: HashSet<_> = of_client.map(|one| one.text("way").to_owned()).collect();
+        ensure!(ways.contains("local") && ways.contains("passthrough"), "{family:?}: {ways:?}");
+    }
     Ok(())
 }
 
@@ -243,6 +273,35 @@ fn pod_that_fails_open_goes_on_without_its_agent() -> Result<()> {
     let before = mesh.agent("a").metric("istio_tcp_connections_opened_total", &[])?;
     exchange(&mut mesh.pod("a1").connect(to)?, b"back in the mesh")?;
     mesh.agent("a").wait_for_metric("istio_tcp_connections_opened_total", &[], before + 1.0)
+}
+
+#[test]
+fn pod_that_fails_open_is_reached_without_its_agent_unless_it_is_strict() -> Result<()> {
+    harness::require!();
+    let open = |name| PodSpec::new(name, "b").annotation("malla.dev/fail-open", "true");
+    let mut mesh = Mesh::two_nodes_builder()
+        .pod(open("b1"))
+        .pod(open("b3").annotation("malla.dev/mode", "strict"))
+        .pod(PodSpec::new("far", "a").annotation("malla.dev/mesh", "disabled"))
+        .start()?;
+    let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let _others = ["b2", "b3"].map(|pod| mesh.pod(pod).serve(8080, Serve::Echo));
+    mesh.agent_mut("b").kill()?;
+    mesh.pod("far").refused(mesh.pod("b1").v4(8080))?;
+    for family in Family::BOTH {
+        let to = mesh.pod("b1").addr(family, 8080);
+        harness::wait::until(Duration::from_secs(20), "the pod to be reached", || {
+            mesh.pod("far").connect(to).and_then(|mut s| exchange(&mut s, b"plain")).is_ok()
+        })?;
+        let mut stream = mesh.pod("far").connect(to)?;
+        exchange(&mut stream, b"nobody in between")?;
+        assert_eq!(server.clients().pop(), Some(stream.local_addr()?));
+        // Who does not ask for it stays closed, and who wants no plain text never gets any.
+        for pod in ["b2", "b3"] {
+            mesh.pod("far").refused(mesh.pod(pod).addr(family, 8080))?;
+        }
+    }
+    Ok(())
 }
 
 #[test]

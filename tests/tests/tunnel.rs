@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::{
-    Carrier, Family, Mesh, Pattern, Serve, exchange, exchange_patterns, is_reset, linger_zero,
-    receive_pattern, send_pattern,
+    Carrier, Family, Mesh, Pattern, Serve, exchange, exchange_patterns, fill, is_reset,
+    linger_zero, receive_pattern, send_pattern,
 };
 
 /// Both directions at once, so twice this crosses the link.
@@ -225,16 +225,7 @@ fn reader_that_stalls_holds_a_bounded_number_of_bytes() -> Result<()> {
         )?;
         let before = mesh.agent("a").rss_bytes()? + mesh.agent("b").rss_bytes()?;
         let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
-        stream.set_write_timeout(Some(Duration::from_secs(1)))?;
-        let block = vec![0; 256 * 1024];
-        let mut sent = 0;
-        while sent < 256 << 20 {
-            match stream.write(&block) {
-                Ok(n) => sent += n,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error).context("write to a reader that stalls"),
-            }
-        }
+        let sent = fill(&mut stream, 256 << 20)?;
         let after = mesh.agent("a").rss_bytes()? + mesh.agent("b").rss_bytes()?;
         ensure!(sent < 64 << 20, "{carrier:?}: {sent} bytes went to nobody");
         let grown = after.saturating_sub(before);
