@@ -6,7 +6,9 @@ use std::io::Write as _;
 
 use anyhow::{Context as _, Result, ensure};
 use harness::{Carrier, Mesh, Serve, exchange, init_ca, wait};
-use peer::{Authority, Impostor, Shown, VALID, call, garble, open, self_signed, server_name};
+use peer::{
+    Authority, Impostor, Shown, VALID, call, call_early, garble, open, self_signed, server_name,
+};
 
 /// Frames that no client may send at the start of a flow: DATA, ANSWER, a reserved type, and a type
 /// that nobody knows, of an impossible length.
@@ -200,6 +202,27 @@ fn claimed_client_address_is_shown_only_if_it_is_the_callers() -> Result<()> {
             connections += 1;
         }
     }
+    Ok(())
+}
+
+/// Early data may be replayed by whoever has seen it: a connection must never begin with it.
+#[test]
+fn what_is_said_before_the_handshake_does_not_count() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("b1").serve(8080, Serve::Greet("hello"))?;
+    let shown = Authority::of(mesh.ca_dir())?.issue(&mesh.pod("a1").identity(), VALID)?;
+    let name = server_name(&mesh.pod("b1").identity());
+    let said = open(mesh.pod("b1").v4(8080), mesh.pod("a1").v4(40_000));
+    let mut called = 0;
+    let early = call_early(mesh.node("a"), mesh.node("b"), &name, &shown, &said, || {
+        called = server.clients().len();
+    })?;
+    ensure!(early.is_resumed, "otherwise this shows nothing: {early:?}");
+    ensure!(!early.is_accepted, "{early:?}");
+    assert_eq!(early.answer[4], 0, "what is said in time is delivered");
+    wait::until(wait::SOON, "both calls to arrive", || server.clients().len() >= 2)?;
+    assert_eq!(server.clients().len(), 2, "{called} of them before the words were said again");
     Ok(())
 }
 
