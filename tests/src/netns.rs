@@ -70,7 +70,7 @@ impl Netns {
     pub fn spawn(&self, command: &mut Command) -> Result<Child> {
         self.run(|| {
             // A child inherits what this process blocks in order to clean up after Ctrl-C.
-            sys::unblock_interrupts().context("unblock signals")?;
+            sys::unblock_interrupts(command);
             command.spawn().with_context(|| format!("start {}", command.get_program().display()))
         })
     }

@@ -5,7 +5,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
+use std::process::Command;
 use std::ptr;
 
 /// Moves the calling thread into the network namespace that `file` is open on.
@@ -48,14 +50,19 @@ pub(crate) fn block_interrupts() -> io::Result<()> {
     }
 }
 
-/// Undoes [`block_interrupts`] for the calling thread: a child inherits what is blocked.
-pub(crate) fn unblock_interrupts() -> io::Result<()> {
+/// Undoes [`block_interrupts`] for a child to be, which would inherit what is blocked. Not for the
+/// thread that starts it: a signal that comes meanwhile would be delivered there, and end everything.
+pub(crate) fn unblock_interrupts(command: &mut Command) {
     let set = interrupts();
-    // SAFETY: as above.
-    match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut()) } {
-        0 => Ok(()),
-        errno => Err(io::Error::from_raw_os_error(errno)),
-    }
+    let unblock = move || {
+        // SAFETY: as above.
+        match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut()) } {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    };
+    // SAFETY: between fork and exec only a system call is made, which allocates and locks nothing.
+    unsafe { command.pre_exec(unblock) };
 }
 
 /// Waits for SIGINT or SIGTERM, which must be blocked.
