@@ -5,24 +5,39 @@
 //! process that still lives is left alone, and so is an agent that was installed in earnest.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use clap::Args;
 
 use crate::process::answer;
 use crate::say;
 
 const PREFIX: &str = "malla-";
 
-/// Removes what is left, and says what it was.
-///
-/// # Errors
-///
-/// Fails if something cannot be removed, after trying everything else.
-pub(crate) fn run() -> Result<()> {
+#[derive(Debug, Args)]
+pub(crate) struct Clean {
+    /// Only what this process left, and not what others did.
+    #[arg(long)]
+    pid: Option<u32>,
+}
+
+impl Clean {
+    /// Removes what is left, and says what it was.
+    ///
+    /// # Errors
+    ///
+    /// Fails if something cannot be removed, after trying everything else.
+    pub(crate) fn run(&self) -> Result<()> {
+        clean(self.pid)
+    }
+}
+
+fn clean(only: Option<u32>) -> Result<()> {
     let mut removed = 0;
     let mut problems = Vec::new();
     let mut tell = |what: String, done: Result<()>| match done {
@@ -33,16 +48,16 @@ pub(crate) fn run() -> Result<()> {
         Err(error) => problems.push(format!("{what}: {error:#}")),
     };
     // Processes first: they hold the rest.
-    for name in leftovers_in(Path::new("/run/netns"))? {
+    for name in leftovers_in(Path::new("/run/netns"), only)? {
         tell(format!("namespace {name}"), namespace(&name));
     }
     for root in cgroup2_roots()? {
-        for name in leftovers_in(&root)? {
+        for name in leftovers_in(&root, only)? {
             tell(format!("cgroup {}", root.join(&name).display()), cgroup(&root.join(&name)));
         }
     }
     for root in [std::env::temp_dir(), PathBuf::from("/sys/fs/bpf")] {
-        for name in leftovers_in(&root)? {
+        for name in leftovers_in(&root, only)? {
             tell(format!("directory {}", root.join(&name).display()), directory(&root.join(&name)));
         }
     }
@@ -51,8 +66,8 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// Names in `dir` that are ours and whose maker is gone.
-fn leftovers_in(dir: &Path) -> Result<Vec<String>> {
+/// Names in `dir` that are ours and whose maker is gone, or only those of one maker.
+fn leftovers_in(dir: &Path, only: Option<u32>) -> Result<Vec<String>> {
     if !dir.is_dir() {
         return Ok(Vec::new());
     }
@@ -60,6 +75,7 @@ fn leftovers_in(dir: &Path) -> Result<Vec<String>> {
     for entry in fs::read_dir(dir).with_context(|| format!("read {}", dir.display()))? {
         let name = entry.context("read a directory")?.file_name().to_string_lossy().into_owned();
         match maker(&name) {
+            Some(pid) if only.is_some_and(|only| only != pid) => {}
             Some(pid) if Path::new("/proc").join(pid.to_string()).exists() => {
                 say(&format!("left {}: process {pid} still uses it", dir.join(&name).display()));
             }
@@ -93,12 +109,13 @@ fn cgroup(dir: &Path) -> Result<()> {
     // A killed process leaves its cgroup a moment later.
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
-        let members = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-        if members.is_empty() || Instant::now() > deadline {
-            return fs::remove_dir(dir).context("remove the cgroup");
-        }
-        for pid in members.lines() {
+        for pid in fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default().lines() {
             kill(pid);
+        }
+        // A process that is no longer listed may still be on its way out, and then it is busy.
+        match fs::remove_dir(dir) {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy && Instant::now() < deadline => {}
+            done => return done.context("remove the cgroup"),
         }
         thread::sleep(Duration::from_millis(20));
     }

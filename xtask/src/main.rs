@@ -43,7 +43,7 @@ enum Task {
     /// Two nodes, four services, a load, and the proof that it crossed the wire encrypted.
     Demo(Program),
     /// Remove what a killed test or demo left on this machine: namespaces, links, cgroups, pins.
-    Clean,
+    Clean(clean::Clean),
 }
 
 /// Arguments for the program that does the work; `-- --help` lists them.
@@ -65,7 +65,7 @@ fn main() -> ExitCode {
         Task::Bench(program) => build::run_program("malla-bench", &program.args).map(well),
         Task::Fuzz(fuzz) => fuzz.run().map(well),
         Task::Demo(program) => build::run_program("malla-demo", &program.args).map(well),
-        Task::Clean => clean::run().map(well),
+        Task::Clean(clean) => clean.run().map(well),
     };
     done.unwrap_or_else(|error| {
         say(&format!("error: {error:#}"));
