@@ -3,15 +3,14 @@
 use std::collections::HashMap;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde_json::Value;
 
-use crate::process::{answer, attached, cargo, installed, watch};
-use crate::{say, setup};
+use crate::process::{attached, cargo, watch};
+use crate::{privilege, say, setup};
 
 /// A cold release build with link-time optimisation takes minutes on two cores.
 const BUILD_LIMIT: Duration = Duration::from_secs(3600);
@@ -26,7 +25,7 @@ pub(crate) struct Build {
 impl Build {
     /// Builds on this terminal.
     pub(crate) fn run(&self) -> Result<()> {
-        setup::run(setup::Say::Changes)?;
+        setup::toolchain()?;
         let mut build = cargo("build --package mesh-agent --package mesh-tests --bins")?;
         if self.release {
             build.arg("--release");
@@ -108,36 +107,9 @@ pub(crate) fn run_program(name: &str, args: &[String]) -> Result<()> {
     let program = by_name.remove(name).with_context(|| format!("cargo built no {name}"))?;
     let agent = by_name.remove("mesh-agent").context("cargo built no mesh-agent")?;
 
-    let mut command = as_root(&program)?;
+    let mut command = privilege::command(&program)?;
     command.args(args).env("MALLA_AGENT", agent);
     Err(command.exec()).with_context(|| format!("start {}", program.display()))
-}
-
-/// Whether this is root, or can become it.
-pub(crate) fn can_be_root() -> bool {
-    is_root() || installed("sudo")
-}
-
-fn is_root() -> bool {
-    answer("id", &["-u"]).as_deref() == Some("0")
-}
-
-/// `program`, with `sudo` in front of it if this is not root: namespaces and eBPF need it.
-///
-/// # Errors
-///
-/// Fails where neither holds.
-pub(crate) fn as_root(program: &std::path::Path) -> Result<Command> {
-    if is_root() {
-        return Ok(Command::new(program));
-    }
-    if !installed("sudo") {
-        bail!("namespaces and eBPF need root, and there is no sudo");
-    }
-    say("using sudo: namespaces and eBPF need root");
-    let mut command = Command::new("sudo");
-    command.args(["--preserve-env", "--"]).arg(program);
-    Ok(command)
 }
 
 #[cfg(test)]

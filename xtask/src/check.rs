@@ -35,7 +35,7 @@ pub(crate) const STEPS: &[Step] = &[
 
 /// Runs all steps, and fails if one does.
 pub(crate) fn run() -> Result<()> {
-    let toolchain = setup::run(setup::Say::Changes)?;
+    let toolchain = setup::toolchain()?;
     let mut failed = 0;
     for step in STEPS {
         match (step.run)(&toolchain) {

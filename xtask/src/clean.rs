@@ -1,8 +1,9 @@
 //! `cargo xtask clean`: removes what killed tests and a demo with `--keep` left on this machine.
 //!
 //! Everything of theirs is called `malla-<pid>-…` after the process that made it, or lies inside
-//! such a thing (links, addresses, qdiscs and listeners go with their namespace). What belongs to a
-//! process that still lives is left alone, and so is an agent that was installed in earnest.
+//! such a thing (links, addresses, qdiscs and listeners go with their namespace); setup makes one file
+//! more (`install.sh`). What belongs to a process that still lives is left alone, and so is an agent
+//! that was installed in earnest.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -15,7 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
 use crate::process::answer;
-use crate::say;
+use crate::{packages, say, setup};
 
 const PREFIX: &str = "malla-";
 
@@ -56,10 +57,14 @@ fn clean(only: Option<u32>) -> Result<()> {
             tell(format!("cgroup {}", root.join(&name).display()), cgroup(&root.join(&name)));
         }
     }
-    for root in [std::env::temp_dir(), PathBuf::from("/sys/fs/bpf")] {
+    for root in [std::env::temp_dir(), PathBuf::from("/sys/fs/bpf"), setup::cache()?] {
         for name in leftovers_in(&root, only)? {
             tell(format!("directory {}", root.join(&name).display()), directory(&root.join(&name)));
         }
+    }
+    if let Some(policy) = packages::leftover_policy() {
+        let removed = fs::remove_file(policy).context("remove the file");
+        tell(format!("{}, which kept services from starting", policy.display()), removed);
     }
     ensure!(problems.is_empty(), "not removed:\n    {}", problems.join("\n    "));
     say(if removed == 0 { "nothing was left" } else { "clean" });

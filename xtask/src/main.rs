@@ -7,6 +7,8 @@ mod clean;
 mod fuzz;
 mod layers;
 mod licences;
+mod packages;
+mod privilege;
 mod process;
 mod setup;
 mod test;

@@ -16,6 +16,9 @@ use crate::say;
 /// How long a program may be silent on the terminal before a line says that it is still at work.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
 
+/// How long a program may take to end after SIGTERM.
+const TERM_TIME: Duration = Duration::from_secs(10);
+
 /// The end of a failed program's output that is worth showing.
 const TAIL_LINES: usize = 60;
 
@@ -75,7 +78,11 @@ pub(crate) fn watch(what: &str, mut command: Command, limit: Duration) -> Result
         }
         if started.elapsed() > limit {
             timed_out = true;
-            child.kill().context("end a program that takes too long")?;
+            end(&mut child)?;
+            // What it said at its end. Bounded, since its children may have its pipes and go on.
+            let last = Instant::now() + Duration::from_secs(1);
+            let rest = || output.recv_timeout(last.saturating_duration_since(Instant::now())).ok();
+            lines.extend(std::iter::from_fn(rest));
             break;
         }
     }
@@ -88,6 +95,20 @@ pub(crate) fn watch(what: &str, mut command: Command, limit: Duration) -> Result
     };
     let success = status.success() && !timed_out;
     Ok(Finished { success, how, lines, took: started.elapsed() })
+}
+
+/// Ends a program that takes too long: first with SIGTERM, which `sudo` passes on and after which a
+/// test can clean up.
+fn end(child: &mut Child) -> Result<()> {
+    let deadline = Instant::now() + TERM_TIME;
+    answer("kill", &["-TERM", &child.id().to_string()]);
+    while Instant::now() < deadline {
+        if child.try_wait().context("wait for a program")?.is_some() {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    child.kill().context("end a program that takes too long")
 }
 
 /// Runs `command` like [`watch`] and fails, with the end of its output, unless it succeeds.
@@ -172,4 +193,23 @@ fn lines_of(child: &mut Child) -> mpsc::Receiver<String> {
         forward(stderr, sender);
     }
     receiver
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[test]
+    fn program_that_takes_too_long_is_asked_to_clean_up() {
+        let script = "trap 'echo cleaned; exit 0' TERM; while :; do echo at work; sleep 0.02; done";
+        let ended = watch("x", shell(script), Duration::from_millis(200)).unwrap();
+        assert_eq!((ended.success, ended.how.as_str()), (false, "no end after 0 s"));
+        assert_eq!(ended.lines.last().map(String::as_str), Some("cleaned"));
+    }
 }

@@ -10,14 +10,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::process::{answer, installed, must};
+use crate::packages::Packages;
+use crate::process::{installed, must};
 use crate::say;
 use crate::toolchain::{Candidate, Needs, Toolchain};
 
 const ENV_FILE: &str = "ebpf-toolchain.env";
 
-/// How long the package manager, or rustup, may take.
-const INSTALL_LIMIT: Duration = Duration::from_secs(1200);
+/// How long rustup may take.
+const RUSTUP_LIMIT: Duration = Duration::from_secs(1200);
 
 /// What the tests run, and the package it comes in.
 const PROGRAMS: &[(&str, &str)] = &[
@@ -29,6 +30,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("redis-server", "redis-server"),
     ("redis-benchmark", "redis-tools"),
     ("curl", "curl"),
+    ("kill", "procps"),
 ];
 
 /// How much to tell.
@@ -40,22 +42,30 @@ pub(crate) enum Say {
     Changes,
 }
 
-/// Makes the machine ready, and returns the toolchain for the eBPF programs.
+/// Makes the machine ready to build, test and show everything, and returns the toolchain for the
+/// eBPF programs.
 ///
 /// # Errors
 ///
 /// Fails if no toolchain for the eBPF programs can be found or installed. A missing test program
 /// is reported and not an error: the tests that need it say so when they are skipped.
 pub(crate) fn run(say_what: Say) -> Result<Toolchain> {
-    let cache = cache()?;
-    fs::create_dir_all(&cache).with_context(|| format!("create {}", cache.display()))?;
     let mut packages = Packages::default();
     test_programs(say_what, &mut packages)?;
-    let toolchain = ebpf_toolchain(&cache, say_what, &mut packages)?;
+    let toolchain = ebpf_toolchain(say_what, &mut packages)?;
     if say_what == Say::Everything {
         say("setup: ready");
     }
     Ok(toolchain)
+}
+
+/// Makes the machine ready to build, for which nothing that tests run is needed.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn toolchain() -> Result<Toolchain> {
+    ebpf_toolchain(Say::Changes, &mut Packages::default())
 }
 
 /// Where the results of setup are kept.
@@ -96,7 +106,9 @@ fn test_programs(say_what: Say, packages: &mut Packages) -> Result<()> {
     Ok(())
 }
 
-fn ebpf_toolchain(cache: &Path, say_what: Say, packages: &mut Packages) -> Result<Toolchain> {
+fn ebpf_toolchain(say_what: Say, packages: &mut Packages) -> Result<Toolchain> {
+    let cache = &cache()?;
+    fs::create_dir_all(cache).with_context(|| format!("create {}", cache.display()))?;
     let file = cache.join(ENV_FILE);
     if let Ok(text) = fs::read_to_string(&file) {
         let toolchain = Toolchain::from_env(&text);
@@ -110,10 +122,11 @@ fn ebpf_toolchain(cache: &Path, say_what: Say, packages: &mut Packages) -> Resul
 
     // A candidate that needs nothing is tried before one that has to be installed.
     let mut candidates = Vec::new();
+    let mut impossible = Vec::new();
     for candidate in Candidate::ALL {
         match candidate.look(cache) {
             Ok((_, needs)) => candidates.push((needs.nothing(), candidate)),
-            Err(error) => say(&format!("setup: not {}: {error:#}", candidate.describe())),
+            Err(error) => impossible.push(format!("{}: {error:#}", candidate.describe())),
         }
     }
     candidates.sort_by_key(|(ready, _)| !ready);
@@ -130,6 +143,9 @@ fn ebpf_toolchain(cache: &Path, say_what: Say, packages: &mut Packages) -> Resul
             }
             Err(error) => say(&format!("setup: not {}: {error:#}", candidate.describe())),
         }
+    }
+    for reason in impossible {
+        say(&format!("setup: not {reason}"));
     }
     bail!(
         "no toolchain for the eBPF programs, see the reasons above; \
@@ -149,105 +165,17 @@ fn obtain(candidate: Candidate, cache: &Path, packages: &mut Packages) -> Result
         say(&format!("setup: adding rust-src to rustup's {channel}"));
         let mut add = Command::new("rustup");
         add.args(["component", "add", "rust-src", "--toolchain", &channel]);
-        must("rustup component add", add, INSTALL_LIMIT)?;
+        must("rustup component add", add, RUSTUP_LIMIT)?;
     }
     if let Some(linker) = linker {
         say(&format!("setup: building {}: about two minutes", linker.describe()));
         linker.install()?;
     }
-    let trial = cache.join(format!("trial-{}", std::process::id()));
+    // Named so that `cargo xtask clean` finds it after a kill.
+    let trial = cache.join(format!("malla-{}-trial", std::process::id()));
     let tried = toolchain.try_out(&trial);
     if let Err(error) = fs::remove_dir_all(&trial) {
         say(&format!("setup: {} stays behind: {error}", trial.display()));
     }
     tried.map(|()| toolchain)
-}
-
-/// Debian's and Ubuntu's package manager.
-#[derive(Debug, Default)]
-struct Packages {
-    updated: bool,
-}
-
-impl Packages {
-    /// Whether this process can install `names`.
-    ///
-    /// # Errors
-    ///
-    /// Says who can, and how.
-    fn may_install(names: &[String]) -> Result<()> {
-        if !installed("apt-get") {
-            bail!("no apt-get here; install what Debian calls {}", names.join(" "));
-        }
-        if answer("id", &["-u"]).as_deref() != Some("0") {
-            bail!("not root; run: sudo {}", Self::by_hand(names));
-        }
-        Ok(())
-    }
-
-    fn by_hand(names: &[String]) -> String {
-        format!("apt-get install --yes --no-install-recommends {}", names.join(" "))
-    }
-
-    /// Installs `names`, and starts none of the services that come with them.
-    ///
-    /// # Errors
-    ///
-    /// Fails, with the command that root has to run, where this process may not install anything.
-    fn install(&mut self, names: &[String]) -> Result<()> {
-        Self::may_install(names)?;
-        if !self.updated {
-            say("setup: apt-get update");
-            must("apt-get update", apt(&["update"]), INSTALL_LIMIT)?;
-            self.updated = true;
-        }
-        say(&format!("setup: {}", Self::by_hand(names)));
-        let _no_services = NoServices::new()?;
-        let mut words = vec!["install", "--yes", "--no-install-recommends"];
-        words.extend(names.iter().map(String::as_str));
-        must("apt-get install", apt(&words), INSTALL_LIMIT)?;
-        Ok(())
-    }
-}
-
-fn apt(words: &[&str]) -> Command {
-    let mut command = Command::new("apt-get");
-    command.args(["-q", "-o", "Dpkg::Use-Pty=0"]).args(words);
-    command.env("DEBIAN_FRONTEND", "noninteractive");
-    command
-}
-
-/// While this lives, packages that are installed do not start their services: Debian asks
-/// `policy-rc.d`, and 101 means forbidden (invoke-rc.d(8)). nginx and redis are for the tests,
-/// which start their own; a machine that had them running keeps them.
-#[derive(Debug)]
-struct NoServices {
-    ours: bool,
-}
-
-impl NoServices {
-    const POLICY: &str = "/usr/sbin/policy-rc.d";
-
-    fn new() -> Result<Self> {
-        use std::os::unix::fs::PermissionsExt as _;
-
-        if Path::new(Self::POLICY).exists() {
-            return Ok(Self { ours: false });
-        }
-        fs::write(Self::POLICY, "#!/bin/sh\nexit 101\n").context("write policy-rc.d")?;
-        let this = Self { ours: true };
-        fs::set_permissions(Self::POLICY, fs::Permissions::from_mode(0o755))
-            .context("write policy-rc.d")?;
-        Ok(this)
-    }
-}
-
-impl Drop for NoServices {
-    fn drop(&mut self) {
-        if self.ours
-            && let Err(error) = fs::remove_file(Self::POLICY)
-        {
-            say(&format!("setup: remove {} yourself: {error}", Self::POLICY));
-        }
-    }
 }

@@ -14,7 +14,7 @@ use clap::Args;
 use crate::build::{self, Executable};
 use crate::check;
 use crate::process::{self, Finished};
-use crate::{say, setup};
+use crate::{privilege, say, setup};
 
 /// No test binary is allowed to take longer.
 const BINARY_LIMIT: Duration = Duration::from_secs(900);
@@ -87,9 +87,8 @@ impl E2e {
 impl Tally {
     /// Builds everything and runs the test binaries that `wanted` picks.
     fn binaries(&mut self, options: &E2e, wanted: impl Fn(&Executable) -> bool) {
-        if let Ok(logs) = logs() {
-            // Those of the last run; there may be none.
-            drop(fs::remove_dir_all(logs));
+        if let Err(error) = empty_logs() {
+            return self.fail("logs", &format!("{error:#}"));
         }
         say("building tests");
         let built = match build::executables("building tests", BUILD) {
@@ -160,7 +159,9 @@ impl Tally {
         let failed = self.failed.len();
         match logs() {
             Ok(logs) if failed == 0 => drop(fs::remove_dir_all(logs)),
-            Ok(logs) if logs.is_dir() => say(&format!("the agents' logs: {}", logs.display())),
+            Ok(logs) if fs::read_dir(&logs).is_ok_and(|mut logs| logs.next().is_some()) => {
+                say(&format!("the agents' logs: {}", logs.display()));
+            }
             _ => {}
         }
         say(&format!("{} passed, {failed} failed, {} skipped", self.passed, self.skipped));
@@ -176,13 +177,13 @@ fn run_binary(
 ) -> Result<Finished> {
     // Unit tests need nothing; what lies in `tests/` loads eBPF and makes namespaces.
     // Where root cannot be had, those that need it skip themselves, and are counted.
-    let mut command = if test.kind == "test" && build::can_be_root() {
-        build::as_root(&test.path)?
+    let mut command = if test.kind == "test" && privilege::available() {
+        privilege::command(&test.path)?
     } else {
         std::process::Command::new(&test.path)
     };
     command.current_dir(&test.dir).arg("--color=never");
-    let skipped = std::env::temp_dir().join(format!("malla-skipped-{}", std::process::id()));
+    let skipped = crate::root()?.join(format!("target/skipped-{}", std::process::id()));
     fs::write(&skipped, "").context("create the list of skipped tests")?;
     command.env("MALLA_SKIPPED", &skipped).env("CARGO_MANIFEST_DIR", &test.dir);
     // An error that a test returns tells where it was by its context.
@@ -205,6 +206,16 @@ fn run_binary(
 /// Where the agents' logs of every end-to-end test are kept until all of them pass.
 fn logs() -> Result<PathBuf> {
     Ok(crate::root()?.join("target/e2e-logs"))
+}
+
+/// Makes the directory of logs anew. Before the tests do, for they may be root, and whoever calls this
+/// must be able to remove it.
+fn empty_logs() -> Result<()> {
+    let logs = logs()?;
+    if logs.is_dir() {
+        fs::remove_dir_all(&logs).with_context(|| format!("remove {}", logs.display()))?;
+    }
+    fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))
 }
 
 /// Marks a line of the list of skipped tests among a runner's output.

@@ -18,7 +18,7 @@ use crate::process::{answer, must};
 const LINKER_FOR_RUSTC_LLVM: &str = "0.10.3";
 /// Linked to the distribution's LLVM.
 const LINKER_FOR_SYSTEM_LLVM: &str = "0.13.0";
-/// Building `bpf-linker` takes two minutes on two cores.
+/// Building `bpf-linker` takes two minutes on two idle cores, and ten on busy ones.
 const LINKER_LIMIT: Duration = Duration::from_secs(1200);
 
 /// Everything `mesh-agent/build.rs` has to know to build the eBPF programs: the content of
@@ -137,7 +137,7 @@ impl Toolchain {
         let mut build = self.cargo("build");
         build.args(["--release", "--target", "bpfel-unknown-none"]);
         build.args(self.build_args.split_whitespace()).current_dir(dir);
-        must("trial build for BPF", build, Duration::from_secs(300))?;
+        must("trial build for BPF", build, LINKER_LIMIT)?;
 
         let object = fs::read(dir.join("target/bpfel-unknown-none/release/trial"))
             .context("read the trial object")?;
