@@ -1,8 +1,9 @@
-//! Cleaning up after a program that could not do so itself: killed, or aborted by a panic (the
-//! release profile does not unwind).
+//! Cleaning up after a program that could not do so itself: killed, ended by Ctrl-C (as Rust's test
+//! runner is), or aborted by a panic (the release profile does not unwind).
 
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
 
@@ -30,18 +31,25 @@ for dir in "$3"/malla-"$1"-*; do
 done
 "#;
 
-/// While it lives, a small process watches over this one.
+/// A small process that watches over another one.
 #[derive(Debug)]
-pub struct Guard(Child);
+pub(crate) struct Guard(Child);
 
 impl Guard {
-    /// Starts the watch. To be called before anything is made, and kept until all is removed again.
+    /// Starts the watch over this process, unless there is one already. To be called before anything is
+    /// made.
     ///
     /// # Errors
     ///
     /// Fails if the process cannot be started.
-    pub fn start() -> Result<Self> {
-        Self::watch(std::process::id())
+    pub(crate) fn over_this_process() -> Result<()> {
+        // Kept until the process is gone, since it is the process that is watched: its input ends then.
+        static GUARD: Mutex<Option<Guard>> = Mutex::new(None);
+        let mut guard = GUARD.lock().unwrap_or_else(PoisonError::into_inner);
+        if guard.is_none() {
+            *guard = Some(Self::watch(std::process::id())?);
+        }
+        Ok(())
     }
 
     fn watch(pid: u32) -> Result<Self> {

@@ -16,7 +16,8 @@
 //!
 //! Guarantees: nothing here touches the machine's own network; everything that is made carries the
 //! process id in its name and is removed when the [`Mesh`] is dropped, also by a panic; tests of one
-//! process may run side by side. What a killed process left is removed by `cargo xtask clean`.
+//! process may run side by side. What a killed process left is removed by a small process that
+//! outlives it, and if that one was killed too, by `cargo xtask clean`.
 //!
 //! A test begins with [`require!`]: it is skipped, loudly and counted, where this machine lacks what
 //! it needs.
@@ -42,7 +43,6 @@ pub mod wait;
 pub use self::access_log::Record;
 pub use self::agent::{Agent, Cli};
 pub use self::cgroup::Cgroup;
-pub use self::guard::Guard;
 pub use self::interrupt::Interrupt;
 pub use self::load::Load;
 pub use self::manifests::Manifests;

@@ -24,6 +24,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::agent::{Agent, AgentFiles, binary};
 use crate::cgroup::Cgroup;
+use crate::guard::Guard;
 use crate::manifests::{Manifests, pod_file};
 use crate::netns::Netns;
 use crate::pod::Pod;
@@ -103,6 +104,7 @@ impl Mesh {
     }
 
     pub(crate) fn start(builder: Builder) -> Result<Self> {
+        Guard::over_this_process()?;
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let id = format!("malla-{}-{number}", std::process::id());
         let state = StateDir(std::env::temp_dir().join(&id));
@@ -358,8 +360,9 @@ impl Service {
 }
 
 impl StateDir {
-    /// Keeps what the agents logged, for whoever wants to know why a test failed: under
-    /// `$MALLA_LOGS`, by the name of the test.
+    /// Keeps what the agents logged, for whoever wants to know why a test failed: in `$MALLA_LOGS`,
+    /// by the name of the test. No directories are made: this is root, and whoever is not root and
+    /// called it through `sudo` could not remove them.
     fn save_logs(&self) -> Result<()> {
         let Some(logs) = std::env::var_os("MALLA_LOGS") else {
             return Ok(());
@@ -367,12 +370,12 @@ impl StateDir {
         let test = thread::current().name().unwrap_or("main").replace(':', "-");
         let id = self.0.file_name().context("no name")?.display().to_string();
         for entry in fs::read_dir(&self.0)? {
-            let node = entry?;
-            for log in ["agent.log", "access.log"].map(|name| node.path().join(name)) {
+            let dir = entry?;
+            let node = dir.file_name().display().to_string();
+            for name in ["agent.log", "access.log"] {
+                let log = dir.path().join(name);
                 if log.is_file() {
-                    let to = Path::new(&logs).join(format!("{test}-{id}")).join(node.file_name());
-                    fs::create_dir_all(&to)?;
-                    fs::copy(&log, to.join(log.file_name().unwrap_or_default()))?;
+                    fs::copy(&log, Path::new(&logs).join(format!("{test}-{id}.{node}.{name}")))?;
                 }
             }
         }

@@ -22,7 +22,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Parser, Subcommand};
-use harness::{Guard, Interrupt};
+use harness::Interrupt;
 
 use machine::Machine;
 use results::{Results, Side};
@@ -113,7 +113,6 @@ fn bench(cli: &Cli) -> Result<()> {
     let (rounds, plan) = plan(cli);
     ensure!(rounds > 0 && plan.idle > 0, "nothing to measure: --rounds and --idle begin at 1");
     let machine = Machine::new(cli.pin.clone())?;
-    let _guard = Guard::start()?;
     let mut world = World::new(&cli.sides)?;
     say(&format!("{machine}. {}.", world::SETTINGS))?;
 

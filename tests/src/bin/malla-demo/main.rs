@@ -18,7 +18,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
-use harness::{Carrier, Guard, Interrupt, wait};
+use harness::{Carrier, Interrupt, wait};
 
 use load::Load;
 use report::Act;
@@ -80,7 +80,6 @@ fn demo(cli: &Cli) -> Result<()> {
     if let Some(missing) = harness::missing(&["tcpdump", "nft"]) {
         bail!("{missing}");
     }
-    let _guard = Guard::start()?;
     let time = Duration::from_secs(cli.duration) / 2;
     let marker = marker();
 
