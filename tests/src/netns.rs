@@ -122,14 +122,28 @@ pub(crate) fn feed(command: &mut Command, input: &str) -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("start {name}"))?;
-    child.stdin.take().context("no stdin")?.write_all(input.as_bytes()).context("write input")?;
+    let written = child.stdin.take().context("no stdin")?.write_all(input.as_bytes());
     let output = child.wait_with_output().with_context(|| format!("wait for {name}"))?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{name}: {}\n{input}", said.trim());
-    Ok(())
+    // Last: a program that fails reads no further, and what it says tells more than a broken pipe.
+    written.with_context(|| format!("write to {name}"))
 }
 
 /// Writes a setting of the calling thread's network namespace.
 fn sysctl(key: &str, value: &str) -> Result<()> {
     fs::write(Path::new("/proc/sys").join(key), value).with_context(|| format!("write {key}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn program_that_fails_before_it_has_read_all_is_quoted() {
+        // More than a pipe holds.
+        let input = "x\n".repeat(1 << 20);
+        let failed = feed(Command::new("sh").args(["-c", "echo why >&2; exit 1"]), &input);
+        assert!(failed.unwrap_err().to_string().starts_with("sh: why\n"));
+    }
 }

@@ -45,7 +45,7 @@ pub fn missing(programs: &[&str]) -> Option<String> {
     if let Err(error) = cgroup::root() {
         return Some(format!("{error:#}"));
     }
-    let absent = programs.iter().chain(&["ip"]).find(|program| !installed(program));
+    let absent = programs.iter().chain(&["ip", "kill"]).find(|program| !installed(program));
     absent.map(|program| format!("needs {program}: run cargo xtask setup"))
 }
 
