@@ -62,7 +62,9 @@ fn clean(only: Option<u32>) -> Result<()> {
             tell(format!("directory {}", root.join(&name).display()), directory(&root.join(&name)));
         }
     }
-    if let Some(policy) = packages::leftover_policy() {
+    if only.is_none()
+        && let Some(policy) = packages::leftover_policy()
+    {
         let removed = fs::remove_file(policy).context("remove the file");
         tell(format!("{}, which kept services from starting", policy.display()), removed);
     }
