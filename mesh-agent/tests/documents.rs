@@ -107,8 +107,16 @@ fn every_flag_that_the_documents_name_exists() {
     }
     let is_of_xtask = |flag: &str| {
         let demo = ["--keep", "--carrier", "--duration"];
-        let bench =
-            ["--rounds", "--seconds", "--connect-seconds", "--idle", "--quick", "--pin", "--json"];
+        let bench = [
+            "--rounds",
+            "--seconds",
+            "--connect-seconds",
+            "--idle",
+            "--quick",
+            "--pin",
+            "--json",
+            "--sides",
+        ];
         demo.contains(&flag) || bench.contains(&flag) || flag == "--file"
     };
     for name in ["README.md", "ARCHITECTURE.md", "SECURITY.md"] {

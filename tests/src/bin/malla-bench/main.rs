@@ -1,4 +1,5 @@
-//! Plain TCP and the mesh between the same two pods, on two nodes of this machine, in one run.
+//! Plain TCP and the mesh between the same two pods, on two nodes of this machine and then on one,
+//! in one run.
 //!
 //! Sides take turns in every round, so that whatever else the machine does falls on all of them;
 //! medians and the spread of the rounds are told. Clients and the server are processes of this same
@@ -6,6 +7,7 @@
 //! runs and no program of ours is attached.
 
 mod client;
+mod direct;
 mod machine;
 mod results;
 mod run;
@@ -25,11 +27,11 @@ use clap::{Parser, Subcommand};
 use harness::Interrupt;
 
 use machine::Machine;
-use results::{Results, Side};
+use results::{Place, Results, Side};
 use run::{Plan, Round, start_server};
 use world::World;
 
-/// Measures plain TCP and the mesh between the same pods of two nodes.
+/// Measures plain TCP and the mesh between the same pods, of two nodes and of one.
 #[derive(Debug, Parser)]
 #[command(name = "malla-bench", disable_version_flag = true)]
 struct Cli {
@@ -44,8 +46,12 @@ struct Cli {
     #[arg(long, default_value_t = 3)]
     rounds: usize,
 
-    /// What to compare.
-    #[arg(long, value_delimiter = ',', default_values = ["plain", "lane", "quic"])]
+    /// What to compare: across nodes `plain`, `lane` and `quic`, on the same node `near` and `direct`.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_values = ["plain", "lane", "quic", "near", "direct"]
+    )]
     sides: Vec<Side>,
 
     /// Seconds of each measure but new connections.
@@ -107,27 +113,37 @@ fn part(cli: &Cli) -> Result<()> {
 
 fn bench(cli: &Cli) -> Result<()> {
     let interrupt = Interrupt::catch()?;
-    if let Some(missing) = harness::missing(&["taskset", "prlimit"]) {
+    if let Some(missing) = harness::missing(&["taskset", "prlimit", "nft"]) {
         bail!("{missing}");
     }
     let (rounds, plan) = plan(cli);
     ensure!(rounds > 0 && plan.idle > 0, "nothing to measure: --rounds and --idle begin at 1");
     let machine = Machine::new(cli.pin.clone())?;
-    let mut world = World::new(&cli.sides)?;
     say(&format!("{machine}. {}.", world::SETTINGS))?;
 
-    let measured = measure(&mut world, &cli.sides, rounds, plan, &interrupt);
-    // Ctrl-C on a terminal has ended the clients too, and their error is not the reason.
-    ensure!(!interrupt.came(), "interrupted");
-    let results = measured?;
+    let mut results = Results::default();
+    for place in Place::BOTH {
+        let sides: Vec<_> =
+            cli.sides.iter().copied().filter(|side| side.place() == place).collect();
+        if sides.is_empty() {
+            continue;
+        }
+        let mut world = World::new(place, &sides)?;
+        let measured = measure(&mut world, &sides, rounds, plan, &interrupt, &mut results);
+        // Ctrl-C on a terminal has ended the clients too, and their error is not the reason.
+        ensure!(!interrupt.came(), "interrupted");
+        measured?;
+    }
     let table = results.markdown();
+    let has_same_node = cli.sides.iter().any(|side| side.place() == Place::SameNode);
     let conditions = format!(
         "{machine}. Rounds: {rounds}, of {} s a measure ({} s for new connections, {} idle \
-         connections): median (least..most). {}.",
+         connections): median (least..most). {}.{}",
         plan.seconds,
         plan.connect_seconds,
         plan.idle,
         world::SETTINGS,
+        if has_same_node { world::DIALLED } else { "" },
     );
     writeln!(stdout(), "{table}\n{conditions}").context("write the table")?;
     if let Some(path) = &cli.json {
@@ -151,15 +167,16 @@ fn measure(
     rounds: usize,
     plan: Plan,
     interrupt: &Interrupt,
-) -> Result<Results> {
-    let mut results = Results::default();
+    results: &mut Results,
+) -> Result<()> {
     for round in 1..=rounds {
         for side in sides {
             let started = Instant::now();
             let agents = world.take(*side).with_context(|| format!("set up {}", side.name()))?;
             // A server of its own for each side: none has connections left of the one before.
             let server = start_server(&|command| world.start_in_server(command))?;
-            Round {
+            let before = world.warm_up(*side)?;
+            let opened = Round {
                 client: &|command| {
                     ensure!(!interrupt.came(), "interrupted");
                     world.start_in_client(command)
@@ -169,15 +186,19 @@ fn measure(
                 carries: &|connections| world.carries(*side, connections),
                 plan,
                 found: &mut |measure, value| results.add(*side, measure, value),
+                opened: 0,
             }
             .measure()
             .with_context(|| format!("round {round} of {}", side.name()))?;
+            if let Some(before) = before {
+                world.went_direct(before, opened)?;
+            }
             drop(server);
             let took = started.elapsed().as_secs();
             say(&format!("round {round}/{rounds}: {} ({took} s)", side.name()))?;
         }
     }
-    Ok(results)
+    Ok(())
 }
 
 /// Progress goes to standard error: standard output is the table and nothing else.

@@ -17,15 +17,66 @@ pub(crate) enum Side {
     Lane,
     /// The mesh over QUIC.
     Quic,
+    /// As plain, on the same node.
+    Near,
+    /// The mesh on the same node: from pod to pod, without the agent.
+    Direct,
+}
+
+/// Where the two pods are. What is compared with each other is of one place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// On two nodes.
+    Across,
+    /// On one.
+    SameNode,
+}
+
+impl Place {
+    /// Both, in the order of the tables.
+    pub(crate) const BOTH: [Self; 2] = [Self::Across, Self::SameNode];
+
+    /// The side that others are compared with.
+    fn baseline(self) -> Side {
+        match self {
+            Self::Across => Side::Plain,
+            Self::SameNode => Side::Near,
+        }
+    }
 }
 
 impl Side {
-    /// Its name, also the agent's value of `--carrier`.
+    /// Its name, of a carrier also the agent's value of `--carrier`.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
             Self::Lane => "lane",
             Self::Quic => "quic",
+            Self::Near => "near",
+            Self::Direct => "direct",
+        }
+    }
+
+    /// Where its pods are.
+    pub(crate) fn place(self) -> Place {
+        match self {
+            Self::Plain | Self::Lane | Self::Quic => Place::Across,
+            Self::Near | Self::Direct => Place::SameNode,
+        }
+    }
+
+    /// Whether agents run.
+    pub(crate) fn is_mesh(self) -> bool {
+        self != self.place().baseline()
+    }
+
+    /// Its side in the JSON, and what the names of its measures begin with: whoever reads `plain`
+    /// there finds plain TCP, and in no row that of another place.
+    fn in_json(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Plain | Self::Lane | Self::Quic => (self.name(), ""),
+            Self::Near => (Self::Plain.name(), "same_node_"),
+            Self::Direct => (self.name(), "same_node_"),
         }
     }
 }
@@ -133,28 +184,42 @@ impl Results {
         Spread::of(self.0.get(&measure)?.get(&side)?)
     }
 
-    /// The mesh's median by plain's, of what is a quantity: not of a ratio, nor of failures.
+    /// The mesh's median by that of plain TCP in the same place, of what is a quantity: not of a ratio, nor of failures.
     fn ratio(&self, measure: Measure, side: Side) -> Option<f64> {
         if matches!(measure, NewDecayBy1 | NewDecayBy16 | NewFailed) {
             return None;
         }
-        let plain = self.spread(measure, Side::Plain)?.median;
+        let plain = self.spread(measure, side.place().baseline())?.median;
         Some(self.spread(measure, side)?.median / plain).filter(|ratio| ratio.is_finite())
     }
 
-    /// The sides that ran, plain first.
-    fn sides(&self) -> Vec<Side> {
+    /// The sides that ran in `place`, plain first.
+    fn sides(&self, place: Place) -> Vec<Side> {
         let mut sides: Vec<_> = self.0.values().flat_map(BTreeMap::keys).copied().collect();
+        sides.retain(|side| side.place() == place);
         sides.sort_unstable();
         sides.dedup();
         sides
     }
 
-    /// The table: medians with their spread, and each carrier's median by plain's.
+    /// A table for each place: medians with their spread, and each mesh's median by plain's.
     pub(crate) fn markdown(&self) -> String {
-        let sides = self.sides();
-        let meshes: Vec<_> = sides.iter().copied().filter(|side| *side != Side::Plain).collect();
-        let compared = if sides.contains(&Side::Plain) { meshes.as_slice() } else { &[] };
+        let [across, same_node] = Place::BOTH.map(|place| self.table(place));
+        match (across.is_empty(), same_node.is_empty()) {
+            (_, true) => across,
+            (true, false) => format!("Same node\n\n{same_node}"),
+            (false, false) => format!("{across}\nSame node\n\n{same_node}"),
+        }
+    }
+
+    fn table(&self, place: Place) -> String {
+        let sides = self.sides(place);
+        if sides.is_empty() {
+            return String::new();
+        }
+        let plain = place.baseline();
+        let meshes: Vec<_> = sides.iter().copied().filter(|side| *side != plain).collect();
+        let compared = if sides.contains(&plain) { meshes.as_slice() } else { &[] };
 
         let mut text = "| measure | unit |".to_owned();
         // Writing to a `String` cannot fail.
@@ -162,12 +227,15 @@ impl Results {
             let _always_ok = write!(text, " {} |", side.name());
         }
         for side in compared {
-            let _always_ok = write!(text, " {} \u{f7} plain |", side.name());
+            let _always_ok = write!(text, " {} \u{f7} {} |", side.name(), plain.name());
         }
         text.push_str("\n|---|---|");
         text.push_str(&"---|".repeat(sides.len() + compared.len()));
         text.push('\n');
-        for measure in self.0.keys() {
+        for (measure, measured) in &self.0 {
+            if !sides.iter().any(|side| measured.contains_key(side)) {
+                continue;
+            }
             let (_, label, unit) = measure.spec();
             let _always_ok = write!(text, "| {label} | {unit} |");
             for side in &sides {
@@ -193,8 +261,9 @@ impl Results {
                 let Some(Spread { median, min, max, runs }) = Spread::of(values) else {
                     continue;
                 };
+                let (side, prefix) = side.in_json();
                 rows.push(json!({
-                    "measure": name, "side": side.name(), "unit": unit,
+                    "measure": format!("{prefix}{name}"), "side": side, "unit": unit,
                     "median": median, "min": min, "max": max, "runs": runs,
                 }));
             }
@@ -202,8 +271,9 @@ impl Results {
         json!({ "machine": machine, "rows": rows, "ratios": self.ratios() })
     }
 
-    /// The figures that bars are set for, of the better carrier: ratios to plain, and three that
-    /// have no counterpart there (`small_beside_bulk_ms`, `rss_...`) as they are.
+    /// The figures that bars are set for, of the better carrier and of the direct way: ratios to
+    /// plain, and three that have no counterpart there (`small_beside_bulk_ms`, `rss_...`) as they
+    /// are.
     fn ratios(&self) -> Value {
         let carriers = [Side::Lane, Side::Quic];
         let ratios = |measure| carriers.into_iter().filter_map(move |at| self.ratio(measure, at));
@@ -226,10 +296,10 @@ impl Results {
             ("small_beside_bulk_ms", least_of(&[BesideP50])),
             ("rss_idle_mb", least_of(&[RssIdle])),
             ("rss_per_idle_conn_kb", least_of(&[RssPerIdleClient, RssPerIdleServer])),
-            // The direct way does not exist yet.
-            ("direct_p50_64b", None),
-            ("direct_bulk_1", None),
-            ("direct_new_conns_1", None),
+            ("direct_p50_64b", self.ratio(P50Of1, Side::Direct)),
+            ("direct_bulk_1", self.ratio(Bulk1, Side::Direct)),
+            ("direct_new_conns_1", self.ratio(NewBy1, Side::Direct)),
+            // Not measured here.
             ("redirect_peer_p50_64b", None),
             ("redirect_peer_bulk_1", None),
         ];
@@ -360,6 +430,55 @@ mod tests {
                 "small_beside_bulk_ms",
             ]
         );
+    }
+
+    #[test]
+    fn the_same_node_has_a_table_and_a_baseline_of_its_own() {
+        let mut results = results();
+        results.add(Side::Near, P50Of1, 10.0);
+        results.add(Side::Direct, P50Of1, 9.0);
+        let table = results.markdown();
+        let (across, same_node) = table.split_once("\nSame node\n\n").unwrap();
+        assert_eq!(across, self::results().markdown(), "the other table is as without it");
+        let lines: Vec<_> = same_node.lines().collect();
+        assert_eq!(lines[0], "| measure | unit | near | direct | direct \u{f7} near |");
+        assert_eq!(lines[2], "| 64 B exchange, 1 connection: p50 | us | 10.0 | 9.00 | 0.90 |");
+        assert_eq!(lines.len(), 3, "what was not measured there has no row: {same_node}");
+    }
+
+    #[test]
+    fn the_same_node_alone_is_one_table() {
+        let mut results = Results::default();
+        results.add(Side::Direct, P50Of1, 9.0);
+        let table = results.markdown();
+        assert!(table.starts_with("Same node\n\n| measure | unit | direct |\n"), "{table}");
+    }
+
+    #[test]
+    fn in_the_json_the_same_node_is_a_prefix_and_the_bars_compare_with_it() {
+        let mut results = results();
+        for (near, direct, measure) in
+            [(10.0, 9.0, P50Of1), (20.0, 21.0, Bulk1), (8000.0, 7000.0, NewBy1)]
+        {
+            results.add(Side::Near, measure, near);
+            results.add(Side::Direct, measure, direct);
+        }
+        let json = results.json(&json!({}));
+        let row = |measure, side| {
+            let rows = json["rows"].as_array().unwrap().iter();
+            let mut rows = rows.filter(|row| row["measure"] == measure && row["side"] == side);
+            rows.next().map(|row| row["median"].clone())
+        };
+        assert_eq!(row("same_node_p50_64b", "plain"), Some(json!(10.0)));
+        assert_eq!(row("same_node_p50_64b", "direct"), Some(json!(9.0)));
+        assert_eq!(row("p50_64b", "plain"), Some(json!(20.0)), "across nodes");
+        assert_eq!(row("p50_64b", "direct"), None);
+        let ratios = &json["ratios"];
+        assert_eq!(ratios["p50_64b"], 2.0, "across nodes");
+        assert_eq!(ratios["direct_p50_64b"], 0.9);
+        assert_eq!(ratios["direct_bulk_1"], 1.05);
+        assert_eq!(ratios["direct_new_conns_1"], 0.875);
+        assert!(ratios["redirect_peer_p50_64b"].is_null());
     }
 
     #[test]

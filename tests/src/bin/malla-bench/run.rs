@@ -123,7 +123,7 @@ pub(crate) struct Round<'a> {
     pub(crate) client: Place<'a>,
     /// The server's pod.
     pub(crate) server: IpAddr,
-    /// Of the mesh, `None` on the plain side.
+    /// That carry the bytes, `None` where none does.
     pub(crate) agents: Option<Agents>,
     /// Fails unless so many connections are open and carried as this side is to carry them.
     pub(crate) carries: &'a dyn Fn(usize) -> Result<()>,
@@ -131,15 +131,18 @@ pub(crate) struct Round<'a> {
     pub(crate) plan: Plan,
     /// Takes what is measured.
     pub(crate) found: &'a mut dyn FnMut(Measure, f64),
+    /// Connections that clients opened.
+    pub(crate) opened: u64,
 }
 
 impl Round<'_> {
-    /// Measures everything once. Memory first, while the agents are fresh.
+    /// Measures everything once, and says how many connections clients opened for it. Memory
+    /// first, while the agents are fresh.
     ///
     /// # Errors
     ///
     /// Fails when a client does, other than by new connections that fail: those are counted.
-    pub(crate) fn measure(&mut self) -> Result<()> {
+    pub(crate) fn measure(mut self) -> Result<u64> {
         if let Some(agents) = self.agents {
             self.memory(agents)?;
         }
@@ -160,7 +163,8 @@ impl Round<'_> {
         (self.found)(Measure::BesideP50, beside.p50_us / 1e3);
         (self.found)(Measure::BesideP99, beside.p99_us / 1e3);
         (self.found)(Measure::BesideBulk, beside.gbit_per_s());
-        self.new_connections()
+        self.new_connections()?;
+        Ok(self.opened)
     }
 
     fn memory(&mut self, agents: Agents) -> Result<()> {
@@ -238,7 +242,7 @@ impl Round<'_> {
     }
 
     /// Runs a client to its end: what came of it, and what the machine used meanwhile.
-    fn work(&self, work: Work, connections: usize, seconds: f64) -> Result<(Outcome, Used)> {
+    fn work(&mut self, work: Work, connections: usize, seconds: f64) -> Result<(Outcome, Used)> {
         let mut command = self.order(work, connections, seconds)?;
         let before = Used::so_far(self.agents)?;
         let client = (self.client)(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
@@ -246,6 +250,7 @@ impl Round<'_> {
         let used = Used::so_far(self.agents)?.since(before);
         ensure!(done.status.success(), "{work:?} over {connections}: the reason is above");
         let outcome = serde_json::from_slice(&done.stdout).context("read a client's outcome")?;
+        self.opened += opened(work, connections, &outcome);
         thread::sleep(SETTLE);
         Ok((outcome, used))
     }
@@ -255,6 +260,16 @@ impl Round<'_> {
         let mut command = ourselves()?;
         command.args(order.args());
         Ok(command)
+    }
+}
+
+/// Connections that a client opened; of those that it opens one after the other the ones that
+/// worked.
+fn opened(work: Work, connections: usize, outcome: &Outcome) -> u64 {
+    match work {
+        Work::Bulk | Work::Exchange | Work::Hold => connections as u64,
+        Work::Beside => connections as u64 + 1,
+        Work::Connect => outcome.count,
     }
 }
 
@@ -292,6 +307,14 @@ mod tests {
             assert_eq!((read.work, read.server), (given.work, given.server));
             assert_eq!((read.connections, read.seconds), (16, 1.5));
         }
+    }
+
+    #[test]
+    fn every_connection_of_a_client_is_counted() {
+        let outcome = Outcome { count: 500, ..Outcome::default() };
+        assert_eq!(opened(Work::Exchange, 16, &outcome), 16, "exchanges are no connections");
+        assert_eq!(opened(Work::Beside, 8, &outcome), 9);
+        assert_eq!(opened(Work::Connect, 16, &outcome), 500);
     }
 
     #[test]

@@ -1,58 +1,77 @@
-//! The two nodes, the two pods, and what carries the bytes between them.
+//! The nodes, the two pods, and what carries the bytes between them.
 
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::process::{self, Child, Command};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agent, Mesh, Pod, PodSpec, wait};
+use harness::{Agent, Mesh, Pod, PodSpec, ServiceSpec, wait};
 
-use crate::results::Side;
+use crate::direct::{Ways, warm_up};
+use crate::results::{Place, Side};
 use crate::run::Agents;
+use crate::server::{ECHO_MANY, ECHO_ONE, SINK};
 
 /// What is set in both pods, for readers of the table.
 pub(crate) const SETTINGS: &str = "In both pods net.ipv4.tcp_tw_reuse=1 and \
      net.ipv4.ip_local_port_range=10240 65535, so that a client's own TIME_WAIT ports are not what \
      is measured";
+/// What the same node's clients dial, for readers of its table.
+pub(crate) const DIALLED: &str = " On the same node clients dial the service's ClusterIP on both \
+     sides, and nftables translates it, as kube-proxy does, where the mesh does not: a rule for \
+     each port of this one service, and connections tracked on both sides.";
 /// The same as files; the server's ports lie outside of the range.
 const SYSCTLS: [(&str, &str); 2] =
     [("net/ipv4/tcp_tw_reuse", "1"), ("net/ipv4/ip_local_port_range", "10240 65535")];
 
 const NODES: [&str; 2] = ["a", "b"];
+/// All that clients dial.
+const PORTS: [u16; 3] = [ECHO_ONE, ECHO_MANY, SINK];
 const CLIENT: &str = "client";
 const SERVER: &str = "server";
 /// What an agent may take to end when nothing is open any more.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
-/// Two nodes joined by a link, a pod on each.
+/// Two nodes joined by a link with a pod on each, or one node with both.
 #[derive(Debug)]
 pub(crate) struct World {
     mesh: Mesh,
+    place: Place,
     /// Whether there are any, running or not.
     agents: bool,
 }
 
 impl World {
-    /// Makes them, as `sides` need them.
+    /// Makes them, as `sides`, all of `place`, need them.
     ///
     /// # Errors
     ///
     /// Fails without the privilege, or when an agent does not become ready.
-    pub(crate) fn new(sides: &[Side]) -> Result<Self> {
-        let builder = Mesh::builder()
-            .node(NODES[0])
-            .node(NODES[1])
+    pub(crate) fn new(place: Place, sides: &[Side]) -> Result<Self> {
+        let nodes = nodes(place);
+        let builder = nodes.iter().fold(Mesh::builder(), |builder, node| builder.node(node));
+        let builder = builder
             .namespace("default", &[("malla.dev/mesh", "enabled")])
             .pod(PodSpec::new(CLIENT, NODES[0]))
-            .pod(PodSpec::new(SERVER, NODES[1]))
+            .pod(PodSpec::new(SERVER, nodes[nodes.len() - 1]))
             // A record, or a line of the log, for each of some hundred thousand connections would
             // measure the disk.
             .flag("--access-log=off")
             .flag("--log=warn")
             .flag("--drain-s=1");
+        let builder = match place {
+            Place::Across => builder,
+            // Across nodes a rule of nftables would turn on connection tracking for all sides.
+            Place::SameNode => {
+                let service = ServiceSpec::new(SERVER).pods(&[SERVER]);
+                let service =
+                    PORTS.iter().fold(service, |service, port| service.port(*port, *port));
+                builder.service(service).translated_services()
+            }
+        };
         // Without a mesh to measure, no agent has to be built.
-        let agents = sides.iter().any(|side| *side != Side::Plain);
+        let agents = sides.iter().any(|side| side.is_mesh());
         let mesh = if agents { builder } else { builder.plain() }.start()?;
         for pod in mesh.pods() {
             pod.run(|| {
@@ -62,10 +81,11 @@ impl World {
                 })
             })?;
         }
-        Ok(Self { mesh, agents })
+        Ok(Self { mesh, place, agents })
     }
 
-    /// Turns to `side`, and says which processes are its agents. They are fresh ones.
+    /// Turns to `side`, and says which processes carry it. They are fresh ones; none on the direct
+    /// way, which no agent carries.
     ///
     /// # Errors
     ///
@@ -74,26 +94,32 @@ impl World {
         if !self.agents {
             return Ok(None);
         }
-        for node in NODES {
+        let nodes = nodes(self.place);
+        for node in nodes {
             let agent = self.mesh.agent_mut(node);
             if agent.pid() != 0 {
                 agent.terminate()?;
                 agent.wait_until_gone(END_LIMIT)?;
             }
         }
-        if side == Side::Plain {
-            return NODES.iter().try_for_each(|node| detach(self.mesh.agent(node))).map(|()| None);
+        if !side.is_mesh() {
+            return nodes.iter().try_for_each(|node| detach(self.mesh.agent(node))).map(|()| None);
         }
-        for node in NODES {
+        for node in nodes {
             let agent = self.mesh.agent_mut(node);
-            agent.set_flag(&format!("--carrier={}", side.name()));
+            if side != Side::Direct {
+                agent.set_flag(&format!("--carrier={}", side.name()));
+            }
             agent.restart()?;
         }
-        for node in NODES {
+        for node in nodes {
             let agent = self.mesh.agent(node);
             wait::until(wait::SOON, "both pods to be enrolled", || {
                 self.mesh.pods().iter().all(|pod| agent.is_enrolled(pod) == Some(true))
             })?;
+        }
+        if side == Side::Direct {
+            return Ok(None);
         }
         let pid = |node| self.mesh.agent(node).pid();
         Ok(Some(Agents { client: pid(NODES[0]), server: pid(NODES[1]) }))
@@ -117,6 +143,31 @@ impl World {
         Ok(())
     }
 
+    /// On the direct side: lets the agent decide about all that clients will dial, and says how
+    /// many connections have gone which way until then. The server has to be there.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the direct way does not come about.
+    pub(crate) fn warm_up(&self, side: Side) -> Result<Option<Ways>> {
+        if side != Side::Direct {
+            return Ok(None);
+        }
+        let agent = self.mesh.agent(NODES[0]);
+        let destinations = PORTS.map(|port| SocketAddr::new(self.server_address(), port));
+        warm_up(agent, self.mesh.pod(CLIENT), &destinations)?;
+        Ways::so_far(agent).map(Some)
+    }
+
+    /// Checks that all of the `opened` connections since `before` went direct.
+    ///
+    /// # Errors
+    ///
+    /// Fails when they did not: whatever was measured then is not what it is called.
+    pub(crate) fn went_direct(&self, before: Ways, opened: u64) -> Result<()> {
+        Ways::so_far(self.mesh.agent(NODES[0]))?.all_direct_since(before, opened)
+    }
+
     /// Starts a command in the server's pod.
     ///
     /// # Errors
@@ -135,13 +186,23 @@ impl World {
         self.mesh.pod(CLIENT).netns().spawn(command)
     }
 
-    /// The server's pod's address.
+    /// What clients dial: the server's pod, on the same node its service.
     pub(crate) fn server_address(&self) -> IpAddr {
-        self.server().v4_ip().into()
+        match self.place {
+            Place::Across => self.server().v4_ip().into(),
+            Place::SameNode => self.mesh.service(SERVER).v4_ip().into(),
+        }
     }
 
     fn server(&self) -> &Pod {
         self.mesh.pod(SERVER)
+    }
+}
+
+fn nodes(place: Place) -> &'static [&'static str] {
+    match place {
+        Place::Across => &NODES,
+        Place::SameNode => &NODES[..1],
     }
 }
 

@@ -1,0 +1,107 @@
+//! Whether connections went from pod to pod, by the counters of the kernel's programs.
+
+use std::io::Read as _;
+use std::net::{Shutdown, SocketAddr};
+
+use anyhow::{Result, ensure};
+use harness::{Agent, Pod, wait};
+
+/// What the programs at `connect` have counted so far.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Ways {
+    /// Connections sent straight to an endpoint of the same node.
+    direct: f64,
+    /// Connections sent to the agent.
+    captured: f64,
+}
+
+impl Ways {
+    /// Reads the counters.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the agent does not answer.
+    pub(crate) fn so_far(agent: &Agent) -> Result<Self> {
+        let metrics = agent.metrics()?;
+        let events = |event| metrics.sum("mesh_capture_total", &[("event", event)]);
+        Ok(Self { direct: events("direct_taken"), captured: events("captured") })
+    }
+
+    /// Checks that all of the `opened` connections since `before` went direct: what the agent
+    /// carried is not what is measured.
+    ///
+    /// # Errors
+    ///
+    /// Fails when they did not.
+    pub(crate) fn all_direct_since(self, before: Self, opened: u64) -> Result<()> {
+        let direct = self.direct - before.direct;
+        let captured = self.captured - before.captured;
+        #[expect(clippy::cast_precision_loss, reason = "far below 2^53 connections")]
+        let opened = opened as f64;
+        // The counters are statistics: a program that preempts another on its CPU may cost a count.
+        ensure!(
+            captured == 0.0 && direct >= opened * 0.99,
+            "of {opened} connections or more {direct} went direct and {captured} to the agent",
+        );
+        Ok(())
+    }
+}
+
+/// Connects `client` to each of `destinations` until the kernel does it by itself, so that a verdict
+/// is there for every connection that follows.
+///
+/// # Errors
+///
+/// Fails when that takes too long, and with the last reason why a connection failed, if one did.
+pub(crate) fn warm_up(agent: &Agent, client: &Pod, destinations: &[SocketAddr]) -> Result<()> {
+    for destination in destinations {
+        let mut last = Ok(());
+        let found = wait::until(wait::SOON, &format!("a direct way to {destination}"), || {
+            let direct = goes_direct(agent, client, *destination);
+            let is_direct = matches!(direct, Ok(true));
+            last = direct.map(drop);
+            is_direct
+        });
+        // The reason for the last failure says more than that it took too long.
+        if found.is_err() {
+            last?;
+        }
+        found?;
+    }
+    Ok(())
+}
+
+fn goes_direct(agent: &Agent, client: &Pod, destination: SocketAddr) -> Result<bool> {
+    let before = Ways::so_far(agent)?;
+    let mut stream = client.connect(destination)?;
+    // Only what was accepted gets a verdict: wait for the server's end.
+    stream.shutdown(Shutdown::Write)?;
+    stream.read_to_end(&mut Vec::new())?;
+    Ok(Ways::so_far(agent)?.direct > before.direct)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BEFORE: Ways = Ways { direct: 10.0, captured: 3.0 };
+
+    #[test]
+    fn connections_that_all_went_direct_are_what_is_measured() {
+        Ways { direct: 1010.0, captured: 3.0 }.all_direct_since(BEFORE, 1000).unwrap();
+        // A count in a hundred may be lost.
+        Ways { direct: 1001.0, captured: 3.0 }.all_direct_since(BEFORE, 1000).unwrap();
+    }
+
+    #[test]
+    fn a_connection_through_the_agent_fails_the_run() {
+        let error = Ways { direct: 1010.0, captured: 4.0 }.all_direct_since(BEFORE, 1000);
+        assert!(error.unwrap_err().to_string().contains("1 to the agent"));
+    }
+
+    #[test]
+    fn connections_that_no_program_saw_fail_the_run() {
+        assert!(Ways { direct: 900.0, captured: 3.0 }.all_direct_since(BEFORE, 1000).is_err());
+        assert!(BEFORE.all_direct_since(BEFORE, 1).is_err());
+    }
+}
