@@ -109,6 +109,31 @@ impl From<Balance> for Policy {
     }
 }
 
+/// Something that is there or not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Not there.
+    #[default]
+    Off,
+    /// There.
+    On,
+}
+
+impl Switch {
+    /// The word, as on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::On => "on",
+        }
+    }
+
+    /// Whether it is there.
+    pub fn is_on(self) -> bool {
+        self == Self::On
+    }
+}
+
 /// Every flag can be set in the environment as `MESH_<FLAG>`.
 #[derive(Clone, Debug, Args)]
 pub struct Run {
@@ -194,6 +219,13 @@ pub struct Run {
     /// agent: one for each pod and destination, 1,100 bytes when used. Past it the agent carries.
     #[arg(long, env = "MESH_MAX_VERDICTS", value_name = "N", default_value = "16384", value_parser = value_parser!(u32).range(1..=1_048_576))]
     pub max_verdicts: u32,
+    /// Skips the node's netfilter, and with it every NetworkPolicy or CNI rule enforced there, for TCP
+    /// between two enrolled pods of this node: their packets go from veth to veth (`bpf_redirect_peer`),
+    /// which is faster than routing them. For pods plugged in by a plain veth that carries nobody else's
+    /// program, filter or queue; `status` says of each pod whether it is. Needs Linux 6.6. Changing it
+    /// moves the kernel's maps at the next start.
+    #[arg(long, env = "MESH_REDIRECT_PEER", value_enum, default_value_t)]
+    pub redirect_peer: Switch,
 
     /// Threads that carry connections [default: one for each CPU that this process may use].
     #[arg(long, env = "MESH_WORKERS", value_name = "N")]
@@ -289,6 +321,14 @@ pub struct Check {
     /// Directory below a bpf file system that `run` would pin to.
     #[arg(long, env = "MESH_BPFFS", value_name = "DIR", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,
+
+    /// Warn of what `run --redirect-peer on` would skip.
+    #[arg(long, env = "MESH_REDIRECT_PEER", value_enum, default_value_t)]
+    pub redirect_peer: Switch,
+
+    /// Directory of manifests that `run` would follow, to look for what it would not enforce.
+    #[arg(long, env = "MESH_MANIFESTS", value_name = "DIR")]
+    pub manifests: Option<PathBuf>,
 
     /// How to print the report.
     #[arg(long, short, value_enum, default_value_t)]
@@ -396,6 +436,7 @@ mod tests {
         assert_eq!(run.max_destinations, sizes.max_destinations);
         assert_eq!(run.max_flows, sizes.max_flows);
         assert_eq!(run.max_verdicts, sizes.max_verdicts);
+        assert_eq!(run.redirect_peer.is_on(), sizes.redirect_peer);
         assert_eq!(run.connect_timeout, Duration::from_secs(5));
         assert_eq!(run.drain, Duration::from_secs(25));
         assert_eq!(run.cert_lifetime, Duration::from_secs(86_400));

@@ -92,7 +92,12 @@ fn start(run: Run) -> anyhow::Result<ExitCode> {
 
 fn report(check: &Check, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     let checks = parts::kernel_features(&check.cgroup, &check.bpffs);
-    let report = Report::new(vec![Category { category_name: "kernel", checks }]);
+    let mut categories = vec![Category { category_name: "kernel", checks }];
+    if let (true, Some(manifests)) = (check.redirect_peer.is_on(), &check.manifests) {
+        let checks = vec![parts::skipped_policies(manifests)];
+        categories.push(Category { category_name: "redirect", checks });
+    }
+    let report = Report::new(categories);
     report.print(out, check.output)?;
     Ok(if report.success { ExitCode::SUCCESS } else { ExitCode::from(PROBLEM) })
 }

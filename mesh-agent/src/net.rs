@@ -10,8 +10,10 @@
 //!
 //! Not here: who may connect where, and the programs that would capture these sockets (`exempt`).
 
+mod cable;
 mod clients;
 mod deliver;
+mod links;
 mod netlink;
 mod nsid;
 mod own;
@@ -32,6 +34,7 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
+pub use cable::{Cable, NoCable, cable};
 use clients::Clients;
 pub use deliver::deliver;
 pub use nsid::namespace_id;

@@ -94,6 +94,16 @@ counters! {
     LookupFailOpen = "lookup_fail_open",
     /// `sk_lookup`: bypassed, since the agent has been gone for a day.
     LookupDeadMan = "lookup_dead_man",
+    /// `redirect`: a packet went from pod to pod past the node.
+    Redirected = "redirected",
+    /// `redirect`: left to the node; its connection did not begin this way, or was forgotten.
+    RedirectUnknown = "redirect_unknown",
+    /// `redirect`: left to the node; not from the sender's own address, or to itself.
+    RedirectForeign = "redirect_foreign",
+    /// `redirect`: left to the node, as is the rest of its connection, which could not be remembered.
+    RedirectLost = "redirect_lost",
+    /// `redirect`: a connection left to the node, since the agent has been gone for a day.
+    RedirectDeadMan = "redirect_dead_man",
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ pub mod addr;
 pub mod counter;
 pub mod direct;
 pub mod maps;
+pub mod packet;
+pub mod redirect;
 pub mod verdict;
 
 pub use addr::WireAddr;

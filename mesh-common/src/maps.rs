@@ -4,6 +4,7 @@ use crate::abi::{self, Layout as _};
 use crate::addr::{WireAddr, WireIp};
 use crate::counter::Counter;
 use crate::direct::{DirectConn, DirectEvent, Flow, Verdict, VerdictEndpoint, VerdictKey};
+use crate::redirect::{Peer, PeerFlow, PeerFlowKey};
 
 /// Declares a struct that lies in a map, refuses padding, and derives its layout hash.
 macro_rules! map_struct {
@@ -271,6 +272,8 @@ pub enum MapSize {
     Flows,
     /// The verdicts of the direct way.
     Verdicts,
+    /// The connections between pods of the node that are redirected; one where none are.
+    Redirected(usize),
 }
 
 const HASH: u32 = 1;
@@ -291,7 +294,7 @@ pub const SKIP_CIDRS_PER_POD: usize = 8;
 pub const EVENTS_BYTES: usize = 1 << 20;
 
 /// Every pinned map.
-pub const SPECS: [MapSpec; 15] = [
+pub const SPECS: [MapSpec; 17] = [
     spec("POD_OUTBOUND", HASH, size_of::<u64>(), size_of::<PodOutbound>(), MapSize::PerPod(1)),
     spec("POD_INBOUND", HASH, size_of::<WireIp>(), size_of::<PodInbound>(), MapSize::PerPod(2)),
     spec("DESTINATIONS", HASH, size_of::<WireIp>(), size_of::<u64>(), MapSize::Destinations),
@@ -317,6 +320,14 @@ pub const SPECS: [MapSpec; 15] = [
     spec("DIRECT_CONNS", HASH, size_of::<u64>(), size_of::<DirectConn>(), MapSize::Fixed(65_536)),
     spec("EVENTS", RINGBUF, 0, 0, MapSize::Fixed(EVENTS_BYTES)),
     spec("SECRETS", ARRAY, size_of::<u32>(), size_of::<Secrets>(), MapSize::Fixed(1)),
+    spec("PEERS", HASH, size_of::<WireIp>(), size_of::<Peer>(), MapSize::PerPod(2)),
+    spec(
+        "PEER_FLOWS",
+        LRU_HASH,
+        size_of::<PeerFlowKey>(),
+        size_of::<PeerFlow>(),
+        MapSize::Redirected(65_536),
+    ),
     spec("CONTROL", ARRAY, size_of::<u32>(), size_of::<Control>(), MapSize::Fixed(1)),
     spec(
         "COUNTERS",
@@ -358,6 +369,9 @@ pub(crate) const fn layout_hash(mut hash: u64) -> u64 {
         Flow::HASH,
         DirectConn::HASH,
         DirectEvent::HASH,
+        Peer::HASH,
+        PeerFlowKey::HASH,
+        PeerFlow::HASH,
     ];
     let mut i = 0;
     while i < structs.len() {

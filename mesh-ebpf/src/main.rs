@@ -7,6 +7,7 @@
 //!                 and direct connections, and tell what becomes of the latter
 //! getpeername4/6  show the application whom it dialled
 //! sk_lookup       steer what comes to the pod to the agent, pass deliveries, refuse the rest
+//! tcx ingress     hand packets between two pods of the node over, past it (`--redirect-peer on`)
 //! ```
 //!
 //! Guarantees: a socket outside every enrolled pod costs one lookup that misses; an exit is counted;
@@ -24,6 +25,7 @@ mod getpeername;
 mod log;
 mod lookup;
 mod maps;
+mod redirect;
 mod sockops;
 
 /// `bpf_sk_storage_get` and the socket lookup helpers are GPL only.

@@ -13,6 +13,7 @@ use mesh_common::maps::{
     Control, DeliveryKey, EVENTS_BYTES, FlowKey, ListenerKey, PodInbound, PodOutbound, Secrets,
     SkipCidr, SockMeta,
 };
+use mesh_common::redirect::{Peer, PeerFlow, PeerFlowKey};
 use mesh_common::verdict::Agent;
 
 /// Read in place: a copy of its 180 bytes is a call and a loop. An element may be recycled for another
@@ -69,6 +70,15 @@ pub(crate) static DELIVERIES: LruHashMap<DeliveryKey, u32> =
 
 #[map]
 pub(crate) static INBOUND: SockHash<ListenerKey> = SockHash::with_max_entries(32_768, 0);
+
+/// Where the pods of this node are plugged in, of those that are redirected.
+#[map]
+pub(crate) static PEERS: HashMap<WireIp, Peer> = HashMap::with_max_entries(2048, 0);
+
+/// Least recently used first out: what is pushed out, the node routes.
+#[map]
+pub(crate) static PEER_FLOWS: LruHashMap<PeerFlowKey, PeerFlow> =
+    LruHashMap::with_max_entries(65_536, 0);
 
 #[map]
 pub(crate) static CONTROL: Array<Control> = Array::with_max_entries(1, 0);

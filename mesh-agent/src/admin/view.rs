@@ -50,6 +50,9 @@ pub struct StatusView {
     pub verdicts: usize,
     /// What the kernel programs counted, by event.
     pub kernel: BTreeMap<String, u64>,
+    /// With `--redirect-peer on`: `on` or why not, by `namespace/name` of the enrolled pods of this node.
+    #[serde(default)]
+    pub redirect_peer: BTreeMap<String, String>,
 }
 
 /// The state that decisions are made from.

@@ -12,6 +12,7 @@
 mod connections;
 mod direct;
 mod pods;
+mod redirects;
 mod shortfall;
 mod views;
 
@@ -142,6 +143,7 @@ impl Agent {
             max_destinations: options.max_destinations,
             max_flows: options.max_flows,
             max_verdicts: options.max_verdicts,
+            redirect_peer: options.redirect_peer.is_on(),
         })?);
         capture.beat();
         if let Some(log) = capture.take_log() {
@@ -178,6 +180,12 @@ impl Agent {
         serve_tunnels(&options, &workers, &contexts, &node, &mut tunnels)?;
 
         let pods = Pods::new(Arc::clone(&workers), contexts.clone(), Arc::clone(&identities));
+        let redirects = watch::Sender::default();
+        let redirected = redirects.subscribe();
+        if options.redirect_peer.is_on() {
+            control.spawn(redirects::survey(Arc::clone(&node), pods.shortfall(), redirects));
+            control.spawn(redirects::warn_of_policies(source.network_policies()));
+        }
         let views = Arc::new(Views {
             started,
             options: options.clone(),
@@ -187,6 +195,7 @@ impl Agent {
             stats,
             problems,
             shortfall: pods.shortfall(),
+            redirected,
             is_applied: AtomicBool::new(false),
             applied_at: Mutex::new(started),
             direct: OnceLock::new(),

@@ -10,6 +10,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use super::connections::Connections;
+use super::redirects::Redirected;
 use super::shortfall::Shortfall;
 use crate::admin::{self, view};
 use crate::cli::Run;
@@ -30,6 +31,7 @@ pub(super) struct Views {
     pub(super) stats: Arc<TunnelStats>,
     pub(super) problems: watch::Receiver<Arc<[Problem]>>,
     pub(super) shortfall: watch::Receiver<Shortfall>,
+    pub(super) redirected: watch::Receiver<Redirected>,
     pub(super) is_applied: AtomicBool,
     pub(super) applied_at: Mutex<Instant>,
     pub(super) direct: OnceLock<Connections>,
@@ -168,6 +170,7 @@ impl Views {
                 .into_iter()
                 .map(|(event, count)| (event.to_owned(), count))
                 .collect(),
+            redirect_peer: self.redirected.borrow().clone(),
         }
     }
 
@@ -278,6 +281,7 @@ impl Views {
             "max_destinations": options.max_destinations,
             "max_flows": options.max_flows,
             "max_verdicts": options.max_verdicts,
+            "redirect_peer": options.redirect_peer.as_str(),
             "connect_timeout_s": options.connect_timeout.as_secs(),
             "drain_s": options.drain.as_secs(),
             "cert_lifetime_s": options.cert_lifetime.as_secs(),

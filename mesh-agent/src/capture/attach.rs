@@ -180,7 +180,7 @@ fn adopt(old: &Path, new: &Path, attach_type: AttachType) -> Result<(), CaptureE
     fs::remove_file(old).map_err(failed("remove", old))
 }
 
-fn load<'a, P>(
+pub(super) fn load<'a, P>(
     ebpf: &'a mut Ebpf,
     name: &'static str,
     mut load: impl FnMut(&mut P) -> Result<(), ProgramError>,

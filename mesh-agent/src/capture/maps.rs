@@ -16,6 +16,7 @@ use mesh_common::maps::{
     FAIL_OPEN, HAS_SKIP_CIDRS, ListenerKey, MAX_PORTS, OUTBOUND_ALL, PodInbound, PodOutbound,
     PortRange, PortRanges, SPECS, STRICT, SkipCidr, words,
 };
+use mesh_common::redirect::Peer;
 use mesh_common::{Counter, abi};
 use mesh_core::addr::Cidr;
 use mesh_core::generation::Generation;
@@ -33,6 +34,7 @@ pub(super) struct Maps {
     pub(super) verdicts: HashMap<MapData, VerdictKey, Verdict>,
     pub(super) direct: HashMap<MapData, u64, DirectConn>,
     pub(super) counters: PerCpuArray<MapData, u64>,
+    peers: HashMap<MapData, WireIp, Peer>,
     config: CaptureConfig,
 }
 
@@ -54,6 +56,7 @@ impl Maps {
             verdicts: typed(ebpf, "VERDICTS")?,
             direct: typed(ebpf, "DIRECT_CONNS")?,
             counters: typed(ebpf, "COUNTERS")?,
+            peers: typed(ebpf, "PEERS")?,
             config: config.clone(),
         })
     }
@@ -177,6 +180,30 @@ impl Maps {
     pub(super) fn remove_destination(&mut self, ip: WireIp) -> Result<(), CaptureError> {
         let failed = self.failed("DESTINATIONS");
         absent_is_ok(self.destinations.remove(&ip)).map_err(failed)
+    }
+
+    /// Where the pod with this address is plugged in, if it is redirected.
+    pub(super) fn peer(&self, ip: WireIp) -> Option<Peer> {
+        self.peers.get(&ip, 0).ok()
+    }
+
+    pub(super) fn set_peer(&mut self, ip: WireIp, peer: &Peer) -> Result<(), CaptureError> {
+        let failed = self.failed("PEERS");
+        self.peers.insert(ip, peer, 0).map_err(failed)
+    }
+
+    /// Removes all but those of which `keep` is true.
+    pub(super) fn keep_peers(
+        &mut self,
+        keep: impl Fn(&WireIp, &Peer) -> bool,
+    ) -> Result<(), CaptureError> {
+        let failed = self.failed("PEERS");
+        for (ip, peer) in pairs(&self.peers).map_err(&failed)? {
+            if !keep(&ip, &peer) {
+                absent_is_ok(self.peers.remove(&ip)).map_err(&failed)?;
+            }
+        }
+        Ok(())
     }
 
     /// Each counter's sum over all CPUs; one that cannot be read is left out.

@@ -29,6 +29,7 @@ mod orig_dst;
 mod pins;
 mod pods;
 pub mod probe;
+mod redirect;
 mod routes;
 mod sys;
 
@@ -57,11 +58,13 @@ pub use log::KernelLog;
 pub use maps::PodTag;
 pub use orig_dst::OrigDstTable;
 pub use pods::Generations;
+pub use redirect::NotRedirected;
 
 use crate::net::Netns;
 use attach::Programs;
 use pins::Pins;
 use pods::Pods;
+use redirect::Redirect;
 use routes::Routes;
 
 /// The programs, built from `mesh-ebpf` by the build script.
@@ -86,6 +89,9 @@ pub struct CaptureConfig {
     /// Verdicts of the direct way: one for each pod and destination that it talks to. Default 16384; one
     /// takes about 1,100 bytes, when used. Too small and the agent carries the rest.
     pub max_verdicts: u32,
+    /// Whether packets between two pods of the node are handed over past it. Default false: they then
+    /// skip its netfilter too, and with it what is enforced there.
+    pub redirect_peer: bool,
 }
 
 impl Default for CaptureConfig {
@@ -97,6 +103,7 @@ impl Default for CaptureConfig {
             max_destinations: 65_536,
             max_flows: 65_536,
             max_verdicts: 16_384,
+            redirect_peer: false,
         }
     }
 }
@@ -166,6 +173,7 @@ pub struct Detached {
 pub struct Capture {
     pods: Mutex<Pods>,
     programs: Programs,
+    redirect: Option<Redirect>,
     pins: Pins,
     control: OwnedFd,
     sock_meta: OwnedFd,
@@ -205,13 +213,24 @@ impl Capture {
         let sock_meta = open_map(&pins, "SOCK_META")?;
         let flows = Arc::new(open_map(&pins, "FLOWS")?);
         let programs = Programs::load(&mut ebpf, cgroup.into(), cgroup_id, older)?;
+        let redirect = config.redirect_peer.then(|| Redirect::take(&mut ebpf)).transpose()?;
         let log = Mutex::new(Some(KernelLog::take(&mut ebpf)?));
         let events = Mutex::new(Some(KernelEvents::take(&mut ebpf)?));
         let generation_key = direct::generation_key(&open_map(&pins, "SECRETS")?)?;
         let pods = Mutex::new(Pods::new(maps::Maps::take(&mut ebpf, config)?, routes)?);
 
-        let capture =
-            Self { pods, programs, pins, control, sock_meta, flows, log, events, generation_key };
+        let capture = Self {
+            pods,
+            programs,
+            redirect,
+            pins,
+            control,
+            sock_meta,
+            flows,
+            log,
+            events,
+            generation_key,
+        };
         capture.beat();
         capture.programs.attach_hooks(&capture.pins)?;
         attach::remove_dead_lookups(capture.pins.dir())?;
@@ -263,7 +282,11 @@ impl Capture {
     ///
     /// The pod is not enrolled.
     pub fn leave(&self, uid: &str) -> Result<(), CaptureError> {
-        lock(&self.pods).leave(uid, || attach::remove_lookup(&self.pins.lookup(uid)))
+        let mut pods = lock(&self.pods);
+        if self.redirect.is_some() {
+            redirect::unplug(&mut pods.maps, &self.pins, uid)?;
+        }
+        pods.leave(uid, || attach::remove_lookup(&self.pins.lookup(uid)))
     }
 
     /// Ends what an earlier agent left: call it once, when the pods of this node are known and those
@@ -276,9 +299,11 @@ impl Capture {
     pub fn retain(&self, uids: &HashSet<String>) -> Result<(), CaptureError> {
         let mut pods = lock(&self.pods);
         pods.retain(uids)?;
-        let enrolled: HashSet<String> = pods.uids().map(str::to_owned).collect();
+        let keep: HashSet<String> =
+            pods.uids().map(str::to_owned).chain(uids.iter().cloned()).collect();
+        redirect::retain(&mut pods.maps, &self.pins, &keep)?;
         for (uid, path) in self.pins.lookups()? {
-            if !uids.contains(&uid) && !enrolled.contains(&uid) {
+            if !keep.contains(&uid) {
                 attach::remove_lookup(&path)?;
             }
         }
@@ -290,6 +315,23 @@ impl Capture {
     /// clients any more, once no connection lives by them. Says whether some are left: ask again.
     pub fn retire_routes(&self) -> bool {
         lock(&self.pods).routes.retire()
+    }
+
+    /// Hands packets between the enrolled pods over past the node, as far as it can be done, and says of
+    /// each pod, by UID, whether it is. Nothing if this is not asked for. For the thread that entered no
+    /// pod's namespace; again after every change of pods, and from time to time, since devices change
+    /// without a word.
+    pub fn redirect(&self) -> Vec<(String, Result<(), NotRedirected>)> {
+        let Some(redirect) = &self.redirect else {
+            return Vec::new();
+        };
+        let mut pods = lock(&self.pods);
+        let mut plugged = Vec::new();
+        for (uid, ips, netns) in pods.places() {
+            let done = redirect.plug_in(&mut pods.maps, &self.pins, &uid, &ips, &netns);
+            plugged.push((uid, done));
+        }
+        plugged
     }
 
     /// Keeps a socket of the agent out of capture. Before `connect()`; it may be forgotten for sockets

@@ -24,6 +24,8 @@ const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
 const PROGRAM_PREFIX: &str = "mesh_";
 /// Files of `links/` that belong to a pod's namespace: this and [`encoded`] the pod's UID.
 const LOOKUP_PREFIX: &str = "lookup_";
+/// Those that belong to the node's end of a pod's cable.
+const REDIRECT_PREFIX: &str = "redirect_";
 /// With its prefix a name on a bpffs has at most 255 bytes (`NAME_MAX`).
 const MAX_ENCODED: usize = 240;
 
@@ -36,6 +38,14 @@ pub(super) fn entries(spec: &MapSpec, config: &CaptureConfig) -> u32 {
         MapSize::Destinations => config.max_destinations,
         MapSize::Flows => config.max_flows,
         MapSize::Verdicts => config.max_verdicts,
+        // An LRU map takes all its memory at once: 7 MiB that only those pay who use it.
+        MapSize::Redirected(n) => {
+            if config.redirect_peer {
+                fit(n)
+            } else {
+                1
+            }
+        }
     }
 }
 
@@ -102,6 +112,16 @@ impl Pins {
         lookups(&self.dir)
     }
 
+    /// Where the link to the node's end of a pod's cable is pinned.
+    pub(super) fn redirect(&self, uid: &str) -> PathBuf {
+        self.link(&format!("{REDIRECT_PREFIX}{}", encoded(uid)))
+    }
+
+    /// The UIDs of pods with such a link, and where it is pinned.
+    pub(super) fn redirects(&self) -> Result<Vec<(String, PathBuf)>, CaptureError> {
+        links(&self.dir, REDIRECT_PREFIX)
+    }
+
     /// Compares every map that is already there with what we would create.
     fn check_maps(&self, config: &CaptureConfig) -> Result<(), CaptureError> {
         for path in list(&self.dir.join("maps"))? {
@@ -153,10 +173,14 @@ pub(super) fn open_link(
 
 /// The UIDs of pods with a link in a layout's directory, and where it is pinned.
 pub(super) fn lookups(layout: &Path) -> Result<Vec<(String, PathBuf)>, CaptureError> {
+    links(layout, LOOKUP_PREFIX)
+}
+
+fn links(layout: &Path, prefix: &str) -> Result<Vec<(String, PathBuf)>, CaptureError> {
     let mut found = Vec::new();
     for path in list(&layout.join("links"))? {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if let Some(encoded) = name.strip_prefix(LOOKUP_PREFIX) {
+        if let Some(encoded) = name.strip_prefix(prefix) {
             found.push((decoded(encoded), path));
         }
     }

@@ -340,6 +340,15 @@ impl Pods {
         self.enrolled.keys().map(String::as_str)
     }
 
+    /// The addresses and the namespace of every enrolled pod.
+    pub(super) fn places(&self) -> Vec<(String, Vec<IpAddr>, Arc<Netns>)> {
+        let place = |(uid, pod): (&String, &Enrolled)| {
+            let ips = pod.ports.iter().map(|(ip, _ports)| *ip).collect();
+            (uid.clone(), ips, Arc::clone(&pod.namespace))
+        };
+        self.enrolled.iter().map(place).collect()
+    }
+
     fn write_inbound(&mut self, uid: &str, pod: &Enrolled) -> Result<(), CaptureError> {
         for (ip, ports) in &pod.ports {
             let entry = maps::inbound(uid, &pod.settings, ports, pod.shards, pod.generation);

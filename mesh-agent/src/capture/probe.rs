@@ -56,6 +56,9 @@ pub struct Feature {
     pub remedy: &'static str,
 }
 
+/// `LOOPBACK_IFINDEX`: the index of `lo` in every namespace.
+const LOOPBACK: u32 = 1;
+
 const NEWER_KERNEL: &str =
     "a kernel of 5.15 or newer with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF";
 
@@ -65,8 +68,8 @@ pub fn run(cgroup: &Path, bpffs: &Path) -> Vec<Feature> {
         vec![capabilities(), cgroup_tree(cgroup), own_cgroup(cgroup), bpf_file_system(bpffs)];
     features.extend(MAPS.iter().map(|(name, since, kind)| map(name, since, *kind)));
     features.push(lookup_and_delete());
-    let lookup = programs(&mut features);
-    features.extend(in_scratch_namespace(lookup));
+    let (lookup, redirect) = programs(&mut features);
+    features.extend(in_scratch_namespace(lookup, redirect));
     features.push(btf());
     features
 }
@@ -197,8 +200,8 @@ const PROGRAMS: [(&str, &str, &str); 6] = [
     ("mesh_lookup", "program: sk_lookup", "5.9"),
 ];
 
-/// Loads every program with maps of its own. Returns the lookup program.
-fn programs(features: &mut Vec<Feature>) -> Option<OwnedFd> {
+/// Loads every program with maps of its own. Returns the lookup program, and the one that redirects.
+fn programs(features: &mut Vec<Feature>) -> (Option<OwnedFd>, Result<OwnedFd, String>) {
     let mut loaded = loader().load(OBJECT).map_err(|error| with_causes(&error));
     let mut lookup = None;
     for (program, name, since) in PROGRAMS {
@@ -214,7 +217,8 @@ fn programs(features: &mut Vec<Feature>) -> Option<OwnedFd> {
         });
         features.push(needed(name, since, NEWER_KERNEL, found));
     }
-    lookup
+    let redirect = loaded.and_then(|mut ebpf| load(&mut ebpf, "mesh_redirect"));
+    (lookup, redirect)
 }
 
 fn load(ebpf: &mut Ebpf, name: &str) -> Result<OwnedFd, String> {
@@ -223,6 +227,7 @@ fn load(ebpf: &mut Ebpf, name: &str) -> Result<OwnedFd, String> {
         Program::CgroupSockAddr(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SkLookup(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
         _ => return Err("of an unexpected type".to_owned()),
     };
     loaded.map_err(|error| with_causes(&error))?;
@@ -231,7 +236,10 @@ fn load(ebpf: &mut Ebpf, name: &str) -> Result<OwnedFd, String> {
 }
 
 /// What can only be tried in a network namespace that is nobody's.
-fn in_scratch_namespace(lookup: Option<OwnedFd>) -> Vec<Feature> {
+fn in_scratch_namespace(
+    lookup: Option<OwnedFd>,
+    redirect: Result<OwnedFd, String>,
+) -> Vec<Feature> {
     // The namespace ends with its thread and the descriptors that the closure drops.
     let probed = thread::spawn(move || {
         let own = own_namespace();
@@ -247,6 +255,11 @@ fn in_scratch_namespace(lookup: Option<OwnedFd>) -> Vec<Feature> {
                 .map(|()| "a link was made and moved".to_owned())
                 .map_err(|error| error.to_string())
         });
+        let redirected = netns.clone().and(redirect).and_then(|program| {
+            sys::create_device_link(program.as_fd(), LOOPBACK, AttachType::TcxIngress)
+                .map(|_link| "the program was attached to a device".to_owned())
+                .map_err(|error| error.to_string())
+        });
         let routes = netns.clone().and_then(|netns| {
             let both: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
             raise_loopback(netns)
@@ -259,15 +272,14 @@ fn in_scratch_namespace(lookup: Option<OwnedFd>) -> Vec<Feature> {
                 .map(|()| "a connection was ended".to_owned())
                 .map_err(|error| error.to_string())
         });
-        let (end_state, end_detail) = match ended {
-            Ok(detail) => (FeatureState::Ok, detail),
-            Err(detail) => (FeatureState::Warning, detail),
-        };
         let kernel = "a kernel with CONFIG_NET_NS, and CAP_SYS_ADMIN";
-        let (state, detail) = match routes {
+        let liked = |found: Result<String, String>| match found {
             Ok(detail) => (FeatureState::Ok, detail),
             Err(detail) => (FeatureState::Warning, detail),
         };
+        let (state, detail) = liked(routes);
+        let (end_state, end_detail) = liked(ended);
+        let (redirect_state, redirect_detail) = liked(redirected);
         vec![
             needed("network namespace and its cookie", "5.14", kernel, cookie),
             needed("link update", "5.9", NEWER_KERNEL, moved),
@@ -285,6 +297,13 @@ fn in_scratch_namespace(lookup: Option<OwnedFd>) -> Vec<Feature> {
                 state: end_state,
                 detail: end_detail,
                 remedy: "malla.dev/direct: off, or a kernel with CONFIG_INET_DIAG_DESTROY",
+            },
+            Feature {
+                name: "program: TCX, for --redirect-peer",
+                since: "6.6",
+                state: redirect_state,
+                detail: redirect_detail,
+                remedy: "--redirect-peer off, the default, or a kernel of 6.6 or newer",
             },
         ]
     });

@@ -19,6 +19,7 @@ const OBJ_PIN: libc::c_int = 6;
 const OBJ_GET: libc::c_int = 7;
 const PROG_GET_FD_BY_ID: libc::c_int = 13;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const PROG_QUERY: libc::c_int = 16;
 const MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const LINK_CREATE: libc::c_int = 28;
 const LINK_UPDATE: libc::c_int = 29;
@@ -27,6 +28,10 @@ const LINK_DETACH: libc::c_int = 34;
 /// `enum bpf_link_type`.
 const LINK_TYPE_CGROUP: u32 = 3;
 const LINK_TYPE_NETNS: u32 = 5;
+const LINK_TYPE_TCX: u32 = 11;
+
+/// `BPF_MPROG_MAX`: no hook of a device has more programs.
+const MPROG_MAX: usize = 64;
 
 /// `enum bpf_attach_type`, those of our programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +43,8 @@ pub(super) enum AttachType {
     Peername4 = 29,
     Peername6 = 30,
     SkLookup = 36,
+    TcxIngress = 46,
+    TcxEgress = 47,
 }
 
 /// What a link is attached to.
@@ -47,6 +54,8 @@ pub(super) enum Target {
     Cgroup { id: u64 },
     /// A network namespace, by inode; zero when it is gone.
     Netns { inode: u32 },
+    /// A network device, by index; zero when it is gone.
+    Device { index: u32 },
     /// Something that we never attach to.
     Other,
 }
@@ -132,6 +141,62 @@ pub(super) fn create_link(
     unsafe { bpf_fd(LINK_CREATE, &mut attr) }
 }
 
+/// Attaches `program` to a device of the calling thread's network namespace, behind those that are there.
+pub(super) fn create_device_link(
+    program: BorrowedFd<'_>,
+    index: u32,
+    attach_type: AttachType,
+) -> io::Result<OwnedFd> {
+    // As above, with the index in place of a descriptor; what is left out means "last".
+    let mut attr = [raw(program), index, attach_type as u32, 0];
+    // SAFETY: no pointers.
+    unsafe { bpf_fd(LINK_CREATE, &mut attr) }
+}
+
+#[repr(C)]
+struct QueryAttr {
+    index: u32,
+    attach_type: u32,
+    flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    reserved: u32,
+    program_flags: u64,
+    links: u64,
+    link_flags: u64,
+    revision: u64,
+}
+
+/// The programs on a hook of a device of the calling thread's network namespace. `InvalidInput` is what
+/// a kernel without TCX says.
+pub(super) fn device_programs(index: u32, attach_type: AttachType) -> io::Result<Vec<u32>> {
+    let mut programs = vec![0u32; MPROG_MAX];
+    let mut attr = QueryAttr {
+        index,
+        attach_type: attach_type as u32,
+        flags: 0,
+        attach_flags: 0,
+        programs: programs.as_mut_ptr().expose_provenance() as u64,
+        #[expect(clippy::cast_possible_truncation, reason = "64")]
+        count: MPROG_MAX as u32,
+        reserved: 0,
+        program_flags: 0,
+        links: 0,
+        link_flags: 0,
+        revision: 0,
+    };
+    // SAFETY: the kernel writes at most `count` words to `programs`, and to fields of `attr`.
+    match unsafe { bpf(PROG_QUERY, &mut attr) } {
+        Ok(_) => {}
+        // No program was ever attached there.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    }
+    programs.truncate(usize::try_from(attr.count).unwrap_or(MPROG_MAX));
+    Ok(programs)
+}
+
 /// Replaces a link's program. Every packet and call sees the old one or the new one.
 pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     // struct { link_fd, new_prog_fd, flags, old_prog_fd }
@@ -178,14 +243,21 @@ pub(super) fn link_info(object: BorrowedFd<'_>) -> io::Result<LinkInfo> {
         return Err(io::Error::other(format!("is no link but {}", kind.display())));
     }
     // struct bpf_link_info: type, id, prog_id, padding, then
-    // cgroup { cgroup_id: u64, attach_type } or netns { netns_ino, attach_type }
+    // cgroup { cgroup_id: u64, attach_type }, netns { netns_ino, attach_type }, tcx { ifindex, attach_type }
     let [kind, id, program, _, a, b, c, _] = info::<8>(object)?;
     let (target, attach_type) = match kind {
         LINK_TYPE_CGROUP => (Target::Cgroup { id: u64::from(a) | u64::from(b) << 32 }, c),
         LINK_TYPE_NETNS => (Target::Netns { inode: a }, b),
+        LINK_TYPE_TCX => (Target::Device { index: a }, b),
         _ => (Target::Other, 0),
     };
     Ok(LinkInfo { id, program, target, attach_type })
+}
+
+/// The kernel's ID of a loaded program.
+pub(super) fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    // struct bpf_prog_info: type, id.
+    info::<2>(program).map(|[_kind, id]| id)
 }
 
 /// The name of a loaded program, at most 15 bytes.

@@ -10,6 +10,7 @@ use super::check::{Finding, Verdict};
 use super::output::{Table, Tabular};
 use crate::admin::view::{self, CertificateView};
 use crate::capture::probe::{self, Feature, FeatureState};
+use crate::discovery;
 use crate::identity::ca::{self, CaError, CaView};
 
 /// What `ca init` and `ca show` print.
@@ -42,6 +43,30 @@ impl From<CaView> for CaReport {
 pub fn kernel_features(cgroup: &Path, bpffs: &Path) -> Vec<Finding> {
     let features = probe::run(cgroup, bpffs);
     features.into_iter().map(finding).collect()
+}
+
+/// What `--redirect-peer on` would skip: NetworkPolicies among the manifests in `dir`.
+pub fn skipped_policies(dir: &Path) -> Finding {
+    let description = "NetworkPolicies that --redirect-peer on skips".to_owned();
+    let (result, detail, hint) = match discovery::network_policies(dir) {
+        Ok(0) => (Verdict::Success, String::new(), String::new()),
+        Ok(count) => (
+            Verdict::Warning,
+            format!(
+                "{count} in {}: where the CNI enforces them on the node, they do not hold between \
+                     enrolled pods of one node",
+                dir.display()
+            ),
+            "--redirect-peer off, the default, or make sure that no policy is about such pods"
+                .into(),
+        ),
+        Err(error) => (
+            Verdict::Warning,
+            format!("{}: {error}", dir.display()),
+            "name the directory of manifests with --manifests".into(),
+        ),
+    };
+    Finding { description, result, detail, hint }
 }
 
 fn finding(feature: Feature) -> Finding {

@@ -182,6 +182,9 @@ impl Tabular for StatusView {
         line("Workers", self.workers.to_string());
         line("Carrier", carriers);
         line("Verdicts", format!("{} held by the kernel", self.verdicts));
+        for (pod, how) in &self.redirect_peer {
+            line(&format!("Redirect {pod}"), how.clone());
+        }
         for (event, count) in self.kernel.iter().filter(|(_, count)| **count > 0) {
             line(&format!("Kernel {event}"), count.to_string());
         }
@@ -399,6 +402,7 @@ node-2   spiffe://cluster.local/ns/a/sa/x   spiffe://cluster.local/ns/b/sa/y   q
             carriers: [("node-2".to_owned(), "quic".to_owned())].into(),
             verdicts: 3,
             kernel: [("captured".to_owned(), 9), ("orig_dst_full".to_owned(), 0)].into(),
+            redirect_peer: [("shop/web".to_owned(), "the pod's cable is down".to_owned())].into(),
             ..StatusView::default()
         };
         let expected = "\
@@ -412,6 +416,7 @@ Connections             3 outbound, 4 inbound
 Workers                 2
 Carrier                 auto, node-2: quic
 Verdicts                3 held by the kernel
+Redirect shop/web       the pod's cable is down
 Kernel captured         9
 Problems                1
 pods.yaml, document 2   spec.nodeName: missing: add it

@@ -16,6 +16,20 @@ use super::objects::{Object, Objects};
 use super::translate::{Context, NetnsFrom, translate};
 use super::{Problem, shown};
 
+/// How many NetworkPolicies the manifests in `dir` hold; a file that cannot be read has none.
+///
+/// # Errors
+///
+/// The directory cannot be listed.
+pub fn network_policies(dir: &Path) -> io::Result<usize> {
+    let in_file = |name: String| {
+        let text = read_bounded(&dir.join(&name)).ok()?;
+        let manifest = manifest::parse(str::from_utf8(&text).ok()?, format_of(&name)).ok()?;
+        Some(manifest.network_policies())
+    };
+    Ok(manifests(dir)?.into_iter().filter_map(in_file).sum())
+}
+
 /// What is known of the directory.
 #[derive(Debug)]
 pub(super) struct Directory {
@@ -36,6 +50,7 @@ struct File {
     hash: Option<u64>,
     /// The objects of its last good content, with the numbers of their documents.
     objects: Vec<(usize, Object)>,
+    network_policies: usize,
     problem: Option<Problem>,
 }
 
@@ -71,7 +86,7 @@ impl Directory {
     /// Whether the file is new or says something else than before.
     fn read_file(&mut self, name: String) -> bool {
         let path = self.path.join(&name);
-        let format = if name.ends_with(".json") { Format::Json } else { Format::Yaml };
+        let format = format_of(&name);
         let read = read_bounded(&path);
         let hash = read.as_ref().ok().map(|text| {
             let mut hasher = DefaultHasher::new();
@@ -95,7 +110,9 @@ impl Directory {
         let file = self.files.entry(name.clone()).or_default();
         file.hash = hash;
         match parsed {
-            Ok(Manifest { objects, ignored }) => {
+            Ok(manifest) => {
+                file.network_policies = manifest.network_policies();
+                let Manifest { objects, ignored } = manifest;
                 file.objects = objects;
                 file.problem = None;
                 for kind in ignored {
@@ -115,6 +132,11 @@ impl Directory {
                 changed
             }
         }
+    }
+
+    /// How many NetworkPolicies all files hold.
+    pub(super) fn network_policies(&self) -> usize {
+        self.files.values().map(|file| file.network_policies).sum()
     }
 
     /// Makes a snapshot of what all files say, and takes it if it is another.
@@ -209,6 +231,10 @@ impl Directory {
         }
         self.problems = problems;
     }
+}
+
+fn format_of(name: &str) -> Format {
+    if name.ends_with(".json") { Format::Json } else { Format::Yaml }
 }
 
 /// The names of the manifests in a directory.

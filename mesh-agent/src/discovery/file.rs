@@ -81,6 +81,7 @@ pub struct FileSource {
     snapshots: watch::Sender<Arc<Snapshot>>,
     problems: watch::Sender<Arc<[Problem]>>,
     confirmed: watch::Sender<Instant>,
+    network_policies: watch::Sender<usize>,
 }
 
 impl FileSource {
@@ -101,7 +102,13 @@ impl FileSource {
         let (snapshots, receiver) = watch::channel(Arc::clone(&directory.snapshot));
         let problems = watch::Sender::new(directory.problems.as_slice().into());
         let confirmed = watch::Sender::new(Instant::now());
-        Ok((Self { watch, directory, snapshots, problems, confirmed }, receiver))
+        let network_policies = watch::Sender::new(directory.network_policies());
+        Ok((Self { watch, directory, snapshots, problems, confirmed, network_policies }, receiver))
+    }
+
+    /// How many NetworkPolicies the manifests hold.
+    pub fn network_policies(&self) -> watch::Receiver<usize> {
+        self.network_policies.subscribe()
     }
 
     /// What is wrong at present: for `status` and metrics.
@@ -117,7 +124,8 @@ impl FileSource {
 
     /// Follows the directory, for ever.
     pub async fn run(self) {
-        let Self { mut watch, mut directory, snapshots, problems, confirmed } = self;
+        let Self { mut watch, mut directory, snapshots, problems, confirmed, network_policies } =
+            self;
         loop {
             watch.changed().await;
             // Megabytes of YAML take a while: not on a thread that serves metrics and admin.
@@ -137,6 +145,7 @@ impl FileSource {
             if result.is_ok() {
                 confirmed.send_replace(Instant::now());
             }
+            network_policies.send_replace(directory.network_policies());
             problems.send_if_modified(|before| {
                 let changed = **before != *directory.problems;
                 if changed {

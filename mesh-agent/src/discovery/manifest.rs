@@ -19,6 +19,9 @@ use super::objects::{Kind, Object};
 /// The largest manifest. A cluster of 5,000 pods in one file is about 12 MiB.
 pub const MAX_BYTES: u64 = 16 << 20;
 
+/// How [`Manifest::ignored`] names the objects by which Kubernetes says who may talk to whom.
+const NETWORK_POLICY: &str = "networking.k8s.io/v1 NetworkPolicy";
+
 /// Reads `$read` as the type of `$kind`: the expression takes its type from each arm.
 macro_rules! typed {
     ($kind:expr, $read:expr) => {
@@ -49,6 +52,13 @@ pub struct Manifest {
     pub objects: Vec<(usize, Object)>,
     /// `<apiVersion> <kind>` of those that are not.
     pub ignored: Vec<String>,
+}
+
+impl Manifest {
+    /// How many NetworkPolicies it holds. Nothing here enforces them: the CNI does, where it can.
+    pub fn network_policies(&self) -> usize {
+        self.ignored.iter().filter(|kind| *kind == NETWORK_POLICY).count()
+    }
 }
 
 /// Parses `text`.
@@ -269,6 +279,17 @@ mod tests {
         for text in ["", "\n", "---\n", "# only this\n", "---\n---\n", "---\n...\n"] {
             assert_eq!(yaml(text).unwrap(), Manifest::default(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn network_policies_are_counted() {
+        let policy = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: a}\n";
+        let other = policy.replace("networking.k8s.io", "crd.projectcalico.org");
+        let list = "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: networking.k8s.io/v1, \
+                    kind: NetworkPolicy, metadata: {name: b}}\n";
+        let manifest = yaml(&format!("{POD}---\n{policy}---\n{other}---\n{list}")).unwrap();
+        assert_eq!(manifest.network_policies(), 2);
+        assert_eq!(yaml(POD).unwrap().network_policies(), 0);
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub mod translate;
 
 use std::fmt;
 
+pub use directory::network_policies;
+
 /// Something in a manifest that does not mean what its author wanted.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {

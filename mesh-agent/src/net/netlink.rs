@@ -23,10 +23,10 @@ const FRA_FWMASK: u16 = 16;
 const FRA_PROTOCOL: u16 = 21;
 
 // `linux/net_namespace.h`, which libc does not have.
-const NETNSA_NSID: u16 = 1;
-const NETNSA_FD: u16 = 3;
+pub(super) const NETNSA_NSID: u16 = 1;
+pub(super) const NETNSA_FD: u16 = 3;
 /// Bytes of `struct rtgenmsg`, padded.
-const RTGENMSG_LEN: usize = 4;
+pub(super) const RTGENMSG_LEN: usize = 4;
 
 /// An address family as rtnetlink spells it.
 #[derive(Clone, Copy, Debug)]
@@ -144,32 +144,6 @@ impl Rtnetlink {
         self.request(libc::RTM_NEWNSID, 0, &body)
     }
 
-    /// The number of the namespace behind the descriptor `fd`, if it has one here.
-    pub(super) fn namespace_id(&self, fd: u32) -> io::Result<Option<u32>> {
-        let mut body = vec![0; RTGENMSG_LEN];
-        attribute(&mut body, NETNSA_FD, &fd.to_ne_bytes());
-        self.0.send(&message(libc::RTM_GETNSID, libc::NLM_F_REQUEST, &body))?;
-        let mut answer = [0; 1024];
-        let len = (&self.0).read(&mut answer)?;
-        // struct nlmsghdr: the type comes behind the length.
-        if answer[4..6] != libc::RTM_NEWNSID.to_ne_bytes() {
-            return Err(errno(&answer[..len]));
-        }
-        let mut attributes = answer[..len].get(HEADER_LEN + RTGENMSG_LEN..).unwrap_or_default();
-        while let [l0, l1, k0, k1, rest @ ..] = attributes {
-            let (length, kind) = (u16::from_ne_bytes([*l0, *l1]), u16::from_ne_bytes([*k0, *k1]));
-            if kind == NETNSA_NSID
-                && let Some(value) = rest.first_chunk()
-            {
-                // "None" is -1.
-                return Ok(u32::try_from(i32::from_ne_bytes(*value)).ok());
-            }
-            let next = usize::from(length).max(4).next_multiple_of(4) - 4;
-            attributes = rest.get(next..).unwrap_or_default();
-        }
-        Ok(None)
-    }
-
     /// Sends one message and reads the kernel's answer to it.
     fn request(&self, kind: u16, flags: i32, body: &[u8]) -> io::Result<()> {
         self.0.send(&message(kind, flags | libc::NLM_F_REQUEST | libc::NLM_F_ACK, body))?;
@@ -180,6 +154,10 @@ impl Rtnetlink {
             error if error.raw_os_error() == Some(0) => Ok(()),
             error => Err(error),
         }
+    }
+
+    pub(super) fn socket(&self) -> &Socket {
+        &self.0
     }
 }
 

@@ -120,6 +120,7 @@ impl World {
             max_destinations: 64,
             max_flows: 4096,
             max_verdicts: 64,
+            redirect_peer: false,
         };
         let open = |name: &str| Netns::open(&Path::new("/run/netns").join(name)).unwrap();
         let (pod, world) = (open(pod), open(world));
