@@ -131,14 +131,20 @@ impl Agent {
         self.signal(libc::SIGTERM)
     }
 
-    /// Sends any signal, such as SIGSTOP.
+    /// Sends any signal, and after SIGSTOP returns when nothing of it runs any more: the kernel stops a
+    /// process when one of its threads gets round to the signal, and until then the others go on.
     ///
     /// # Errors
     ///
-    /// Fails if it does not run.
+    /// Fails if it does not run, or does not stop.
     pub fn signal(&mut self, signal: i32) -> Result<()> {
         let child = self.child.as_ref().context("the agent does not run")?;
-        sys::kill(child.id(), signal).context("signal the agent")
+        sys::kill(child.id(), signal).context("signal the agent")?;
+        if signal == libc::SIGSTOP {
+            let pid = child.id();
+            wait::until(wait::SOON, "the agent to stop", || has_stopped(pid).unwrap_or(false))?;
+        }
+        Ok(())
     }
 
     /// Waits until it has ended by itself.
@@ -391,6 +397,18 @@ impl Drop for BpfMount {
     fn drop(&mut self) {
         sys::unmount(&self.0).ok();
     }
+}
+
+/// Whether every thread of the process is stopped (proc_pid_stat(5): the state follows the name, which
+/// may hold anything but ends with the last parenthesis).
+fn has_stopped(pid: u32) -> std::io::Result<bool> {
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let stat = fs::read_to_string(thread?.path().join("stat"))?;
+        if !stat.rsplit_once(") ").is_some_and(|(_name, rest)| rest.starts_with('T')) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The agent's program: `$MALLA_AGENT`, or what lies beside this one.
