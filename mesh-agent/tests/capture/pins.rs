@@ -7,6 +7,7 @@ use std::path::Path;
 
 use mesh_agent::capture::probe::{self, FeatureState};
 use mesh_agent::capture::{Capture, CaptureConfig};
+use mesh_common::maps::SPECS;
 use mesh_core::settings::Settings;
 use socket2::Domain;
 
@@ -148,7 +149,7 @@ fn detach_leaves_nothing() {
     drop(capture);
 
     let detached = Capture::detach(&world.config.bpffs).unwrap();
-    assert_eq!(detached.removed.len(), 15 + 6 + 1 + 4 + 1, "{detached:#?}");
+    assert_eq!(detached.removed.len(), SPECS.len() + 6 + 1 + 4 + 1, "{detached:#?}");
     assert_eq!(detached.namespaces.len(), 1, "{detached:#?}");
     assert!(!world.config.bpffs.exists());
     assert!(
