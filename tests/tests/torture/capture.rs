@@ -38,7 +38,7 @@ fn one_source_port_leads_to_several_destinations_at_once() -> Result<()> {
     let mut streams = Vec::new();
     for from in ["a1", "a2"] {
         for to in ["b1", "b2"] {
-            streams.push((to, connect_from(mesh.pod(from), 41_000, mesh.pod(to).v4(8080))?));
+            streams.push((to, connect_from(mesh.pod(from), 11_000, mesh.pod(to).v4(8080))?));
         }
     }
     mesh.agent_mut("a").signal(libc::SIGCONT)?;
