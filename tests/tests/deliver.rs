@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use harness::{Carrier, Family, Mesh, PodSpec, Serve, exchange, fill, linger_zero};
+use harness::{Carrier, Family, Mesh, PodSpec, Serve, Server, exchange, fill, linger_zero, wait};
 
 #[test]
 fn application_sees_the_client_and_its_own_address() -> Result<()> {
@@ -149,11 +149,16 @@ fn service_is_balanced_over_its_pods() -> Result<()> {
     let mesh = Mesh::two_nodes()?;
     let servers =
         [mesh.pod("b1").serve(8080, Serve::Echo)?, mesh.pod("b2").serve(8080, Serve::Echo)?];
-    for _ in 0..40 {
-        exchange(&mut mesh.pod("a1").connect(mesh.service("both").v4(80))?, b"hello")?;
-    }
-    let [b1, b2] = servers.map(|server| server.clients().len());
-    assert_eq!(b1 + b2, 40);
-    ensure!(b1 >= 8 && b2 >= 8, "{b1} and {b2} of 40 is no balance");
+    let mut asked = 0;
+    let share = |server: &Server| server.clients().len();
+    // On a busy machine one slow answer turns the balancer away from a pod until it has half forgotten
+    // it, in some seconds: both have a share in the end, not among any forty connections.
+    wait::until(2 * wait::SOON, "both pods to have a share", || {
+        let one = mesh.pod("a1").connect(mesh.service("both").v4(80));
+        let answered = one.and_then(|mut stream| exchange(&mut stream, b"hello"));
+        asked += 1;
+        answered.is_ok() && servers.iter().all(|server| share(server) >= 16)
+    })?;
+    assert_eq!(servers.iter().map(share).sum::<usize>(), asked, "each asked one pod, once");
     Ok(())
 }
