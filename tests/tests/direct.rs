@@ -574,3 +574,60 @@ fn socket_bound_to_another_address_is_carried() -> Result<()> {
     ensure!(!bound_to(Ipv4Addr::LOCALHOST)?, "no packet from loopback leaves a pod");
     Ok(())
 }
+
+#[test]
+fn source_port_that_the_node_translates_is_let_in_all_the_same() -> Result<()> {
+    harness::require!("nft");
+    let off = |name| PodSpec::new(name, "a").annotation("malla.dev/mesh", "disabled");
+    let mesh = Mesh::two_nodes_builder()
+        .pod(off("a1"))
+        .pod(off("a2").annotation("malla.dev/mode", "strict"))
+        .translated_services()
+        .start()?;
+    // Who ends first keeps the port: not the client, which is to use it again.
+    let server = mesh.pod("a2").serve(
+        8080,
+        Serve::custom(|mut stream| {
+            let mut word = [0; 5];
+            stream.read_exact(&mut word)?;
+            Ok(stream.write_all(&word)?)
+        }),
+    )?;
+    let to = mesh.service("a").v4(80);
+    let call = |port: u16| {
+        let pod = mesh.pod("a1");
+        let mut stream = pod.run(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+            socket.bind(&pod.v4(port).into())?;
+            socket.connect_timeout(&to.into(), Duration::from_secs(5))?;
+            socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+            Ok(TcpStream::from(socket))
+        })?;
+        stream.write_all(b"hello")?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        ensure!(answer == b"hello", "{answer:?}");
+        Ok(())
+    };
+    let ports = 10_000..10_050;
+    for port in ports.clone() {
+        call(port)?; // Translated by the node, which goes on tracking it.
+    }
+
+    for pod in ["a1", "a2"] {
+        mesh.annotate(pod, "malla.dev/mesh", "enabled")?;
+    }
+    wait::until(wait::SOON, "the direct way", || {
+        call(0).is_ok() && kernel(&mesh, "direct_taken").is_ok_and(|taken| taken > 0.0)
+    })?;
+    let (before, refused) = (kernel(&mesh, "direct_taken")?, kernel(&mesh, "lookup_strict")?);
+    let seen = server.clients().len();
+    for port in ports.clone() {
+        call(port).with_context(|| format!("from port {port}"))?;
+    }
+    assert!(kernel(&mesh, "direct_taken")? >= before + 50.0);
+    assert_eq!(kernel(&mesh, "lookup_strict")?, refused, "plain text to a strict pod");
+    let others = server.clients().split_off(seen).into_iter().map(|client| client.port());
+    ensure!(others.filter(|port| !ports.contains(port)).count() > 0, "the node changed no port");
+    Ok(())
+}
