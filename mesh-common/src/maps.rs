@@ -410,14 +410,6 @@ pub const fn number(words: [u32; 2]) -> u64 {
     words[0] as u64 | (words[1] as u64) << 32
 }
 
-impl DeliveryKey {
-    /// The same from any port of the client's pod. No connection has port 0 (RFC 6335 section 6).
-    #[inline(always)]
-    pub const fn from_any_port(self) -> Self {
-        Self { src: WireAddr { port_be: 0, ..self.src }, dst: self.dst }
-    }
-}
-
 impl SkipCidr {
     /// Bits before those of the address.
     pub const NETNS_BITS: u32 = 64;

@@ -53,10 +53,7 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp) -> u32 {
         count(Counter::LookupProbe);
         return PASS;
     }
-    let tuple = DeliveryKey { src: remote, dst: local };
-    // A node that translates addresses may give a direct connection another source port, where it still
-    // tracks an earlier one that came to the same endpoint by its service.
-    let is_delivery = || is_announced(&tuple) || is_announced(&tuple.from_any_port());
+    let is_delivery = || is_announced(&DeliveryKey { src: remote, dst: local });
     let verdict = decide_lookup(pod, &local, &remote, is_delivery, agent);
     match verdict {
         Lookup::Pass(reason) => {

@@ -60,12 +60,7 @@ fn connecting(ctx: &SockOpsContext) {
     // SAFETY: the storage lives as long as the socket, and nothing else writes it during this callback.
     let meta = unsafe { *meta };
     if meta.role == ROLE_DELIVER || meta.role == ROLE_DIRECT {
-        let ends = ends(ctx.ops);
-        let mut announced = DELIVERIES.insert(ends, 0, 0).is_ok();
-        if meta.role == ROLE_DIRECT {
-            // See `sk_lookup`: the port may be another one when the SYN arrives. It is the same pod's.
-            announced &= DELIVERIES.insert(ends.from_any_port(), grace(), 0).is_ok();
-        }
+        let announced = DELIVERIES.insert(ends(ctx.ops), 0, 0).is_ok();
         // Asks for the callback that ends the announcement, and tells what becomes of a direct one.
         // SAFETY: the context is a full socket's `bpf_sock_ops`; an error leaves the flags as they were.
         unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32) };
