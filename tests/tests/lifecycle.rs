@@ -456,9 +456,7 @@ fn successor_waits_for_its_certificate_under_its_predecessors_capture() -> Resul
     })?;
     let plain = [("reporter", "destination"), ("connection_security_policy", "unknown")];
     let opened = mesh.agent("b").metric("istio_tcp_connections_opened_total", &plain)?;
-    // Between letting the predecessor go and enrolling the successor lie milliseconds in which one may
-    // slip through (README, limits); while the certificate was waited for there were a hundred.
-    ensure!(opened <= 2.0, "{opened} connections in plain text");
+    ensure!(opened == 0.0, "{opened} connections in plain text");
     Ok(())
 }
 
