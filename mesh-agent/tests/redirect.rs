@@ -81,7 +81,9 @@ impl Node {
         for (pod, _, _) in PODS {
             self.enrol(&capture, pod);
         }
-        capture.retain(&HashSet::from(PODS.map(|(pod, ..)| pod.to_owned()))).unwrap();
+        capture
+            .retain(&HashSet::from(PODS.map(|(pod, ..)| pod.to_owned())), &HashSet::new())
+            .unwrap();
         (config, capture)
     }
 
@@ -93,6 +95,7 @@ impl Node {
             ips: &[v4, v6].map(|ip| ip.parse::<IpAddr>().unwrap()),
             netns: &netns.unwrap(),
             settings: &Settings { preserve_client_address: false, ..Settings::default() },
+            predecessor: None,
             outbound_listeners: 1,
             inbound_listeners: 1,
         };

@@ -186,6 +186,7 @@ impl Agent {
             control.spawn(redirects::survey(Arc::clone(&node), pods.shortfall(), redirects));
             control.spawn(redirects::warn_of_policies(source.network_policies()));
         }
+        let nothing = Snapshot::empty(options.node.as_str().into(), options.trust_domain.clone());
         let views = Arc::new(Views {
             started,
             options: options.clone(),
@@ -196,6 +197,7 @@ impl Agent {
             problems,
             shortfall: pods.shortfall(),
             redirected,
+            applied: ArcSwap::from_pointee(nothing),
             is_applied: AtomicBool::new(false),
             applied_at: Mutex::new(started),
             direct: OnceLock::new(),
@@ -259,7 +261,6 @@ impl Agent {
     }
 
     async fn apply(&mut self, snapshot: Arc<Snapshot>) {
-        let is_new = !Arc::ptr_eq(&self.node.snapshot.load(), &snapshot);
         // First of all: what the kernel lets through by itself must not outlive what it was decided from.
         self.verdicts.follow(&snapshot);
         self.node.snapshot.store(Arc::clone(&snapshot));
@@ -274,7 +275,7 @@ impl Agent {
         };
         self.node.loads().retain(is_live);
         self.node.telemetry.retain(&snapshot);
-        self.views.applied(is_new);
+        self.views.applied(snapshot);
     }
 
     /// Begins to follow direct connections, once: the pods have to be known whose they are.

@@ -78,8 +78,12 @@ impl Enrolled {
     /// Whether the path leads to another namespace by now. One that leads nowhere proves nothing: the
     /// pod may be alive, and its name just not to be seen from here.
     fn is_replaced(&self) -> bool {
-        std::fs::metadata(&*self.netns).is_ok_and(|found| found.ino() != self.inode)
+        inode(&self.netns).is_some_and(|found| found != self.inode)
     }
+}
+
+fn inode(path: &str) -> Option<u64> {
+    std::fs::metadata(path).ok().map(|found| found.ino())
 }
 
 impl Pods {
@@ -155,7 +159,7 @@ impl Pods {
         self.note_destinations(set);
         self.certificates(&wanted).await;
         // Not before: who takes over an address would talk in plain text while its certificate is made.
-        let released = self.release(&wanted);
+        let (released, mut predecessors) = self.release(&wanted);
         let now = Instant::now();
         for (uid, workload) in &wanted {
             // What has left may have been what was in the way.
@@ -163,12 +167,17 @@ impl Pods {
             if !self.failing.get(uid).is_none_or(is_due) {
                 continue;
             }
-            match self.enrol(workload) {
+            match self.enrol(workload, &mut predecessors) {
                 Ok(()) => {
                     self.failing.remove(uid);
                 }
                 Err(error) => self.report(workload, &error),
             }
+        }
+        for (uid, mut enrolled) in predecessors.into_values() {
+            // What takes over from it is still to be enrolled, and until then nothing leaves from there.
+            enrolled.is_stuck = true;
+            self.enrolled.insert(uid, enrolled);
         }
         self.published.send_replace(Shortfall {
             not_enrolled: self.failing.values().cloned().collect(),
@@ -181,7 +190,12 @@ impl Pods {
         pods.retain(|uid, _| known.contains(uid));
         node.pods.store(Arc::new(pods));
         let uids = wanted.keys().map(|uid| uid.to_string()).collect();
-        if let Err(error) = node.capture.retain(&uids) {
+        let failing = wanted.iter().filter(|(uid, _)| self.failing.contains_key(*uid));
+        let open = |(_, workload): (_, &Arc<Workload>)| {
+            Netns::open(Path::new(&**workload.netns.as_ref()?)).ok()
+        };
+        let namespaces = failing.filter_map(open).map(|netns| netns.cookie()).collect();
+        if let Err(error) = node.capture.retain(&uids, &namespaces) {
             warn!(error = %crate::telemetry::chain(&error), stage = "capture", "leftovers not removed");
         }
     }
@@ -212,39 +226,79 @@ impl Pods {
         });
     }
 
-    /// Lets go of pods that are not wanted, or not as they were enrolled. Says whether there were any.
-    fn release(&mut self, wanted: &HashMap<WorkloadUid, Arc<Workload>>) -> bool {
-        let capture = Arc::clone(self.capture());
-        let before = self.enrolled.len();
-        self.enrolled.retain(|uid, enrolled| {
-            let stays = wanted.get(uid).is_some_and(|workload| {
+    /// Lets go of pods that are not wanted, or not as they were enrolled, and says whether there were any.
+    ///
+    /// Those whose namespace another pod is to have stay captured until that one is ([`Self::enrol`]): by
+    /// the namespace's inode.
+    fn release(
+        &mut self,
+        wanted: &HashMap<WorkloadUid, Arc<Workload>>,
+    ) -> (bool, HashMap<u64, (WorkloadUid, Enrolled)>) {
+        let stays = |(uid, enrolled): &(&WorkloadUid, &Enrolled)| {
+            let is_same = |workload: &Arc<Workload>| {
                 workload.ips == enrolled.ips && workload.netns.as_ref() == Some(&enrolled.netns)
-            });
-            if stays && !enrolled.is_stuck && !enrolled.is_replaced() {
-                return true;
+            };
+            let is_wanted = wanted.get(*uid).is_some_and(is_same);
+            is_wanted && !enrolled.is_stuck && !enrolled.is_replaced()
+        };
+        let leaving: Vec<WorkloadUid> = self
+            .enrolled
+            .iter()
+            .filter(|pod| !stays(pod))
+            .map(|(uid, _)| Arc::clone(uid))
+            .collect();
+        let mut predecessors = HashMap::new();
+        if leaving.is_empty() {
+            return (false, predecessors);
+        }
+        let is_new = |uid: &WorkloadUid| !self.enrolled.contains_key(uid) || leaving.contains(uid);
+        let successors: HashSet<u64> = wanted
+            .iter()
+            .filter(|(uid, _)| is_new(uid))
+            .filter_map(|(_, workload)| inode(workload.netns.as_deref()?))
+            .collect();
+        let mut released = false;
+        for uid in leaving {
+            let Some(mut enrolled) = self.enrolled.remove(&uid) else { continue };
+            if successors.contains(&enrolled.inode) {
+                predecessors.insert(enrolled.inode, (uid, enrolled));
+                continue;
             }
-            if let Err(error) = capture.leave(uid) {
-                warn!(error = %crate::telemetry::chain(&error), pod = %uid, stage = "capture", "not released");
-                // Its listeners stay, or what the kernel still sends there would be refused.
-                enrolled.is_stuck = true;
-                return true;
+            match self.capture().leave(&uid) {
+                Ok(()) | Err(CaptureError::NotEnrolled { .. }) => {
+                    self.linger(&uid, &enrolled);
+                    released = true;
+                }
+                Err(error) => {
+                    warn!(error = %crate::telemetry::chain(&error), pod = %uid, stage = "capture", "not released");
+                    // Its listeners stay, or what the kernel still sends there would be refused.
+                    enrolled.is_stuck = true;
+                    self.enrolled.insert(uid, enrolled);
+                }
             }
-            info!(pod = %uid, "left");
-            let stop = enrolled.stop.clone();
-            self.serving.spawn(async move {
-                sleep(LINGER).await;
-                stop.send_replace(true);
-            });
-            false
+        }
+        (released, predecessors)
+    }
+
+    /// The pod is not captured any more: its listeners end a little later.
+    fn linger(&mut self, uid: &WorkloadUid, enrolled: &Enrolled) {
+        info!(pod = %uid, "left");
+        let stop = enrolled.stop.clone();
+        self.serving.spawn(async move {
+            sleep(LINGER).await;
+            stop.send_replace(true);
         });
-        self.enrolled.len() < before
     }
 
     fn capture(&self) -> &Arc<Capture> {
         &self.contexts[0].node.capture
     }
 
-    fn enrol(&mut self, workload: &Arc<Workload>) -> Result<(), EnrolError> {
+    fn enrol(
+        &mut self,
+        workload: &Arc<Workload>,
+        predecessors: &mut HashMap<u64, (WorkloadUid, Enrolled)>,
+    ) -> Result<(), EnrolError> {
         let node = Arc::clone(&self.contexts[0].node);
         if let Some(enrolled) = self.enrolled.get_mut(&workload.uid) {
             if enrolled.settings != workload.settings && !enrolled.is_stuck {
@@ -268,9 +322,13 @@ impl Pods {
             ips: &workload.ips,
             netns: &pod.netns,
             settings: &workload.settings,
+            predecessor: predecessors.get(&pod.netns.inode()).map(|(uid, _)| &**uid),
             outbound_listeners: listeners_per_address(self.workers.len()),
             inbound_listeners: self.workers.len().min(MAX_LISTENERS),
         })?;
+        if let Some((uid, predecessor)) = predecessors.remove(&pod.netns.inode()) {
+            self.linger(&uid, &predecessor);
+        }
         let stop = self.serve(&pod, listeners, workload.ips.len().max(1));
         let enrolled = Enrolled {
             ips: workload.ips.clone(),

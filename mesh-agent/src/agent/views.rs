@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use mesh_core::snapshot::Workload;
+use arc_swap::ArcSwap;
+use mesh_core::snapshot::{Snapshot, Workload};
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -32,6 +33,8 @@ pub(super) struct Views {
     pub(super) problems: watch::Receiver<Arc<[Problem]>>,
     pub(super) shortfall: watch::Receiver<Shortfall>,
     pub(super) redirected: watch::Receiver<Redirected>,
+    /// What kernel and listeners follow. `node.snapshot` is ahead of it while pods are being enrolled.
+    pub(super) applied: ArcSwap<Snapshot>,
     pub(super) is_applied: AtomicBool,
     pub(super) applied_at: Mutex<Instant>,
     pub(super) direct: OnceLock<Connections>,
@@ -40,9 +43,10 @@ pub(super) struct Views {
 impl Views {
     /// A snapshot has taken effect in kernel and listeners. The same one may again, when something is
     /// tried another time: it does not get younger by that.
-    pub(super) fn applied(&self, is_new: bool) {
-        if is_new {
+    pub(super) fn applied(&self, snapshot: Arc<Snapshot>) {
+        if !Arc::ptr_eq(&self.applied.load(), &snapshot) {
             *self.applied_at.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+            self.applied.store(snapshot);
         }
         self.is_applied.store(true, Ordering::Release);
     }
@@ -94,7 +98,7 @@ impl Views {
         admin::Sources {
             status: Box::new(move || status.status()),
             workloads: Box::new(move || workloads.workloads()),
-            snapshot: Box::new(move || snapshot.node.snapshot.load_full()),
+            snapshot: Box::new(move || snapshot.applied.load_full()),
             certificates: Box::new(move || certificates.certificates()),
             tunnels: Box::new(move || tunnels.tunnels()),
             config: Box::new(move || config.config()),
@@ -124,7 +128,7 @@ impl Views {
     }
 
     fn status(&self) -> view::StatusView {
-        let snapshot = self.node.snapshot.load_full();
+        let snapshot = self.applied.load_full();
         let ready = self.ready();
         let mut problems: Vec<_> = self.problems.borrow().iter().map(problem).collect();
         problems.extend(self.shortfall.borrow().problems());
@@ -182,7 +186,7 @@ impl Views {
             let found = all.find(|failing| failing.is(pod));
             found.map(|failing| failing.why.clone())
         };
-        view::workloads(&self.node.snapshot.load(), failing)
+        view::workloads(&self.applied.load(), failing)
     }
 
     fn snapshot_age(&self) -> std::time::Duration {

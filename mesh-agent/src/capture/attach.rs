@@ -138,6 +138,11 @@ impl Programs {
         sys::pin(link.as_fd(), &path).map_err(failed("pin", &path))
     }
 
+    /// Whether an older agent of another layout had this pod.
+    pub(super) fn has_older_lookup(&self, uid: &str) -> bool {
+        self.older_link(&lookup_name(uid)).is_some()
+    }
+
     /// Where an older agent pinned the link of this name.
     fn older_link(&self, name: &str) -> Option<PathBuf> {
         lock(&self.older).iter().map(|dir| dir.join("links").join(name)).find(|path| path.exists())

@@ -120,6 +120,8 @@ pub struct PodCapture<'a> {
     pub netns: &'a Netns,
     /// How it takes part.
     pub settings: &'a Settings,
+    /// The pod that leaves this namespace when this one is captured, and not a moment before.
+    pub predecessor: Option<&'a str>,
     /// Outbound listeners per address, 1 to 16. Connections take turns: give every worker the same
     /// number.
     pub outbound_listeners: usize,
@@ -260,9 +262,23 @@ impl Capture {
     ///
     /// Another pod has the address, the namespace cannot be entered, a map is full.
     pub fn enrol(&self, pod: &PodCapture<'_>) -> Result<Listeners, CaptureError> {
+        let mut pods = lock(&self.pods);
+        if let Some(predecessor) = pod.predecessor
+            && self.redirect.is_some()
+        {
+            redirect::unplug(&mut pods.maps, &self.pins, predecessor)?;
+        }
         let attach =
             || self.programs.attach_lookup(&self.pins, pod.uid, pod.netns, pod.netns.inode());
-        lock(&self.pods).enrol(pod, attach, || attach::remove_lookup(&self.pins.lookup(pod.uid)))
+        let detach = |uid: &str| attach::remove_lookup(&self.pins.lookup(uid));
+        let had_older = self.programs.has_older_lookup(pod.uid);
+        pods.enrol(pod, attach, detach).inspect_err(|_error| {
+            // Its older capture ends with `take_over`.
+            if had_older && let Err(error) = pods.refuse_outbound(pod) {
+                let error = crate::telemetry::chain(&error);
+                tracing::warn!(error, pod = pod.uid, stage = "capture", "may talk in plain text");
+            }
+        })
     }
 
     /// Changes how an enrolled pod takes part, for connections from now on.
@@ -290,15 +306,20 @@ impl Capture {
     }
 
     /// Ends what an earlier agent left: call it once, when the pods of this node are known and those
-    /// that could be have been enrolled. Lets go of pods that are neither enrolled nor in `uids`, and
-    /// after an upgrade moves the programs of the older agent to this one.
+    /// that could be have been enrolled. Lets go of pods that are neither enrolled nor in `uids` nor in
+    /// one of the `namespaces` (cookies), where a successor could not be enrolled yet; and after an
+    /// upgrade moves the programs of the older agent to this one.
     ///
     /// # Errors
     ///
     /// Something in the older agent's directory is not ours.
-    pub fn retain(&self, uids: &HashSet<String>) -> Result<(), CaptureError> {
+    pub fn retain(
+        &self,
+        uids: &HashSet<String>,
+        namespaces: &HashSet<u64>,
+    ) -> Result<(), CaptureError> {
         let mut pods = lock(&self.pods);
-        pods.retain(uids)?;
+        pods.retain(uids, namespaces)?;
         let keep: HashSet<String> =
             pods.uids().map(str::to_owned).chain(uids.iter().cloned()).collect();
         redirect::retain(&mut pods.maps, &self.pins, &keep)?;

@@ -205,20 +205,21 @@ impl Pods {
     ///
     /// A pod that failed half-way and that nobody had enrolled before is left alone again: half of it
     /// would refuse what it should not. One that was, by us or by an earlier agent, stays as it is, since
-    /// what was captured a moment ago must not leave in plain text.
+    /// what was captured a moment ago must not leave in plain text. The same holds for a namespace that
+    /// a predecessor leaves.
     pub(super) fn enrol(
         &mut self,
         pod: &PodCapture<'_>,
         attach: impl FnOnce() -> Result<(), CaptureError>,
-        detach: impl FnOnce() -> Result<(), CaptureError>,
+        detach: impl Fn(&str) -> Result<(), CaptureError>,
     ) -> Result<Listeners, CaptureError> {
         self.check(pod)?;
         let was_captured =
             self.enrolled.contains_key(pod.uid) || self.maps.has_outbound(pod.netns.cookie());
-        self.enrol_all(pod, attach).inspect_err(|_error| {
+        self.enrol_all(pod, attach, &detach).inspect_err(|_error| {
             if !was_captured
                 && self.enrolled.contains_key(pod.uid)
-                && let Err(error) = self.leave(pod.uid, detach)
+                && let Err(error) = self.leave(pod.uid, || detach(pod.uid))
             {
                 let error = crate::telemetry::chain(&error);
                 tracing::warn!(error, pod = pod.uid, stage = "capture", "left half enrolled");
@@ -230,6 +231,7 @@ impl Pods {
         &mut self,
         pod: &PodCapture<'_>,
         attach: impl FnOnce() -> Result<(), CaptureError>,
+        detach: impl Fn(&str) -> Result<(), CaptureError>,
     ) -> Result<Listeners, CaptureError> {
         let enter = |source| CaptureError::Netns { uid: pod.uid.to_owned(), source };
         let namespace = Arc::new(pod.netns.try_clone().map_err(enter)?);
@@ -255,7 +257,27 @@ impl Pods {
         if let Some(before) = before {
             self.remove_remains(&before, &now)?;
         }
+        if let Some(uid) = pod.predecessor.filter(|uid| *uid != pod.uid)
+            && let Some(before) = self.enrolled.get(uid).cloned()
+        {
+            self.remove_remains(&before, &now)?;
+            detach(uid)?;
+            self.forget(uid);
+        }
         Ok(listeners)
+    }
+
+    /// Has the kernel refuse what the pod would send into the mesh: it was captured and cannot be now.
+    pub(super) fn refuse_outbound(&mut self, pod: &PodCapture<'_>) -> Result<(), CaptureError> {
+        let outbound = if self.everything { Outbound::All } else { pod.settings.outbound };
+        let listeners: Ports = pod.ips.iter().map(|ip| (*ip, Vec::new())).collect();
+        let entry = maps::outbound(pod.uid, pod.settings, outbound, &listeners, 0);
+        self.maps.set_outbound(pod.netns.cookie(), &entry)
+    }
+
+    fn forget(&mut self, uid: &str) {
+        self.enrolled.remove(uid);
+        self.generations.pods.remove(uid);
     }
 
     pub(super) fn update(&mut self, uid: &str, settings: &Settings) -> Result<(), CaptureError> {
@@ -279,7 +301,12 @@ impl Pods {
         let Some(pod) = self.enrolled.get(uid).cloned() else {
             return Err(CaptureError::NotEnrolled { uid: uid.to_owned() });
         };
-        self.maps.remove_outbound(pod.netns)?;
+        // A predecessor's that this pod has not come to replace stays until the predecessor leaves.
+        let is_another =
+            |(other, one): (&String, &Enrolled)| other != uid && one.netns == pod.netns;
+        if !self.enrolled.iter().any(is_another) {
+            self.maps.remove_outbound(pod.netns)?;
+        }
         for (ip, _ports) in &pod.ports {
             self.maps.remove_inbound(from_ip(*ip))?;
         }
@@ -292,8 +319,7 @@ impl Pods {
                 self.maps.remove_listener(*ip, shard)?;
             }
         }
-        self.enrolled.remove(uid);
-        self.generations.pods.remove(uid);
+        self.forget(uid);
         self.routes.release(&pod.namespace);
         Ok(())
     }
@@ -307,16 +333,20 @@ impl Pods {
         self.routes.add(uid, &pod.namespace, &ips)
     }
 
-    /// Removes the entries of pods that are neither enrolled nor in `uids`, and blocks that enrolled ones
-    /// do not skip.
-    pub(super) fn retain(&mut self, uids: &HashSet<String>) -> Result<(), CaptureError> {
+    /// Removes the entries of pods that are neither enrolled nor in `uids` nor in one of the `namespaces`,
+    /// and blocks that enrolled ones do not skip.
+    pub(super) fn retain(
+        &mut self,
+        uids: &HashSet<String>,
+        namespaces: &HashSet<u64>,
+    ) -> Result<(), CaptureError> {
         let keep: HashSet<[u32; 2]> =
             uids.iter().chain(self.enrolled.keys()).map(|uid| maps::pod_hash(uid)).collect();
         let outbound =
             maps::pairs(&self.maps.outbound).map_err(self.maps.failed("POD_OUTBOUND"))?;
         let mut netns = HashSet::new();
         for (cookie, pod) in outbound {
-            if keep.contains(&pod.pod) {
+            if keep.contains(&pod.pod) || namespaces.contains(&cookie) {
                 netns.insert(cookie);
             } else {
                 self.maps.remove_outbound(cookie)?;
@@ -402,7 +432,8 @@ impl Pods {
         }
         for (other, enrolled) in &self.enrolled {
             let shares_ip = enrolled.ports.iter().any(|(ip, _)| pod.ips.contains(ip));
-            if other != pod.uid && (shares_ip || enrolled.netns == pod.netns.cookie()) {
+            let is_meant = other == pod.uid || Some(&**other) == pod.predecessor;
+            if !is_meant && (shares_ip || enrolled.netns == pod.netns.cookie()) {
                 return Err(CaptureError::Shared { uid: uid(), other: other.clone() });
             }
         }

@@ -168,6 +168,7 @@ fn pod_that_does_not_fit_is_left_alone() {
             ips: &ips,
             netns: &world.pod,
             settings: &settings,
+            predecessor: None,
             outbound_listeners: 1,
             inbound_listeners: 1,
         };
@@ -203,15 +204,13 @@ fn pod_that_was_captured_and_does_not_fit_any_more_stays_refused() {
     drop(world.enrol(&capture, &Settings::default()));
     drop(capture);
     let capture = world.start();
-    let many = settings(|settings| {
-        let blocks = (0..=255).map(|third| format!("10.97.{third}.0/24").parse().unwrap());
-        settings.skip_outbound_cidrs = blocks.collect();
-    });
+    let many = too_many_blocks();
     let pod = PodCapture {
         uid: UID,
         ips: &[ip(POD4), ip(POD6)],
         netns: &world.pod,
         settings: &many,
+        predecessor: None,
         outbound_listeners: 1,
         inbound_listeners: 1,
     };
@@ -225,6 +224,59 @@ fn pod_that_was_captured_and_does_not_fit_any_more_stays_refused() {
 }
 
 #[test]
+fn successor_in_a_namespace_takes_over_without_a_gap() {
+    use std::sync::atomic::AtomicU64;
+
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let capture = world.start();
+    capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
+    let outside = world.listen_outside("10.90.0.1:8080");
+    let (settings, too_much) = (Settings::default(), too_many_blocks());
+    let enrol = |uid, settings, predecessor| {
+        let pod = PodCapture {
+            uid,
+            ips: &[ip(POD4)],
+            netns: &world.pod,
+            settings,
+            predecessor,
+            outbound_listeners: 2,
+            inbound_listeners: 2,
+        };
+        capture.enrol(&pod)
+    };
+    let uids = ["even", "odd"];
+    let mut listeners = vec![enrol(uids[0], &settings, None).unwrap()];
+    let dialled = AtomicU64::new(0);
+    thread::scope(|scope| {
+        let turns = scope.spawn(|| {
+            for turn in 1..=100 {
+                let (now, before) = (uids[turn % 2], uids[(turn + 1) % 2]);
+                // While there is no room for it, its predecessor stays.
+                assert!(enrol(now, &too_much, Some(before)).is_err());
+                listeners.push(enrol(now, &settings, Some(before)).unwrap());
+                let seen = dialled.load(Ordering::Relaxed);
+                until("a connection", || dialled.load(Ordering::Relaxed) > seen);
+            }
+        });
+        while !turns.is_finished() {
+            drop(world.dial("10.90.0.1:8080"));
+            dialled.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    for listener in &outside {
+        assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+    // Nothing of the other one is left: neither its link nor its claim to the namespace.
+    capture.leave("even").unwrap();
+    assert!(capture.leave("odd").is_err());
+    let _out = world.dial("10.90.0.1:8080").unwrap();
+    accept(&outside);
+}
+
+#[test]
 fn full_map_is_said_with_its_limit() {
     if !root() {
         return;
@@ -232,10 +284,7 @@ fn full_map_is_said_with_its_limit() {
     let world = World::new();
     let capture = world.start();
     let _listeners = world.enrol(&capture, &Settings::default());
-    let many = settings(|settings| {
-        let blocks = (0..=255).map(|third| format!("10.97.{third}.0/24").parse().unwrap());
-        settings.skip_outbound_cidrs = blocks.collect();
-    });
+    let many = too_many_blocks();
     let error = capture.update(UID, &many).unwrap_err();
     assert_eq!(error.reason(), "map_full");
     assert!(error.to_string().contains("SKIP_CIDRS is full at 128"), "{error}");

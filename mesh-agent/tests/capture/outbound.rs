@@ -163,6 +163,7 @@ fn pods_with_the_same_addresses_and_ports_do_not_mix() {
             ips: &ips,
             netns: &world.pod,
             settings: &settings,
+            predecessor: None,
             outbound_listeners: 1,
             inbound_listeners: 1,
         };
@@ -186,6 +187,7 @@ fn pods_with_the_same_addresses_and_ports_do_not_mix() {
         ips: &[ip(POD4)],
         netns: &two.pod,
         settings: &settings,
+        predecessor: None,
         outbound_listeners: 1,
         inbound_listeners: 1,
     };

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 
 use mesh_agent::capture::probe::{self, FeatureState};
-use mesh_agent::capture::{Capture, CaptureConfig};
+use mesh_agent::capture::{Capture, CaptureConfig, PodCapture};
 use mesh_common::maps::SPECS;
 use mesh_core::settings::Settings;
 use socket2::Domain;
@@ -83,6 +83,37 @@ fn another_layout_is_taken_over_without_a_gap() {
 }
 
 #[test]
+fn pod_of_another_layout_that_cannot_be_enrolled_is_refused() {
+    if !root() {
+        return;
+    }
+    let mut world = World::new();
+    let old = world.start();
+    drop(world.enrol(&old, &Settings::default()));
+    drop(old);
+    world.config.max_flows *= 2;
+    let capture = world.start();
+    let pod = PodCapture {
+        uid: UID,
+        ips: &[ip(POD4), ip(POD6)],
+        netns: &world.pod,
+        settings: &too_many_blocks(),
+        predecessor: None,
+        outbound_listeners: 1,
+        inbound_listeners: 1,
+    };
+    assert_eq!(capture.enrol(&pod).unwrap_err().reason(), "map_full");
+    capture.retain(&HashSet::from([UID.to_owned()]), &HashSet::new()).unwrap();
+    assert_eq!(fs::read_dir(&world.config.bpffs).unwrap().count(), 1, "the old layout is gone");
+    assert_eq!(world.dial(SERVICE4).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+    // Until it can be, or nobody wants it any more.
+    let app = world.app(Domain::IPV4);
+    let listeners = world.enrol(&capture, &Settings::default());
+    app.connect(&sock_addr(SERVICE4)).unwrap();
+    assert_eq!(learn(&world, &capture, &listeners, &app).1, SERVICE4);
+}
+
+#[test]
 fn pods_that_are_gone_after_a_restart_leave_no_pin() {
     if !root() {
         return;
@@ -92,7 +123,7 @@ fn pods_that_are_gone_after_a_restart_leave_no_pin() {
     drop(world.enrol(&capture, &Settings::default()));
     drop(capture);
     let capture = world.start();
-    capture.retain(&HashSet::new()).unwrap();
+    capture.retain(&HashSet::new(), &HashSet::new()).unwrap();
     assert_eq!(link_ids(&world).len(), 5);
     let app = world.listen("0.0.0.0:8080");
     let _into = world.dial_in("10.90.0.2:8080").unwrap();

@@ -168,7 +168,7 @@ fn next_agent_takes_away_what_nothing_needs_any_more() {
 
     // A pod that is to be enrolled and could not be yet keeps them.
     let capture = world.start();
-    capture.retain(&HashSet::from([UID.to_owned()])).unwrap();
+    capture.retain(&HashSet::from([UID.to_owned()]), &HashSet::new()).unwrap();
     assert!(!capture.retire_routes());
     assert_eq!(world.routing(), prepared);
     drop(capture);
@@ -176,7 +176,7 @@ fn next_agent_takes_away_what_nothing_needs_any_more() {
     // Also one whose maps are laid out differently.
     world.config.max_flows *= 2;
     let capture = world.start();
-    capture.retain(&HashSet::new()).unwrap();
+    capture.retain(&HashSet::new(), &HashSet::new()).unwrap();
     until("the routes to go", || !capture.retire_routes());
     assert_eq!((world.routing(), notes(&world)), (before, 0));
 }

@@ -141,11 +141,12 @@ impl World {
             ips: &[ip(POD4), ip(POD6)],
             netns: &self.pod,
             settings,
+            predecessor: None,
             outbound_listeners: 4,
             inbound_listeners: 2,
         };
         let listeners = capture.enrol(&pod).unwrap_or_else(|error| panic!("{}", chain(&error)));
-        capture.retain(&HashSet::from([UID.to_owned()])).unwrap();
+        capture.retain(&HashSet::from([UID.to_owned()]), &HashSet::new()).unwrap();
         listeners
     }
 
@@ -284,4 +285,12 @@ pub(crate) fn learn(
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(future)
+}
+
+/// Settings for which the maps of a [`World`] have no room.
+pub(crate) fn too_many_blocks() -> Settings {
+    settings(|settings| {
+        let blocks = (0..=255).map(|third| format!("10.97.{third}.0/24").parse().unwrap());
+        settings.skip_outbound_cidrs = blocks.collect();
+    })
 }
