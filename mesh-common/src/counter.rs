@@ -80,6 +80,8 @@ counters! {
     LookupSelf = "lookup_self",
     /// `sk_lookup`: a delivery by the agent.
     LookupDelivery = "lookup_delivery",
+    /// `sk_lookup`: a direct connection whose source port the node has changed.
+    LookupTranslated = "lookup_translated",
     /// `sk_lookup`: `connect` asked whether somebody listens; no connection.
     LookupProbe = "lookup_probe",
     /// `sk_lookup`: a port of `skip-inbound-ports`.

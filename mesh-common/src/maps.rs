@@ -164,6 +164,28 @@ map_struct! {
 }
 
 map_struct! {
+    /// Direct connections of a pod to an endpoint, whatever their source port. Map `ADMISSIONS`.
+    pub struct AdmissionKey {
+        /// The client's address.
+        pub client: WireIp,
+        /// The endpoint.
+        pub server: WireAddr,
+    }
+}
+
+map_struct! {
+    /// Until when such connections are let in, and of which two pods. The value of `ADMISSIONS`.
+    pub struct Admission {
+        /// Generation of the client's pod.
+        pub client: [u32; 2],
+        /// Generation of the endpoint's pod.
+        pub server: [u32; 2],
+        /// On `CLOCK_BOOTTIME`, in units of 2^20 ns, about 1 ms; wraps after 52 days.
+        pub until: u32,
+    }
+}
+
+map_struct! {
     /// An inbound listener. Map `INBOUND`.
     pub struct ListenerKey {
         /// The pod's address.
@@ -294,7 +316,7 @@ pub const SKIP_CIDRS_PER_POD: usize = 8;
 pub const EVENTS_BYTES: usize = 1 << 20;
 
 /// Every pinned map.
-pub const SPECS: [MapSpec; 17] = [
+pub const SPECS: [MapSpec; 18] = [
     spec("POD_OUTBOUND", HASH, size_of::<u64>(), size_of::<PodOutbound>(), MapSize::PerPod(1)),
     spec("POD_INBOUND", HASH, size_of::<WireIp>(), size_of::<PodInbound>(), MapSize::PerPod(2)),
     spec("DESTINATIONS", HASH, size_of::<WireIp>(), size_of::<u64>(), MapSize::Destinations),
@@ -307,6 +329,13 @@ pub const SPECS: [MapSpec; 17] = [
         size_of::<DeliveryKey>(),
         size_of::<u32>(),
         MapSize::Fixed(65_536),
+    ),
+    spec(
+        "ADMISSIONS",
+        LRU_HASH,
+        size_of::<AdmissionKey>(),
+        size_of::<Admission>(),
+        MapSize::Fixed(16_384),
     ),
     spec(
         "INBOUND",
@@ -358,6 +387,8 @@ pub(crate) const fn layout_hash(mut hash: u64) -> u64 {
         PodInbound::HASH,
         FlowKey::HASH,
         DeliveryKey::HASH,
+        AdmissionKey::HASH,
+        Admission::HASH,
         ListenerKey::HASH,
         SkipCidr::HASH,
         SockMeta::HASH,
@@ -410,6 +441,30 @@ pub const fn number(words: [u32; 2]) -> u64 {
     words[0] as u64 | (words[1] as u64) << 32
 }
 
+/// Whether `until` is still to come. Both are on `CLOCK_BOOTTIME` in units of 2^20 ns.
+#[inline(always)]
+pub const fn is_before(now: u32, until: u32) -> bool {
+    // Wraps after 52 days like the clock. Reinterpreting is the point: behind is negative.
+    until.wrapping_sub(now).cast_signed() > 0
+}
+
+impl Admission {
+    /// How long connections are let in after the last one began: its SYN may be sent again after one,
+    /// three and seven seconds (`TCP_TIMEOUT_INIT`, doubling).
+    pub const LASTS: u32 = 8192;
+
+    /// Whether it is for pods of these generations at this time. A pod without a generation is being
+    /// changed, or leaves.
+    #[inline(always)]
+    pub fn admits(&self, client: [u32; 2], server: [u32; 2], now: u32) -> bool {
+        number(client) != 0
+            && number(server) != 0
+            && self.client == client
+            && self.server == server
+            && is_before(now, self.until)
+    }
+}
+
 impl SkipCidr {
     /// Bits before those of the address.
     pub const NETNS_BITS: u32 = 64;
@@ -452,4 +507,30 @@ pub(crate) fn has_port(ports: &[u16; MAX_PORTS], len: u32, port: u16) -> bool {
         }
     }
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn admission_is_of_two_pods_as_they_were_and_of_a_time() {
+        let (client, server, other) = (words(7), words(1 << 40), words(8));
+        let admission = Admission { client, server, until: 1000 };
+        assert!(admission.admits(client, server, 999));
+        assert!(!admission.admits(client, server, 1000));
+        assert!(!admission.admits(other, server, 999));
+        assert!(!admission.admits(client, other, 999));
+        let changing = Admission { client: words(0), ..admission };
+        assert!(!changing.admits(words(0), server, 999), "one that has no generation is nobody");
+        let changing = Admission { server: words(0), ..admission };
+        assert!(!changing.admits(client, words(0), 999));
+    }
+
+    #[test]
+    fn time_goes_on_where_its_number_begins_again() {
+        assert!(is_before(u32::MAX - 1, 3));
+        assert!(!is_before(3, u32::MAX - 1));
+        assert!(!is_before(5, 5));
+    }
 }

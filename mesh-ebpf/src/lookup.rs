@@ -7,13 +7,13 @@ use aya_ebpf::bindings::{BPF_SK_LOOKUP_F_REPLACE, sk_action};
 use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use mesh_common::addr::{WireIp, v4_mapped};
-use mesh_common::maps::{DeliveryKey, ListenerKey};
+use mesh_common::maps::{AdmissionKey, DeliveryKey, ListenerKey, PodInbound, is_before};
 use mesh_common::verdict::{Lookup, decide_lookup};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{AF_INET, AF_INET6, IPPROTO_TCP, read, read_ip6};
 use crate::log::tell;
-use crate::maps::{DELIVERIES, INBOUND, POD_INBOUND, PROBE, agent, count, now_ns};
+use crate::maps::{ADMISSIONS, DELIVERIES, INBOUND, POD_INBOUND, PROBE, agent, count, now_ms};
 
 const PASS: u32 = sk_action::SK_PASS;
 /// RST to the client.
@@ -53,7 +53,9 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp) -> u32 {
         count(Counter::LookupProbe);
         return PASS;
     }
-    let is_delivery = || is_announced(&DeliveryKey { src: remote, dst: local });
+    let is_delivery = || {
+        is_announced(&DeliveryKey { src: remote, dst: local }) || is_admitted(pod, &remote, &local)
+    };
     let verdict = decide_lookup(pod, &local, &remote, is_delivery, agent);
     match verdict {
         Lookup::Pass(reason) => {
@@ -109,7 +111,30 @@ fn is_announced(tuple: &DeliveryKey) -> bool {
     match unsafe { DELIVERIES.get(tuple) }.copied() {
         None => false,
         Some(0) => true,
-        // Wraps after 52 days like the clock that it is compared with.
-        Some(until) => until.wrapping_sub((now_ns() >> 20) as u32) as i32 > 0,
+        Some(until) => is_before(now_ms(), until),
     }
+}
+
+/// Whether this is a direct connection that comes from another source port than it left from.
+///
+/// A node that translates service addresses may still track an earlier connection from that port, which
+/// came to this endpoint by its service; answers would be mistaken for that one's, so netfilter changes
+/// the port. Address and port say nothing of who it is, then: the client's pod must be the very one that
+/// the verdict was about.
+#[inline(always)]
+fn is_admitted(server: &PodInbound, remote: &WireAddr, local: &WireAddr) -> bool {
+    let key = AdmissionKey { client: remote.ip, server: *local };
+    // SAFETY: RCU keeps the element mapped for this call; a recycled one has other pods' generations.
+    let Some(admission) = (unsafe { ADMISSIONS.get(key) }) else {
+        return false;
+    };
+    // SAFETY: as above; one field is read.
+    let Some(client) = (unsafe { POD_INBOUND.get(remote.ip) }) else {
+        return false;
+    };
+    let admitted = admission.admits(client.generation, server.generation, now_ms());
+    if admitted {
+        count(Counter::LookupTranslated);
+    }
+    admitted
 }

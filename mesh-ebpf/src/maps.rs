@@ -10,8 +10,8 @@ use mesh_common::Counter;
 use mesh_common::addr::WireIp;
 use mesh_common::direct::{DirectConn, Flow, Verdict, VerdictKey};
 use mesh_common::maps::{
-    Control, DeliveryKey, EVENTS_BYTES, FlowKey, ListenerKey, PodInbound, PodOutbound, Secrets,
-    SkipCidr, SockMeta,
+    Admission, AdmissionKey, Control, DeliveryKey, EVENTS_BYTES, FlowKey, ListenerKey, PodInbound,
+    PodOutbound, Secrets, SkipCidr, SockMeta,
 };
 use mesh_common::redirect::{Peer, PeerFlow, PeerFlowKey};
 use mesh_common::verdict::Agent;
@@ -68,6 +68,12 @@ static SECRETS: Array<Secrets> = Array::with_max_entries(1, 0);
 pub(crate) static DELIVERIES: LruHashMap<DeliveryKey, u32> =
     LruHashMap::with_max_entries(131_072, 0);
 
+/// Least recently used first out: what is pushed out costs a connection only where the node has changed
+/// its source port.
+#[map]
+pub(crate) static ADMISSIONS: LruHashMap<AdmissionKey, Admission> =
+    LruHashMap::with_max_entries(16_384, 0);
+
 #[map]
 pub(crate) static INBOUND: SockHash<ListenerKey> = SockHash::with_max_entries(32_768, 0);
 
@@ -102,6 +108,12 @@ pub(crate) fn count(counter: Counter) {
 pub(crate) fn now_ns() -> u64 {
     // SAFETY: the helper has no arguments and only reads a clock.
     unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// `CLOCK_BOOTTIME` in units of 2^20 ns.
+#[inline(always)]
+pub(crate) fn now_ms() -> u32 {
+    (now_ns() >> 20) as u32
 }
 
 /// What the heartbeat says now.

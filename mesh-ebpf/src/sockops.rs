@@ -18,12 +18,17 @@ use mesh_common::addr::v4_mapped;
 use mesh_common::direct::{
     CLOSED, DirectConn, DirectEvent, FAILED, FIN_RECEIVED, FIN_SENT, FIN_UNKNOWN, Flow, OPENED,
 };
-use mesh_common::maps::{DeliveryKey, FlowKey, ROLE_DELIVER, ROLE_DIRECT, SockMeta};
+use mesh_common::maps::{
+    Admission, AdmissionKey, DeliveryKey, FlowKey, ROLE_DELIVER, ROLE_DIRECT, SockMeta,
+};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{AF_INET6, read, read_ip6};
 use crate::log::tell;
-use crate::maps::{DELIVERIES, DIRECT_CONNS, EVENTS, FLOWS, SOCK_META, count, now_ns};
+use crate::maps::{
+    ADMISSIONS, DELIVERIES, DIRECT_CONNS, EVENTS, FLOWS, POD_INBOUND, POD_OUTBOUND, SOCK_META,
+    count, now_ms, now_ns,
+};
 
 const OK: u32 = 1;
 
@@ -60,7 +65,11 @@ fn connecting(ctx: &SockOpsContext) {
     // SAFETY: the storage lives as long as the socket, and nothing else writes it during this callback.
     let meta = unsafe { *meta };
     if meta.role == ROLE_DELIVER || meta.role == ROLE_DIRECT {
-        let announced = DELIVERIES.insert(ends(ctx.ops), 0, 0).is_ok();
+        let ends = ends(ctx.ops);
+        let announced = DELIVERIES.insert(ends, 0, 0).is_ok();
+        if meta.role == ROLE_DIRECT {
+            admit(ctx, &ends);
+        }
         // Asks for the callback that ends the announcement, and tells what becomes of a direct one.
         // SAFETY: the context is a full socket's `bpf_sock_ops`; an error leaves the flags as they were.
         unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32) };
@@ -89,7 +98,31 @@ fn connecting(ctx: &SockOpsContext) {
 #[inline(always)]
 fn grace() -> u32 {
     // Zero means something else.
-    ((now_ns() >> 20) as u32).wrapping_add(GRACE).max(1)
+    now_ms().wrapping_add(GRACE).max(1)
+}
+
+/// Announces a direct connection from whatever port its SYN will arrive.
+#[inline(always)]
+fn admit(ctx: &SockOpsContext, ends: &DeliveryKey) {
+    // SAFETY: the helper only reads the context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: RCU keeps the elements mapped for this call. One field of each is read, and one that is
+    // recycled has another pod's generation, which then has to be that of the pod with this address.
+    let pods = unsafe { (POD_OUTBOUND.get(netns), POD_INBOUND.get(ends.dst.ip)) };
+    let (Some(client), Some(server)) = pods else {
+        return;
+    };
+    let (client, server, now) = (client.generation, server.generation, now_ms());
+    let key = AdmissionKey { client: ends.src.ip, server: ends.dst };
+    // SAFETY: as above.
+    if let Some(there) = unsafe { ADMISSIONS.get(key) }
+        && there.admits(client, server, now.wrapping_add(Admission::LASTS - GRACE))
+    {
+        // Written a moment ago: connections of one pod to one endpoint come in crowds.
+        return;
+    }
+    let admission = Admission { client, server, until: now.wrapping_add(Admission::LASTS) };
+    let _refused_if_lost = ADMISSIONS.insert(key, admission, 0);
 }
 
 /// A delivery or a direct connection has another state.

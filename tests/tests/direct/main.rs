@@ -1,0 +1,52 @@
+//! The direct way: pods of one node that the agent has let talk once talk without it.
+
+mod node;
+mod verdicts;
+mod way;
+
+use std::net::{SocketAddr, TcpStream};
+
+use anyhow::{Context as _, Result};
+use harness::{Mesh, Pod, Server, exchange, wait};
+
+/// Whether the server sees the client's own socket: what the agent delivers comes from another port.
+fn is_direct(server: &Server, stream: &TcpStream) -> Result<bool> {
+    let local = stream.local_addr()?;
+    let local = SocketAddr::new(local.ip().to_canonical(), local.port());
+    Ok(server.clients().contains(&local))
+}
+
+/// Connects and exchanges a word; says whether that was direct.
+fn connect(client: &Pod, to: SocketAddr, server: &Server) -> Result<(TcpStream, bool)> {
+    let mut stream = client.connect(to)?;
+    exchange(&mut stream, b"hello")?;
+    let direct = is_direct(server, &stream)?;
+    Ok((stream, direct))
+}
+
+/// Connects until the kernel lets a connection through by itself.
+fn until_direct(client: &Pod, to: SocketAddr, server: &Server) -> Result<TcpStream> {
+    let mut last = None;
+    let found =
+        wait::until_some(wait::SOON, "a direct connection", || match connect(client, to, server) {
+            Ok((stream, true)) => Some(stream),
+            Ok((_, false)) => None,
+            Err(error) => {
+                last = Some(error);
+                None
+            }
+        });
+    match (found, last) {
+        (Err(error), Some(last)) => Err(error).context(format!("{last:#}")),
+        (found, _) => found,
+    }
+}
+
+fn mapped(addr: SocketAddr) -> Result<SocketAddr> {
+    let SocketAddr::V4(v4) = addr else { anyhow::bail!("{addr} is not IPv4") };
+    Ok((v4.ip().to_ipv6_mapped(), v4.port()).into())
+}
+
+fn kernel(mesh: &Mesh, event: &str) -> Result<f64> {
+    mesh.agent("a").metric("mesh_capture_total", &[("event", event)])
+}

@@ -1,0 +1,190 @@
+//! The direct way and what else happens on its node.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use harness::{Mesh, Pod, PodSpec, Serve, ServiceSpec, exchange, wait};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{connect, kernel, until_direct};
+
+#[test]
+fn listener_that_is_gone_is_as_without_the_direct_way() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("a3", "a"))
+        .service(ServiceSpec::new("two").port(80, 8080).pods(&["a2", "a3"]))
+        .start()?;
+    let a2 = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &a2)?;
+    let a3 = mesh.pod("a3").serve(8080, Serve::Echo)?;
+    for server in [&a2, &a3] {
+        until_direct(mesh.pod("a1"), mesh.service("two").v4(80), server)?;
+    }
+    drop(a2);
+    let probed = kernel(&mesh, "direct_no_listener")?;
+    // Nobody else: refused, with the agent's reason.
+    mesh.pod("a1").refused(mesh.service("a").v4(80))?;
+    mesh.agent("a")
+        .wait_for_record(&[("direction", "outbound"), ("reason", "connection_refused")])?;
+    ensure!(kernel(&mesh, "direct_no_listener")? > probed, "the kernel has not asked");
+    // Somebody else: no client notices.
+    for _ in 0..30 {
+        exchange(&mut mesh.pod("a1").connect(mesh.service("two").v4(80))?, b"hello")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn direct_connections_outlive_ten_agents() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes()?;
+    let (server, other) =
+        (mesh.pod("a2").serve(8080, Serve::Echo)?, mesh.pod("a2").serve(8081, Serve::Echo)?);
+    let to = mesh.service("a").v4(80);
+    let mut held = until_direct(mesh.pod("a1"), to, &server)?;
+    let client = held.local_addr()?.to_string();
+    let mut sent = 5;
+    for round in 0u8..10 {
+        mesh.agent_mut("a").kill()?;
+        for _ in 0..3 {
+            exchange(&mut held, &[round; 10_000])?;
+            sent += 10_000;
+            let (_, direct) = connect(mesh.pod("a1"), to, &server)?;
+            ensure!(direct, "round {round}: new connections go on without an agent");
+        }
+        // What was never decided is refused, as ever.
+        mesh.pod("a1").refused(mesh.pod("a2").v4(8081))?;
+        mesh.agent_mut("a").restart()?;
+        let (_, direct) = connect(mesh.pod("a1"), to, &server)?;
+        ensure!(direct, "round {round}: the same manifests, the same verdicts");
+    }
+    drop(other);
+    // Every agent found it again, and the last one knows all of it.
+    wait::until(wait::SOON, "the connection to be listed", || {
+        let Ok(open) = mesh.agent("a").ask(&["connections"]) else { return false };
+        open.as_array().into_iter().flatten().any(|one| {
+            one["source"] == *client && one["direction"] == "outbound" && one["bytes_sent"] == sent
+        })
+    })?;
+    drop(held);
+    let record =
+        mesh.agent("a").wait_for_record(&[("direction", "outbound"), ("src.addr", &client)])?;
+    assert_eq!((record.number("bytes_sent"), record.number("bytes_recv")), (sent, sent));
+    assert_eq!(record.text("response_flags"), "-");
+    Ok(())
+}
+
+#[test]
+fn firewall_between_two_pods_holds() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    let to = mesh.service("a").v4(80);
+    until_direct(mesh.pod("a1"), to, &server)?;
+    let [from, at]: [Ipv4Addr; 2] = ["a1", "a2"].map(|pod| mesh.pod(pod).v4_ip());
+    let rule = format!(
+        "add table ip wall; add chain ip wall forward {{ type filter hook forward priority 0; }}; \
+         add rule ip wall forward ip saddr {from} ip daddr {at} tcp flags syn reject with tcp reset"
+    );
+    let nft = mesh
+        .node("a")
+        .netns()
+        .run(|| std::process::Command::new("nft").arg(&rule).output().context("nft"))?;
+    ensure!(nft.status.success(), "{}", String::from_utf8_lossy(&nft.stderr));
+    let before = server.clients().len();
+    mesh.pod("a1").refused(to)?;
+    assert_eq!(server.clients().len(), before, "packets go the way that the node's rules see");
+    mesh.agent("a").wait_for_record(&[("way", "direct"), ("reason", "connection_refused")])?;
+    Ok(())
+}
+
+/// Connects from this port and exchanges a word; the server ends first, so that the port is free again.
+fn call(pod: &Pod, port: u16, to: SocketAddr) -> Result<()> {
+    let mut stream = pod.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+        socket.bind(&pod.v4(port).into())?;
+        socket.connect_timeout(&to.into(), Duration::from_secs(5))?;
+        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        Ok(TcpStream::from(socket))
+    })?;
+    stream.write_all(b"hello")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    ensure!(answer == b"hello", "{answer:?}");
+    Ok(())
+}
+
+/// The other side of [`call`].
+fn answer_once() -> Serve {
+    Serve::custom(|mut stream| {
+        let mut word = [0; 5];
+        stream.read_exact(&mut word)?;
+        Ok(stream.write_all(&word)?)
+    })
+}
+
+#[test]
+fn source_port_that_the_node_translates_is_let_in_all_the_same() -> Result<()> {
+    harness::require!("nft");
+    let off = |name| PodSpec::new(name, "a").annotation("malla.dev/mesh", "disabled");
+    let mesh = Mesh::two_nodes_builder()
+        .pod(off("a1"))
+        .pod(off("a2").annotation("malla.dev/mode", "strict"))
+        .translated_services()
+        .start()?;
+    let server = mesh.pod("a2").serve(8080, answer_once())?;
+    let (a1, to) = (mesh.pod("a1"), mesh.service("a").v4(80));
+    let ports = 10_000..10_050;
+    for port in ports.clone() {
+        call(a1, port, to)?; // Translated by the node, which goes on tracking it.
+    }
+
+    for pod in ["a1", "a2"] {
+        mesh.enrol(pod, true)?;
+    }
+    wait::until(wait::SOON, "the direct way", || {
+        call(a1, 0, to).is_ok() && kernel(&mesh, "direct_taken").is_ok_and(|taken| taken > 0.0)
+    })?;
+    let (before, refused) = (kernel(&mesh, "direct_taken")?, kernel(&mesh, "lookup_strict")?);
+    let seen = server.clients().len();
+    for port in ports.clone() {
+        call(a1, port, to).with_context(|| format!("from port {port}"))?;
+    }
+    assert!(kernel(&mesh, "direct_taken")? >= before + 50.0);
+    assert_eq!(kernel(&mesh, "lookup_strict")?, refused, "plain text to a strict pod");
+    let others = server.clients().split_off(seen).into_iter().map(|client| client.port());
+    let changed = others.filter(|port| !ports.contains(port)).count();
+    ensure!(changed > 0, "the node changed no port");
+    #[expect(clippy::cast_precision_loss, reason = "at most fifty")]
+    let changed = changed as f64;
+    assert_eq!(kernel(&mesh, "lookup_translated")?, changed);
+    Ok(())
+}
+
+/// What lets changed source ports in is about a pod: whoever has its address next is a stranger.
+#[test]
+fn pod_that_leaves_is_let_in_no_longer_whatever_port_it_comes_from() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("a2", "a").annotation("malla.dev/mode", "strict"))
+        .start()?;
+    let _server = mesh.pod("a2").serve(8080, answer_once())?;
+    let (a1, to) = (mesh.pod("a1"), mesh.pod("a2").v4(8080));
+    for _ in 0..5 {
+        mesh.enrol("a1", true)?;
+        let taken = kernel(&mesh, "direct_taken")?;
+        wait::until(wait::SOON, "the direct way", || {
+            call(a1, 0, to).is_ok() && kernel(&mesh, "direct_taken").is_ok_and(|now| now > taken)
+        })?;
+        mesh.enrol("a1", false)?;
+        let refused = kernel(&mesh, "lookup_strict")?;
+        for _ in 0..5 {
+            ensure!(call(a1, 0, to).is_err(), "plain text to a strict pod");
+        }
+        ensure!(kernel(&mesh, "lookup_strict")? >= refused + 5.0, "refused by somebody else");
+    }
+    Ok(())
+}

@@ -1,0 +1,212 @@
+//! What begins and ends the direct way.
+
+use std::io::Read as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use harness::{Mesh, PodSpec, Serve, ServiceSpec, exchange, is_reset, wait};
+
+use super::{connect, kernel, until_direct};
+
+#[test]
+fn direct_off_at_either_end_is_carried() -> Result<()> {
+    harness::require!();
+    for off in ["a1", "a2"] {
+        let mesh = Mesh::two_nodes_builder()
+            .pod(PodSpec::new(off, "a").annotation("malla.dev/direct", "off"))
+            .start()?;
+        let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+        for _ in 0..10 {
+            let (_, direct) = connect(mesh.pod("a1"), mesh.service("a").v4(80), &server)?;
+            ensure!(!direct, "{off} is off");
+        }
+        mesh.annotate(off, "malla.dev/direct", "on")?;
+        until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn turning_direct_off_ends_verdicts_and_no_connection() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    let to = mesh.service("a").v4(80);
+    let mut open = until_direct(mesh.pod("a1"), to, &server)?;
+    for (pod, key, value) in [
+        ("a2", "malla.dev/direct", "off"),
+        ("a2", "malla.dev/direct", "on"),
+        ("a2", "malla.dev/mode", "strict"),
+        ("a1", "malla.dev/direct", "off"),
+    ] {
+        let stale = kernel(&mesh, "direct_stale")?;
+        mesh.annotate(pod, key, value)?;
+        wait::until(wait::SOON, "the verdict to end", || {
+            let asked = connect(mesh.pod("a1"), to, &server);
+            asked.is_ok_and(|(_, direct)| !direct || value != "off")
+                && kernel(&mesh, "direct_stale").is_ok_and(|now| now > stale)
+        })
+        .with_context(|| format!("{pod} {key}: {value}"))?;
+        exchange(&mut open, b"still here")?;
+        if value != "off" {
+            drop(until_direct(mesh.pod("a1"), to, &server)?);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn endpoints_come_and_go() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder().pod(PodSpec::new("a3", "a")).start()?;
+    let (a2, a3) = (
+        mesh.pod("a2").serve(8080, Serve::Greet("a2"))?,
+        mesh.pod("a3").serve(8080, Serve::Greet("a3"))?,
+    );
+    let to = mesh.service("a").v4(80);
+    let greeted = || -> Result<String> {
+        let mut greeting = [0; 2];
+        mesh.pod("a1").connect(to)?.read_exact(&mut greeting)?;
+        Ok(String::from_utf8(greeting.into())?)
+    };
+    let is_taken = |more: f64| {
+        wait::until(wait::SOON, "direct connections", || {
+            greeted().is_ok() && kernel(&mesh, "direct_taken").is_ok_and(|taken| taken >= more)
+        })
+    };
+    is_taken(3.0)?;
+    assert_eq!(a3.clients().len(), 0);
+
+    mesh.endpoints("a", &["a3"])?;
+    wait::until(wait::SOON, "the new endpoint", || greeted().is_ok_and(|who| who == "a3"))?;
+    let before = a2.clients().len();
+    is_taken(kernel(&mesh, "direct_taken")? + 5.0)?;
+    assert_eq!(a2.clients().len(), before, "nobody comes to the old one any more");
+
+    mesh.endpoints("a", &["a2", "a3"])?;
+    wait::until(wait::SOON, "both", || greeted().is_ok_and(|who| who == "a2"))?;
+    let before = [a2.clients().len(), a3.clients().len()];
+    for _ in 0..60 {
+        greeted()?;
+    }
+    for (server, before) in [a2, a3].iter().zip(before) {
+        ensure!(server.clients().len() - before >= 12, "no balance");
+    }
+    Ok(())
+}
+
+#[test]
+fn endpoints_here_and_elsewhere_have_the_same_share() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .service(ServiceSpec::new("all").port(80, 8080).pods(&["a2", "b1", "b2"]))
+        .start()?;
+    let servers = ["a2", "b1", "b2"].map(|pod| mesh.pod(pod).serve(8080, Serve::Echo));
+    let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
+    let to = mesh.service("all").v4(80);
+    let ask = || exchange(&mut mesh.pod("a1").connect(to)?, b"hello");
+    wait::until(wait::SOON, "a direct connection", || {
+        ask().is_ok() && kernel(&mesh, "direct_taken").is_ok_and(|taken| taken > 0.0)
+    })?;
+    let before: Vec<usize> = servers.iter().map(|server| server.clients().len()).collect();
+    let agent_before = kernel(&mesh, "direct_agent")?;
+    for _ in 0..300 {
+        ask()?;
+    }
+    let share: Vec<f64> =
+        servers.iter().zip(before).map(|(s, n)| (s.clients().len() - n) as f64).collect();
+    assert_eq!(share.iter().sum::<f64>(), 300.0);
+    // Chi square with two degrees of freedom: one run in 10,000 exceeds 18.4.
+    let chi: f64 = share.iter().map(|n| (n - 100.0).powi(2) / 100.0).sum();
+    ensure!(chi < 18.4, "{share:?}");
+    // What the kernel chose elsewhere, the agent carried there.
+    assert_eq!(kernel(&mesh, "direct_agent")? - agent_before, share[1] + share[2]);
+    Ok(())
+}
+
+#[test]
+fn pod_that_takes_over_an_address_inherits_nothing() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    for to in [mesh.service("a").v4(80), mesh.pod("a2").v4(8080)] {
+        until_direct(mesh.pod("a1"), to, &server)?;
+    }
+    let mut open = until_direct(mesh.pod("a1"), mesh.pod("a2").v4(8080), &server)?;
+    // The same namespace and address under another UID: all that a successor could have in common.
+    let successor = mesh.manifests().dir().join("pod-default-a2.yaml");
+    let text = std::fs::read_to_string(&successor)?;
+    let uid = mesh.pod("a2").uid();
+    ensure!(text.contains(uid), "{text}");
+    mesh.manifests().write("pod-default-a2", &text.replace(uid, "5ucce550-0000"))?;
+    let replaced = Instant::now();
+    ensure!(is_reset(&mut open), "the connection to the pod before is ended");
+    let took = replaced.elapsed();
+    ensure!(took < Duration::from_secs(2), "ended after {took:?}");
+    let denied = [("way", "direct"), ("reason", "denied"), ("response_flags", "DENY")];
+    mesh.agent("a").wait_for_record(&denied)?;
+    wait::until(wait::SOON, "the server to see it", || {
+        server.outcomes().iter().any(Result::is_err)
+    })?;
+    let slice = std::fs::read_to_string(mesh.manifests().dir().join("service-default-a.yaml"))?;
+    mesh.manifests().write("service-default-a", &slice.replace(uid, "5ucce550-0000"))?;
+    let stale = kernel(&mesh, "direct_stale")?;
+    for to in [mesh.service("a").v4(80), mesh.pod("a2").v4(8080)] {
+        let mut first = None;
+        wait::until(wait::SOON, "the successor", || {
+            let asked = connect(mesh.pod("a1"), to, &server).ok();
+            first = asked.map(|(_, direct)| direct);
+            first.is_some()
+        })?;
+        assert_eq!(first, Some(false), "{to}: decided anew");
+        until_direct(mesh.pod("a1"), to, &server)?;
+    }
+    ensure!(kernel(&mesh, "direct_stale")? > stale, "the old verdict did not hold");
+    Ok(())
+}
+
+#[test]
+fn connection_of_a_deleted_pod_is_ended() -> Result<()> {
+    harness::require!();
+    for gone in ["a1", "a2"] {
+        let mesh = Mesh::two_nodes()?;
+        let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+        let mut open = until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?;
+        mesh.delete_pod_manifest(gone)?;
+        let deleted = Instant::now();
+        ensure!(is_reset(&mut open), "{gone} is gone and its connection is not");
+        ensure!(deleted.elapsed() < Duration::from_secs(2), "{gone}: {:?}", deleted.elapsed());
+        mesh.agent("a").wait_for_record(&[("way", "direct"), ("reason", "denied")])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn leaving_the_mesh_cuts_nothing() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    let mut open = until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?;
+    for pod in ["a1", "a2"] {
+        mesh.enrol(pod, false)?;
+        exchange(&mut open, b"still here")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn verdict_that_does_not_fit_is_carried() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder().flag("--max-verdicts=1").start()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?;
+    for _ in 0..10 {
+        let (_, direct) = connect(mesh.pod("a1"), mesh.pod("a2").v4(8080), &server)?;
+        ensure!(!direct, "one verdict has room");
+    }
+    wait::until(wait::SOON, "the log", || mesh.agent("a").log().contains("--max-verdicts"))?;
+    // One that does not hold any more makes room.
+    mesh.endpoints("a", &["b1"])?;
+    until_direct(mesh.pod("a1"), mesh.pod("a2").v4(8080), &server)?;
+    Ok(())
+}

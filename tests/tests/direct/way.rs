@@ -1,0 +1,242 @@
+//! What a direct connection is, and what is told of it.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use harness::{Family, Mesh, PodSpec, Serve, exchange, wait};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{connect, is_direct, kernel, mapped, until_direct};
+
+#[test]
+fn second_connection_goes_from_pod_to_pod() -> Result<()> {
+    harness::require!();
+    for mode in ["permissive", "strict"] {
+        let mesh = Mesh::two_nodes_builder()
+            .pod(PodSpec::new("a2", "a").annotation("malla.dev/mode", mode))
+            .start()?;
+        let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+        let service = mesh.service("a");
+        let destinations = [
+            service.v4(80),
+            mapped(service.v4(80))?,
+            service.v6(80),
+            mesh.pod("a2").v4(8080),
+            mesh.pod("a2").v6(8080),
+        ];
+        for (nth, to) in destinations.into_iter().enumerate() {
+            let (_, direct) = connect(mesh.pod("a1"), to, &server)?;
+            // The v4-mapped form of an address that was dialled before is the same destination.
+            ensure!(nth == 1 || !direct, "{mode} {to}: direct before the agent had decided");
+            let stream = until_direct(mesh.pod("a1"), to, &server)?;
+            assert_eq!(stream.peer_addr()?, to, "{mode}: the application sees whom it dialled");
+            assert_eq!(server.locals().pop().map(|at| at.port()), Some(8080));
+        }
+        for direction in ["outbound", "inbound"] {
+            let record =
+                mesh.agent("a").wait_for_record(&[("direction", direction), ("way", "direct")])?;
+            assert_eq!(record.text("src.identity"), mesh.pod("a1").identity());
+            assert_eq!(record.text("dst.identity"), mesh.pod("a2").identity());
+        }
+        // A stranger is treated as before.
+        let outside = mesh.node("a").netns().run(|| {
+            Ok(TcpStream::connect_timeout(&mesh.pod("a2").v4(8080), Duration::from_secs(2)).is_ok())
+        })?;
+        assert_eq!(outside, mode == "permissive");
+    }
+    Ok(())
+}
+
+#[test]
+fn metrics_and_records_are_those_of_a_carried_connection() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let serve = Serve::custom(|mut stream| {
+        let mut sent = Vec::new();
+        stream.read_to_end(&mut sent)?;
+        stream.write_all(&vec![0; 2 * sent.len()])?;
+        Ok(())
+    });
+    let server = mesh.pod("a2").serve(8080, serve)?;
+    let agent = mesh.agent("a");
+    let mut sent = 1000;
+    let mut ask = || -> Result<(SocketAddr, usize, bool)> {
+        sent += 1;
+        let mut stream = mesh.pod("a1").connect(mesh.service("a").v4(80))?;
+        let client = stream.local_addr()?;
+        stream.write_all(&vec![0; sent])?;
+        stream.shutdown(std::net::Shutdown::Write)?;
+        ensure!(stream.read_to_end(&mut Vec::new())? == 2 * sent);
+        Ok((client, sent, is_direct(&server, &stream)?))
+    };
+    let carried = ask()?;
+    ensure!(!carried.2, "direct before the agent had decided");
+    let direct = wait::until_some(wait::SOON, "a direct connection", || {
+        ask().ok().filter(|(_, _, direct)| *direct)
+    })?;
+
+    for direction in ["outbound", "inbound"] {
+        let mut seen = Vec::new();
+        for (client, sent, _) in [carried, direct] {
+            let client = client.to_string();
+            let record =
+                agent.wait_for_record(&[("direction", direction), ("src.addr", &client)])?;
+            let (up, down) = (sent as u64, 2 * sent as u64);
+            let (up, down) = if direction == "outbound" { (up, down) } else { (down, up) };
+            assert_eq!(record.number("bytes_sent"), up, "{record:?}");
+            assert_eq!(record.number("bytes_recv"), down, "{record:?}");
+            let same = agent
+                .access_log()
+                .into_iter()
+                .filter(|one| one.text("src.addr") == client && one.text("direction") == direction);
+            assert_eq!(same.count(), 1, "one record on each side");
+            seen.push(record);
+        }
+        for key in [
+            "message",
+            "src.workload",
+            "src.namespace",
+            "src.identity",
+            "dst.addr",
+            "dst.orig_addr",
+            "dst.service",
+            "dst.workload",
+            "dst.namespace",
+            "dst.identity",
+            "carrier",
+            "peer.node",
+            "response_flags",
+        ] {
+            assert_eq!(seen[0].text(key), seen[1].text(key), "{direction}: {key}");
+        }
+        assert_eq!((seen[0].text("way"), seen[1].text("way")), ("local", "direct"));
+        ensure!(!seen[1].text("rtt").is_empty(), "{:?}", seen[1]);
+    }
+    let metrics = agent.metrics()?;
+    let clients = server.clients().len() as f64;
+    // One record for each of the requests that this test made, and nothing twice.
+    let total: u64 = agent
+        .access_log()
+        .iter()
+        .filter(|one| one.text("direction") == "outbound")
+        .map(|one| one.number("bytes_sent"))
+        .sum();
+    for reporter in ["source", "destination"] {
+        let labels = [("reporter", reporter), ("connection_security_policy", "mutual_tls")];
+        assert_eq!(metrics.count("istio_tcp_connections_opened_total", &labels), 1, "one series");
+        assert_eq!(metrics.sum("istio_tcp_connections_opened_total", &labels), clients);
+        assert_eq!(metrics.sum("istio_tcp_connections_closed_total", &labels), clients);
+        assert_eq!(metrics.sum("istio_tcp_received_bytes_total", &labels), total as f64);
+        assert_eq!(metrics.sum("istio_tcp_sent_bytes_total", &labels), 2.0 * total as f64);
+    }
+    Ok(())
+}
+
+#[test]
+fn open_connection_is_listed_with_its_bytes() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    let mut stream = until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?;
+    exchange(&mut stream, &[7; 5000])?;
+    let client = stream.local_addr()?.to_string();
+    for (direction, workload) in [("outbound", "a1"), ("inbound", "a2")] {
+        wait::until(wait::SOON, "the connection to be listed", || {
+            let Ok(open) = mesh.agent("a").ask(&["connections"]) else { return false };
+            open.as_array().into_iter().flatten().any(|one| {
+                one["source"] == *client
+                    && one["direction"] == direction
+                    && one["workload"] == workload
+                    && one["way"] == "direct"
+                    && one["bytes_sent"] == 5005
+                    && one["bytes_received"] == 5005
+            })
+        })?;
+    }
+    let bytes = [("reporter", "source"), ("destination_workload", "a2")];
+    mesh.agent("a").wait_for_metric("istio_tcp_sent_bytes_total", &bytes, 5005.0)?;
+    let workloads = mesh.agent("a").ask(&["workloads"])?;
+    let way = |pod: &str| {
+        let mut all = workloads.as_array().into_iter().flatten();
+        all.find(|one| one["pod"] == pod).map(|one| one["way"].clone())
+    };
+    assert_eq!(way("a2"), Some("direct".into()));
+    assert_eq!(way("b1"), Some("tunnel".into()));
+    Ok(())
+}
+
+#[test]
+fn every_family_is_counted_alike() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    for family in Family::BOTH {
+        let mut stream = until_direct(mesh.pod("a1"), mesh.service("a").addr(family, 80), &server)?;
+        exchange(&mut stream, &[1; 95])?;
+        let client = stream.local_addr()?.to_string();
+        drop(stream);
+        let ended = [("way", "direct"), ("src.addr", client.as_str()), ("direction", "outbound")];
+        let record = mesh.agent("a").wait_for_record(&ended)?;
+        assert_eq!((record.number("bytes_sent"), record.number("bytes_recv")), (100, 100));
+        assert_eq!(record.text("message"), "connection complete");
+    }
+    Ok(())
+}
+
+#[test]
+fn socket_bound_to_another_address_is_carried() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    let to = mesh.service("a").v4(80);
+    let bound_to = |from: Ipv4Addr| -> Result<bool> {
+        let mut stream = mesh.pod("a1").run(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+            socket.bind(&SocketAddr::from((from, 0)).into())?;
+            socket.connect_timeout(&to.into(), Duration::from_secs(5))?;
+            Ok(TcpStream::from(socket))
+        })?;
+        exchange(&mut stream, b"hello")?;
+        is_direct(&server, &stream)
+    };
+    until_direct(mesh.pod("a1"), to, &server)?;
+    ensure!(bound_to(mesh.pod("a1").v4_ip())?, "its own address is no other");
+    ensure!(!bound_to(Ipv4Addr::LOCALHOST)?, "no packet from loopback leaves a pod");
+    Ok(())
+}
+
+#[test]
+fn what_the_kernel_could_not_tell_is_counted_and_forgotten() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("a2").serve(8080, Serve::custom(|_closed_at_once| Ok(())))?;
+    let to = mesh.service("a").v4(80);
+    let ask = |mesh: &Mesh| -> Result<()> {
+        mesh.pod("a1").connect(to)?.read_to_end(&mut Vec::new())?;
+        Ok(())
+    };
+    wait::until(wait::SOON, "a direct connection", || {
+        ask(&mesh).is_ok() && kernel(&mesh, "direct_taken").is_ok_and(|taken| taken > 0.0)
+    })?;
+    mesh.agent_mut("a").signal(libc::SIGSTOP)?;
+    // Two records each, and room for some 6,500.
+    let pod = mesh.pod("a1");
+    let asked = pod.run(|| {
+        for _ in 0..3600 {
+            TcpStream::connect(to)?.read_to_end(&mut Vec::new())?;
+        }
+        Ok(())
+    });
+    mesh.agent_mut("a").signal(libc::SIGCONT)?;
+    asked?;
+    mesh.agent("a").wait_for_metric("mesh_direct_events_lost_total", &[], 100.0)?;
+    let lost = mesh.agent("a").metric("mesh_direct_events_lost_total", &[])?;
+    assert_eq!(lost, kernel(&mesh, "direct_event_lost")?);
+    drop(server);
+    // None stays open in the agent's books.
+    wait::until(Duration::from_secs(60), "the books to be balanced", || {
+        mesh.agent("a").metric("mesh_connections_open", &[]).is_ok_and(|open| open == 0.0)
+    })
+}
