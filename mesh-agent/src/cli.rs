@@ -358,6 +358,10 @@ pub struct Detach {
     #[arg(long, env = "MESH_BPFFS", value_name = "DIR", default_value = DEFAULT_BPFFS)]
     pub bpffs: PathBuf,
 
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "clap would show it as help")]
+    pub admin: Admin,
+
     /// How to print what was removed. The keys of json and yaml are stable.
     #[arg(long, short, value_enum, default_value_t)]
     pub output: Format,

@@ -1,15 +1,19 @@
 //! `mesh-agent`: the command line, and its exit codes.
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser as _};
+use mesh_agent::admin::{AdminError, AdminSocket};
 use mesh_agent::capture::{Capture, Detached};
 use mesh_agent::cli::ask::{Answered, AskError};
 use mesh_agent::cli::check::{Category, Report};
 use mesh_agent::cli::output::{self, Format};
 use mesh_agent::cli::{Ca, Check, Cli, Command, Question, Run, ask, parts};
+use mesh_agent::tunnel::ResetKey;
 
 /// A problem was found.
 const PROBLEM: u8 = 1;
@@ -38,7 +42,9 @@ fn dispatch(command: Command, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
         Command::Run(run) => return start(*run),
         Command::Check(check) => return report(&check, out),
         Command::Detach(detach) => {
-            return detached(&Capture::detach(&detach.bpffs)?, detach.output, out);
+            let mut report = Capture::detach(&detach.bpffs)?;
+            report.removed.extend(remove_files(&detach.admin.socket)?);
+            return detached(&report, detach.output, out);
         }
         Command::Ca(ca) => authority(ca, out)?,
         Command::Completion { shell } => {
@@ -50,6 +56,26 @@ fn dispatch(command: Command, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
         Command::Question(question) => return answer(&question, out),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Removes what an agent keeps outside the kernel, unless one is running.
+fn remove_files(admin_socket: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut removed = Vec::new();
+    match AdminSocket::remove_leftover(admin_socket) {
+        Ok(true) => removed.push(admin_socket.to_owned()),
+        Ok(false) => {}
+        Err(AdminError::InUse { .. }) => return Ok(removed),
+        Err(error) => return Err(error.into()),
+    }
+    let key = ResetKey::path(admin_socket);
+    match fs::remove_file(&key) {
+        Ok(()) => removed.push(key),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(error).with_context(|| format!("remove {}", key.display()));
+        }
+    }
+    Ok(removed)
 }
 
 /// Says what was removed; something left in place is a problem.

@@ -246,6 +246,11 @@ fn detach_leaves_no_trace() -> Result<()> {
         let dir = mesh.agent(node).bpffs();
         let left = fs::read_dir(&dir).map_or(0, Iterator::count);
         assert_eq!(left, 0, "{} is not empty", dir.display());
+        for file in ["admin.sock", "quic-reset.key"] {
+            let path = mesh.agent(node).admin_socket().with_file_name(file);
+            ensure!(cli.stdout.contains(&path.display().to_string()), "{}", cli.stdout);
+            ensure!(!path.exists(), "{} is left", path.display());
+        }
     }
     let mut stream = mesh.pod("a1").connect(to)?;
     exchange(&mut stream, b"plain")?;

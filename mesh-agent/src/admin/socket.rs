@@ -28,6 +28,14 @@ pub enum AdminError {
         /// What is there.
         path: PathBuf,
     },
+    /// A leftover could not be removed.
+    #[error("remove the admin socket {path}")]
+    Remove {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The socket could not be made.
     #[error("make the admin socket {path}")]
     Make {
@@ -44,6 +52,7 @@ impl AdminError {
         match self {
             Self::InUse { .. } => "in_use",
             Self::NotASocket { .. } => "not_a_socket",
+            Self::Remove { .. } => "remove",
             Self::Make { .. } => "make",
         }
     }
@@ -95,6 +104,20 @@ impl AdminSocket {
         };
         let (listener, inode) = moved().map_err(make)?;
         Ok(Self { listener, path: OwnedPath { path: path.into(), inode } })
+    }
+
+    /// Removes what an agent that was killed left at `path`, and says whether there was anything.
+    ///
+    /// # Errors
+    ///
+    /// If an agent answers there, something else is there, or it cannot be removed.
+    pub fn remove_leftover(path: &Path) -> Result<bool, AdminError> {
+        refuse_what_is_not_ours(path)?;
+        match fs::remove_file(path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(AdminError::Remove { path: path.into(), source }),
+        }
     }
 
     /// What to accept from, and what removes the path when dropped.
