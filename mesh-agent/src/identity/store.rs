@@ -35,8 +35,13 @@ use crate::telemetry;
 #[cfg(test)]
 mod tests;
 
-/// The wall clock is read at least this often: the timer's own clock stops while a machine sleeps.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// The wall clock is read at least this often: the timer's own clock stops while a machine sleeps, and
+/// does not jump when the wall clock is set.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// A clock that is set back by more was wrong before: what was issued then may not be valid yet, and
+/// what failed then may have failed for that. Half of what certificates are backdated by.
+const SET_BACK: Duration = Duration::from_secs(60);
 
 /// Back-off of a failed issue starts here and doubles up to [`SLOWEST_RETRY`].
 const FIRST_RETRY: Duration = Duration::from_secs(1);
@@ -285,7 +290,9 @@ impl Identities {
 impl Slot {
     fn state(&self, now: SystemTime) -> CertState {
         match (&self.cert, &self.error) {
-            (Some(cert), _) if now < cert.not_after => CertState::Available,
+            (Some(cert), _) if cert.not_before <= now && now < cert.not_after => {
+                CertState::Available
+            }
             (None, None) => CertState::Initializing,
             _ => CertState::Unavailable,
         }
@@ -316,6 +323,8 @@ struct Entry {
     slot: Slot,
     /// When to issue or renew.
     due: SystemTime,
+    /// When that was last tried.
+    tried: Option<SystemTime>,
     /// Attempts that failed since the last that did not.
     failures: u32,
     /// When to drop it: no pod has it any more.
@@ -326,7 +335,13 @@ impl Keeper {
     /// Takes in what is wanted, and drops what has lingered. Says whether lookups change.
     fn follow(&mut self, wanted: &HashSet<SpiffeId>, now: SystemTime) -> bool {
         for id in wanted {
-            let new = || Entry { slot: Slot::default(), due: now, failures: 0, leaves: None };
+            let new = || Entry {
+                slot: Slot::default(),
+                due: now,
+                tried: None,
+                failures: 0,
+                leaves: None,
+            };
             self.entries.entry(id.clone()).or_insert_with(new).leaves = None;
         }
         let leaves = now + self.lifetimes.linger;
@@ -361,6 +376,7 @@ impl Keeper {
         draw: f64,
     ) {
         let Some(entry) = self.entries.get_mut(id) else { return };
+        entry.tried = Some(now);
         let answer = answer.and_then(|issued| Ok((issued.certified()?, issued)));
         let failure = match answer {
             Ok((certified, issued)) => match untrusted(trust, &certified.cert, now) {
@@ -411,7 +427,8 @@ impl Keeper {
 impl Entry {
     /// What is leaving is not renewed.
     fn is_due(&self, now: SystemTime) -> bool {
-        self.leaves.is_none() && self.due <= now
+        let was_set_back = self.tried.is_some_and(|tried| now + SET_BACK < tried);
+        self.leaves.is_none() && (self.due <= now || was_set_back)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, advance, timeout};
@@ -19,24 +20,40 @@ struct Node {
     dir: TempDir,
     identities: Arc<Identities>,
     begin: (SystemTime, Instant),
+    /// Seconds by which the wall clock is wrong.
+    wrong_s: Arc<AtomicU64>,
     task: JoinHandle<()>,
 }
 
 impl Node {
     fn start() -> Self {
+        Self::start_ahead(Duration::ZERO)
+    }
+
+    /// With a wall clock that is so far ahead.
+    fn start_ahead(ahead: Duration) -> Self {
         let dir = TempDir::new();
         ca::init(dir.path(), &cluster_local(), SystemTime::now()).unwrap();
         let issuer = Issuer::Directory(DirectoryCa::open(dir.path()).unwrap());
         let identities = Arc::new(Identities::new(load(dir.path())));
         let lifetimes = Lifetimes { lifetime: LIFE, ..Lifetimes::default() };
         let begin = (SystemTime::now(), Instant::now());
-        let clock = move || begin.0 + begin.1.elapsed();
+        let wrong_s = Arc::new(AtomicU64::new(ahead.as_secs()));
+        let clock = {
+            let wrong_s = Arc::clone(&wrong_s);
+            move || now(begin, &wrong_s)
+        };
         let task = tokio::spawn(Arc::clone(&identities).maintain(issuer, lifetimes, clock));
-        Self { dir, identities, begin, task }
+        Self { dir, identities, begin, wrong_s, task }
     }
 
     fn now(&self) -> SystemTime {
-        self.begin.0 + self.begin.1.elapsed()
+        now(self.begin, &self.wrong_s)
+    }
+
+    /// Sets the wall clock so far ahead of the right time, and no timer with it.
+    fn set_ahead(&self, ahead: Duration) {
+        self.wrong_s.store(ahead.as_secs(), Ordering::Relaxed);
     }
 
     fn want(&self, names: &[&str]) {
@@ -64,6 +81,10 @@ impl Drop for Node {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+fn now(begin: (SystemTime, Instant), wrong_s: &AtomicU64) -> SystemTime {
+    begin.0 + begin.1.elapsed() + Duration::from_secs(wrong_s.load(Ordering::Relaxed))
 }
 
 fn load(dir: &Path) -> TrustBundles {
@@ -266,4 +287,43 @@ fn retries_slow_down_and_stay_within_a_life() {
     assert_eq!([after(0), after(1), after(5), after(6), after(99)], [1, 2, 32, 60, 60]);
     assert_eq!(retry_after(0, day, 0.0), Duration::from_millis(500));
     assert_eq!(retry_after(9, Duration::from_secs(8), 1.0), Duration::from_secs(1));
+}
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// The clock is looked at, and what is due is made.
+const SOON: Duration = LONGEST_WAIT.saturating_add(Duration::from_secs(1));
+
+#[tokio::test(start_paused = true)]
+async fn clock_that_jumps_ahead_ends_no_identity_for_long() {
+    let node = Node::start();
+    node.want(&["a"]);
+    node.until(LIFE, |node| node.identities.ready(node.now())).await;
+    node.set_ahead(DAY);
+    assert!(!node.identities.ready(node.now()), "the old one has expired");
+    node.until(SOON, |node| node.identities.ready(node.now())).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn clock_that_is_set_back_has_certificates_issued_that_are_valid_now() {
+    let node = Node::start_ahead(DAY);
+    node.want(&["a"]);
+    node.until(LIFE, |node| node.identities.ready(node.now())).await;
+    node.set_ahead(Duration::ZERO);
+    assert!(!node.identities.ready(node.now()), "the old one is not valid yet");
+    node.until(SOON, |node| node.identities.ready(node.now())).await;
+    // And not over and over: it is a new one's turn at half its life.
+    let serial = node.serial("a");
+    advance(LIFE / 4).await;
+    assert_eq!(node.serial("a"), serial);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_failed_under_a_wrong_clock_is_tried_when_the_clock_is_right() {
+    // Long after the root has expired.
+    let node = Node::start_ahead(DAY * 365 * 50);
+    node.want(&["a"]);
+    node.until(LIFE, |node| node.identities.view(node.now())[0].error.is_some()).await;
+    node.set_ahead(Duration::ZERO);
+    node.until(SOON, |node| node.identities.ready(node.now())).await;
 }
