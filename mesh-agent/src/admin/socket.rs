@@ -102,7 +102,10 @@ impl AdminSocket {
             let inode = fs::symlink_metadata(path)?.ino();
             Ok((listener, inode))
         };
-        let (listener, inode) = moved().map_err(make)?;
+        let (listener, inode) = moved().map_err(|error| {
+            fs::remove_file(&hidden).ok();
+            make(error)
+        })?;
         Ok(Self { listener, path: OwnedPath { path: path.into(), inode } })
     }
 

@@ -162,9 +162,16 @@ pub fn init(dir: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<C
     let pem = Zeroizing::new(key.serialize_pem());
     key.zeroize();
     // The key first: a directory with a certificate and no key looks complete to `show`.
-    write_new(&dir.join(ROOT_KEY), 0o600, &pem)?;
-    write_new(&dir.join(ROOT_CERT), 0o644, &cert.pem())?;
-    write_new(&dir.join(BUNDLE), 0o644, &cert.pem())?;
+    let root = cert.pem();
+    let files: [(_, _, &str); 3] =
+        [(ROOT_KEY, 0o600, &pem), (ROOT_CERT, 0o644, &root), (BUNDLE, 0o644, &root)];
+    for (nth, (name, mode, text)) in files.into_iter().enumerate() {
+        if let Err(error) = write_new(&dir.join(name), mode, text) {
+            // Half a root would only be in the way of the next attempt.
+            files[..nth].iter().for_each(|(name, ..)| drop(fs::remove_file(dir.join(name))));
+            return Err(error);
+        }
+    }
     show(dir)
 }
 
@@ -390,8 +397,10 @@ fn write_new(path: &Path, mode: u32, text: &str) -> Result<(), CaError> {
     };
     let mut file =
         OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(wrong)?;
-    file.write_all(text.as_bytes()).map_err(wrong)?;
-    file.sync_all().map_err(wrong)
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|source| {
+        drop(fs::remove_file(path));
+        wrong(source)
+    })
 }
 
 /// 127 random bits: RFC 5280 section 4.1.2.2 wants a positive number of at most 20 bytes.

@@ -16,7 +16,8 @@
 //! | `connection`, `trace.id` | to find it again here, and on the other node |
 //!
 //! The worker hands the record over and goes on; a thread of its own formats and writes. When that
-//! thread cannot keep up, because nobody reads our standard output, records are dropped and counted.
+//! thread cannot keep up, because nobody reads our standard output or its disk is full, records are
+//! dropped and counted. A record is written whole or not at all.
 
 use std::fmt::{self, Write as _};
 use std::io;
@@ -29,9 +30,11 @@ use std::time::{Duration, SystemTime};
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
+use tracing::{info, warn};
 
 use super::connection::{Outcome, Party};
 use super::open::Ended;
+use super::whole_lines::{Dropped, WholeLines};
 
 /// Records that may wait: at 50,000 connections a second, a tenth of a second of a stalled reader.
 const QUEUE: usize = 8192;
@@ -131,24 +134,34 @@ impl AccessLog {
 
 type Write = fn(&mut String, &Ended);
 
-fn run(records: &Receiver<Message>, write: Write, mut output: impl io::Write, lost: &Lost) {
+fn run(records: &Receiver<Message>, write: Write, output: impl io::Write, lost: &Lost) {
     let mut batch = String::new();
+    let mut output = WholeLines::new(output);
+    let mut is_failing = false;
     while let Ok(first) = records.recv() {
         let mut waiting = Vec::new();
-        let mut count = 0;
         let mut next = Some(first);
         while let Some(message) = next {
             match message {
-                Message::Record(ended) => {
-                    write(&mut batch, &ended);
-                    count += 1;
-                }
+                Message::Record(ended) => write(&mut batch, &ended),
                 Message::Flush(done) => waiting.push(done),
             }
             next = if batch.len() < BATCH_BYTES { records.try_recv().ok() } else { None };
         }
-        if output.write_all(batch.as_bytes()).and_then(|()| output.flush()).is_err() {
-            lost.add(count);
+        match output.write(batch.as_bytes()) {
+            Ok(()) if is_failing => {
+                is_failing = false;
+                info!(lost = lost.count(), "access log is written again");
+            }
+            Ok(()) => {}
+            Err(Dropped { lines, error }) => {
+                lost.add(lines);
+                // Once: a disk that is full stays so for a while.
+                if !is_failing {
+                    warn!(%error, "access log cannot be written: records are lost, and counted");
+                }
+                is_failing = true;
+            }
         }
         batch.clear();
         for done in waiting {

@@ -35,9 +35,12 @@ mod series;
 mod stages;
 #[cfg(test)]
 mod tests;
+mod whole_lines;
 
 use std::fmt;
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -120,7 +123,9 @@ impl Telemetry {
     ///
     /// If the thread cannot be started.
     pub fn new(options: &Options) -> io::Result<Self> {
-        Self::with_output(options, io::stdout())
+        // Not through the standard library's buffer, which keeps what could not be written.
+        let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        Self::with_output(options, output)
     }
 
     /// As [`Self::new`], with the access log written to `output`.

@@ -76,9 +76,11 @@ impl ResetKey {
         let hidden = PathBuf::from(hidden);
         Self::forget(&hidden)?;
         let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&hidden);
-        made?.write_all(&key.0)?;
-        fs::rename(&hidden, path)?;
-        Ok(key)
+        let moved = made?.write_all(&key.0).and_then(|()| fs::rename(&hidden, path));
+        if moved.is_err() {
+            Self::forget(&hidden).ok();
+        }
+        moved.map(|()| key)
     }
 
     /// Removes the key. Says whether there was one.
