@@ -5,10 +5,12 @@
 //! reads may be left out (`bpf_check_uarg_tail_zero`).
 
 use std::ffi::CString;
+use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use aya::Pod;
 use mesh_common::direct::DirectEvent;
@@ -238,7 +240,7 @@ fn info<const N: usize>(object: BorrowedFd<'_>) -> io::Result<[u32; N]> {
 /// Describes a link; an error if `object` is not one.
 pub(super) fn link_info(object: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     // A map or a program would answer too, in its own layout.
-    let kind = std::fs::read_link(format!("/proc/self/fd/{}", object.as_raw_fd()))?;
+    let kind = fs::read_link(format!("/proc/self/fd/{}", object.as_raw_fd()))?;
     if kind.as_os_str() != "anon_inode:bpf_link" && kind.as_os_str() != "anon_inode:bpf-link" {
         return Err(io::Error::other(format!("is no link but {}", kind.display())));
     }
@@ -361,12 +363,32 @@ pub(super) fn random_words() -> io::Result<[u64; 2]> {
     }
 }
 
-/// Nanoseconds on `CLOCK_BOOTTIME`, the programs' clock.
+/// Nanoseconds on `CLOCK_BOOTTIME`, the programs' clock: in a time namespace (time_namespaces(7)) ours is
+/// ahead of it or behind, and a heartbeat by it would tell that the agent is gone, or will never be.
 pub(super) fn boot_ns() -> u64 {
+    static AHEAD_NS: OnceLock<i64> = OnceLock::new();
+    let ahead_ns = AHEAD_NS.get_or_init(|| {
+        boot_ahead_ns(&fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default())
+    });
+
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the kernel writes one `timespec`; this clock exists since Linux 2.6.39.
     unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) };
-    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+    let now_ns = now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned();
+    now_ns.saturating_add_signed(ahead_ns.saturating_neg())
+}
+
+/// How far this process's `CLOCK_BOOTTIME` is ahead: of its lines `clock seconds nanoseconds`, the
+/// latter never negative. A kernel without time namespaces has no such file.
+fn boot_ahead_ns(offsets: &str) -> i64 {
+    let ahead = offsets.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        // Some kernels write the clock's number.
+        words.next().filter(|clock| matches!(*clock, "boottime" | "7"))?;
+        let (s, ns) = (words.next()?.parse::<i64>().ok()?, words.next()?.parse::<i64>().ok()?);
+        Some(s.saturating_mul(1_000_000_000).saturating_add(ns))
+    });
+    ahead.unwrap_or(0)
 }
 
 /// Moves the calling thread into a new network namespace, for good.
@@ -388,4 +410,18 @@ pub(super) fn file_system(path: &Path) -> io::Result<i64> {
         return Err(io::Error::last_os_error());
     }
     Ok(stat.f_type)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::boot_ahead_ns;
+
+    #[test]
+    fn offset_of_a_time_namespace_is_read() {
+        let file = "monotonic         -60         0\nboottime          -60  500000000\n";
+        assert_eq!(boot_ahead_ns(file), -59_500_000_000);
+        assert_eq!(boot_ahead_ns("1 0 0\n7 86400 1\n"), 86_400_000_000_001);
+        assert_eq!(boot_ahead_ns("monotonic 5 0\n"), 0);
+        assert_eq!(boot_ahead_ns(""), 0);
+    }
 }
