@@ -15,6 +15,8 @@ pub mod capture;
 pub mod cli;
 pub mod dirwatch;
 pub mod discovery;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 pub mod identity;
 pub mod inbound;
 pub mod net;

@@ -13,6 +13,8 @@
 mod cable;
 mod clients;
 mod deliver;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 mod links;
 mod netlink;
 mod nsid;

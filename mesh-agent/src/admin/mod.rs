@@ -13,6 +13,8 @@
 //! An error is `{"error": …}` with a status of 400 or above.
 
 mod client;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 mod socket;
 #[cfg(test)]
 mod tests;

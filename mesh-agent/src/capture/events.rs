@@ -117,7 +117,7 @@ impl Capture {
     }
 }
 
-fn record(event: &DirectEvent, now_ns: u64) -> DirectRecord {
+pub(super) fn record(event: &DirectEvent, now_ns: u64) -> DirectRecord {
     let facts = facts(event.cookie, &event.conn, now_ns);
     let since_start = Duration::from_nanos(event.at_ns.saturating_sub(event.conn.started_ns));
     if event.kind == OPENED {

@@ -23,6 +23,8 @@ mod attach;
 mod direct;
 mod error;
 mod events;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 mod log;
 mod maps;
 mod orig_dst;

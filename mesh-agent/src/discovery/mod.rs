@@ -25,6 +25,8 @@
 mod directory;
 pub mod enrol;
 pub mod file;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 pub mod manifest;
 pub mod objects;
 mod pods;

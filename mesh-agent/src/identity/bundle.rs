@@ -125,8 +125,13 @@ impl TrustBundles {
     ///
     /// If any part is wrong: half a bundle would cut off some peers and not others.
     pub fn load(path: &Path, own: &TrustDomain) -> Result<Self, BundleError> {
+        Self::parse(path, &read(path)?, own)
+    }
+
+    /// Reads `pem`, which `path` holds.
+    pub(super) fn parse(path: &Path, pem: &[u8], own: &TrustDomain) -> Result<Self, BundleError> {
         let mut this = Self::default();
-        for (index, (der, root)) in read_roots(path)?.into_iter().enumerate() {
+        for (index, (der, root)) in parse_roots(path, pem)?.into_iter().enumerate() {
             let anchor = webpki::anchor_from_trusted_cert(&der).map_err(|_malformed| {
                 BundleError::NotARoot {
                     path: path.into(),
@@ -162,13 +167,24 @@ impl TrustBundles {
 
 /// Reads the certificates of a PEM file: at least one, each fit to be a root.
 pub(super) fn read_roots(path: &Path) -> Result<Vec<(CertificateDer<'static>, Root)>, BundleError> {
-    let read = |source| BundleError::Read { path: path.into(), source };
-    if fs::metadata(path).map_err(read)?.len() > MAX_BUNDLE_BYTES {
+    parse_roots(path, &read(path)?)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
+    let failed = |source| BundleError::Read { path: path.into(), source };
+    if fs::metadata(path).map_err(failed)?.len() > MAX_BUNDLE_BYTES {
         return Err(BundleError::TooLarge { path: path.into() });
     }
-    let pem = fs::read(path).map_err(read)?;
+    fs::read(path).map_err(failed)
+}
+
+/// The certificates in `pem`, which `path` holds.
+pub(super) fn parse_roots(
+    path: &Path,
+    pem: &[u8],
+) -> Result<Vec<(CertificateDer<'static>, Root)>, BundleError> {
     let mut roots = Vec::new();
-    for der in CertificateDer::pem_slice_iter(&pem) {
+    for der in CertificateDer::pem_slice_iter(pem) {
         let index = roots.len() + 1;
         let der = der.map_err(|_not_pem| BundleError::NotPem { path: path.into(), index })?;
         let root = Root::parse(&der).map_err(|what| BundleError::NotARoot {

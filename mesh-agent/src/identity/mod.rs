@@ -24,6 +24,8 @@
 
 pub mod bundle;
 pub mod ca;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 pub mod store;
 pub mod verify;
 

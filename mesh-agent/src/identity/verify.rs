@@ -133,7 +133,7 @@ fn claimed(cert: &EndEntityCert<'_>) -> Result<SpiffeId, PeerRefused> {
 
 /// X509-SVID sections 4.1 and 4.3, which webpki does not look at. Runs after the path is verified,
 /// so that only a trusted CA's bytes get here.
-fn svid_rules(leaf: &CertificateDer<'_>) -> Result<(), PeerRefused> {
+pub(super) fn svid_rules(leaf: &CertificateDer<'_>) -> Result<(), PeerRefused> {
     let (_, cert) =
         X509Certificate::from_der(leaf).map_err(|_unreadable| PeerRefused::Malformed)?;
     // webpki skips names that it cannot read; here each one counts.

@@ -121,7 +121,7 @@ impl Rtnetlink {
 }
 
 /// The messages in one answer, with their types.
-fn messages(mut answer: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(super) fn messages(mut answer: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         // struct nlmsghdr: the length with the header, the type.
         let [l0, l1, l2, l3, k0, k1, ..] = *answer else { return None };
@@ -145,7 +145,7 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 /// `struct ifaddrmsg`: family, prefix, flags, scope, the device's index.
-fn address(payload: &[u8]) -> Option<(IpAddr, u32)> {
+pub(super) fn address(payload: &[u8]) -> Option<(IpAddr, u32)> {
     let index = u32::from_ne_bytes(payload.get(4..8)?.try_into().ok()?);
     let (mut local, mut other) = (None, None);
     for (kind, value) in attributes(payload.get(IFADDRMSG_LEN..)?) {
@@ -167,7 +167,7 @@ fn ip(value: &[u8]) -> Option<IpAddr> {
     }
 }
 
-fn device(payload: &[u8]) -> Option<Device> {
+pub(super) fn device(payload: &[u8]) -> Option<Device> {
     const UP: u32 = libc::IFF_UP.cast_unsigned();
     let word = |at: usize| Some(u32::from_ne_bytes(payload.get(at..at + 4)?.try_into().ok()?));
     let mut device = Device { index: word(4)?, is_up: word(8)? & UP != 0, ..Device::default() };

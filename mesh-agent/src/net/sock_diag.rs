@@ -148,7 +148,7 @@ fn request(Ends { local, remote }: Ends, cookie: Option<u64>, ext: u8) -> Vec<u8
     request
 }
 
-fn info(body: &[u8]) -> Option<TcpInfo> {
+pub(super) fn info(body: &[u8]) -> Option<TcpInfo> {
     let state = *body.get(1)?;
     let word = |at: usize| Some(u64::from(u32::from_ne_bytes(*body.get(at..)?.first_chunk()?)));
     let cookie = word(COOKIE_AT)? | word(COOKIE_AT + 4)? << 32;
@@ -202,7 +202,7 @@ pub(super) fn any_marked(mark: u32) -> io::Result<bool> {
 #[expect(clippy::cast_possible_truncation, reason = "three")]
 const DONE: u16 = libc::NLMSG_DONE as u16;
 
-fn kind(answer: &[u8]) -> Option<u16> {
+pub(super) fn kind(answer: &[u8]) -> Option<u16> {
     // struct nlmsghdr: length (4 bytes), type.
     Some(u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?))
 }

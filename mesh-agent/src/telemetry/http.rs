@@ -115,7 +115,7 @@ where
     }
 }
 
-async fn serve_one<S>(stream: S, answer: &(impl Fn(&Question<'_>) -> Answer + Sync))
+pub(crate) async fn serve_one<S>(stream: S, answer: &(impl Fn(&Question<'_>) -> Answer + Sync))
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {

@@ -36,6 +36,8 @@ mod credit;
 mod dial;
 mod error;
 mod flow;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 mod gate;
 mod lane;
 mod open;

@@ -10,7 +10,8 @@ use std::time::Duration;
 use mesh_core::wire::{
     Answer, Decoder, Event, HEADER_LEN, MAX_EARLY, Open, Refusal, ResetReason, Role, encode_answer,
 };
-use quinn::{ReadError, ReadExactError, RecvStream, SendStream, VarInt, WriteError};
+use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
+use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::time::timeout;
 
 use super::credit::Reader;
@@ -179,7 +180,7 @@ pub(super) enum Head {
 }
 
 /// Reads OPEN from the beginning of a stream.
-pub(super) async fn read_open(recv: &mut RecvStream) -> Result<Head, io::Error> {
+pub(super) async fn read_open(recv: &mut (impl AsyncRead + Unpin)) -> Result<Head, io::Error> {
     let mut decoder = Decoder::new(Role::Server);
     match read_frame(recv, &mut decoder).await? {
         FrameHead::Open(open) => Ok(Head::Open(open)),
@@ -189,7 +190,7 @@ pub(super) async fn read_open(recv: &mut RecvStream) -> Result<Head, io::Error> 
 }
 
 /// Reads ANSWER from the beginning of a stream.
-pub(super) async fn read_answer(recv: &mut RecvStream) -> Result<Answer, io::Error> {
+pub(super) async fn read_answer(recv: &mut (impl AsyncRead + Unpin)) -> Result<Answer, io::Error> {
     let mut decoder = Decoder::new(Role::Client);
     match read_frame(recv, &mut decoder).await? {
         FrameHead::Answer(answer) => Ok(answer),
@@ -204,7 +205,10 @@ enum FrameHead {
 }
 
 /// Reads exactly one control frame: what follows it is payload and stays in the stream.
-async fn read_frame(recv: &mut RecvStream, decoder: &mut Decoder) -> Result<FrameHead, io::Error> {
+async fn read_frame(
+    recv: &mut (impl AsyncRead + Unpin),
+    decoder: &mut Decoder,
+) -> Result<FrameHead, io::Error> {
     let mut header = [0; HEADER_LEN];
     recv.read_exact(&mut header).await.map_err(cut_short)?;
     let [_, high, mid, low] = header;
@@ -229,10 +233,10 @@ async fn read_frame(recv: &mut RecvStream, decoder: &mut Decoder) -> Result<Fram
 }
 
 /// A stream that ends within a frame breaks the protocol; one that is reset there was given up.
-fn cut_short(error: ReadExactError) -> io::Error {
-    match error {
-        ReadExactError::FinishedEarly(_) => io::Error::new(io::ErrorKind::InvalidData, error),
-        ReadExactError::ReadError(error) => io::Error::other(error),
+fn cut_short(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => io::Error::new(io::ErrorKind::InvalidData, error),
+        _ => io::Error::other(error),
     }
 }
 

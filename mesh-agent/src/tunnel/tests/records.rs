@@ -202,7 +202,7 @@ fn refused(make: impl FnOnce(&mut Established)) -> (Error, Option<AlertDescripti
 #[test]
 fn what_breaks_the_record_layer_is_refused_with_its_alert() {
     let as_kind = |kind: u8, content: &'static [u8]| {
-        move |end: &mut Established| end.records.seal_as(kind, content, &mut end.outbox)
+        move |end: &mut Established| end.records.seal_as(kind, content, &mut end.outbox).unwrap()
     };
     let flip = |at: usize| {
         move |end: &mut Established| {
@@ -213,7 +213,7 @@ fn what_breaks_the_record_layer_is_refused_with_its_alert() {
     let repeat = |times: usize, kind: u8, content: &'static [u8]| {
         move |end: &mut Established| {
             for _ in 0..times {
-                end.records.seal_as(kind, content, &mut end.outbox);
+                end.records.seal_as(kind, content, &mut end.outbox).unwrap();
             }
         }
     };
@@ -236,7 +236,7 @@ fn what_breaks_the_record_layer_is_refused_with_its_alert() {
             "too much inside",
             Box::new(|end: &mut Established| {
                 let content = bytes(MAX_PLAIN + 1);
-                end.records.seal_as(APPLICATION_DATA, &content, &mut end.outbox);
+                end.records.seal_as(APPLICATION_DATA, &content, &mut end.outbox).unwrap();
             }),
             AlertDescription::RecordOverflow,
         ),
@@ -262,7 +262,7 @@ fn what_breaks_the_record_layer_is_refused_with_its_alert() {
         (
             "payload inside a message",
             Box::new(|end: &mut Established| {
-                end.records.seal_as(HANDSHAKE, &[24, 0], &mut end.outbox);
+                end.records.seal_as(HANDSHAKE, &[24, 0], &mut end.outbox).unwrap();
                 end.seal(b"x");
             }),
             AlertDescription::UnexpectedMessage,
@@ -289,7 +289,7 @@ fn an_alert_of_the_peer_is_its_reason_and_is_not_answered() {
     // Whatever level it claims.
     for level in [1, 2, 7] {
         let (error, told) = refused(|end| {
-            end.records.seal_as(ALERT, &[level, 48], &mut end.outbox);
+            end.records.seal_as(ALERT, &[level, 48], &mut end.outbox).unwrap();
         });
         assert_eq!(error, Error::AlertReceived(AlertDescription::UnknownCA));
         assert_eq!(told, None);
@@ -332,7 +332,7 @@ fn a_key_update_is_answered_once_however_often_it_is_asked_for() {
     let full = bytes(server.outbox.room().len() - 4);
     assert!(server.outbox.push(&full));
     for _ in 0..2 {
-        client.records.ask_for_update(&mut client.outbox);
+        client.records.ask_for_update(&mut client.outbox).unwrap();
     }
     assert!(server.inbox.push(client.outbox.bytes()));
     assert_eq!(server.open_all(), Ok(Record::Incomplete));
@@ -349,7 +349,7 @@ fn a_key_update_is_answered_once_however_often_it_is_asked_for() {
 #[test]
 fn padding_is_taken_off() {
     let (mut client, mut server) = ends();
-    client.records.seal_as(0, b"hidden\x17\0\0\0", &mut client.outbox);
+    client.records.seal_as(0, b"hidden\x17\0\0\0", &mut client.outbox).unwrap();
     assert!(server.inbox.push(client.outbox.bytes()));
     assert_eq!(server.open_all(), Ok(Record::Incomplete));
     assert_eq!(server.plain.bytes(), b"hidden");

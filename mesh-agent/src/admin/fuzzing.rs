@@ -1,0 +1,81 @@
+//! Requests to the admin socket as the fuzzer writes them. Metrics and probes are behind the same HTTP
+//! server.
+
+use std::sync::{Arc, OnceLock};
+
+use mesh_core::snapshot::Snapshot;
+use mesh_core::spiffe::TrustDomain;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+
+use super::Sources;
+use super::view::StatusView;
+use crate::telemetry::http::serve_one;
+use crate::telemetry::{AccessLogFormat, LogLevel, Options, Telemetry};
+
+/// Larger than what is sent and answered, so that neither waits for the other.
+const ROOM: usize = 1 << 20;
+
+/// Any bytes are answered with JSON and a status, or with nothing.
+pub fn admin(input: &[u8]) {
+    let input = &input[..input.len().min(ROOM / 2)];
+    let Some(sources) = sources() else { return };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    let Ok(runtime) = runtime else { return };
+    let mut answer = Vec::new();
+    runtime.block_on(async {
+        let (mut client, server) = duplex(ROOM);
+        client.write_all(input).await.unwrap_or_default();
+        client.shutdown().await.unwrap_or_default();
+        serve_one(server, &|question: &_| sources.answer(question)).await;
+        client.read_to_end(&mut answer).await.unwrap_or_default();
+    });
+    if answer.is_empty() {
+        return;
+    }
+    let text = String::from_utf8_lossy(&answer);
+    assert!(text.starts_with("HTTP/1."), "{text}");
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or_default();
+    if head.contains("application/json") && !body.is_empty() {
+        assert!(serde_json::from_str::<Value>(body).is_ok(), "{text}");
+    }
+}
+
+fn sources() -> Option<&'static Sources> {
+    static SOURCES: OnceLock<Option<Sources>> = OnceLock::new();
+    let make = || {
+        let snapshot = Arc::new(Snapshot::empty("a".into(), TrustDomain::new("a").ok()?));
+        let quiet = Options { access_log: AccessLogFormat::Off, ..Options::default() };
+        Some(Sources {
+            status: Box::new(StatusView::default),
+            workloads: Box::new(Vec::new),
+            snapshot: Box::new(move || Arc::clone(&snapshot)),
+            certificates: Box::new(Vec::new),
+            tunnels: Box::new(Vec::new),
+            config: Box::new(|| json!({})),
+            telemetry: Telemetry::new(&quiet).ok()?,
+            log: log_level()?,
+        })
+    };
+    SOURCES.get_or_init(make).as_ref()
+}
+
+/// A level that nothing but this uses: tests share their process with others.
+#[cfg(test)]
+fn log_level() -> Option<LogLevel> {
+    Some(crate::telemetry::fixture::log_level("info"))
+}
+
+/// The process's own.
+#[cfg(not(test))]
+fn log_level() -> Option<LogLevel> {
+    crate::telemetry::init_logging(crate::telemetry::LogFormat::Text, "off").ok()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn seeds_of_the_fuzzer_hold() {
+        crate::fuzzing::replay("admin", super::admin);
+    }
+}
