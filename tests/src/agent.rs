@@ -44,6 +44,8 @@ pub struct Agent {
     netns: Arc<Netns>,
     files: AgentFiles,
     flags: Vec<String>,
+    /// What starts it: a program and its arguments, or nothing.
+    through: Vec<String>,
     child: Option<Child>,
     _bpffs: BpfMount,
 }
@@ -77,8 +79,15 @@ impl Agent {
         for flag in &builder.flags {
             replace_flag(&mut flags, flag);
         }
-        let mut this =
-            Self { node: node.to_owned(), netns, files, flags, child: None, _bpffs: bpffs };
+        let mut this = Self {
+            node: node.to_owned(),
+            netns,
+            files,
+            flags,
+            through: Vec::new(),
+            child: None,
+            _bpffs: bpffs,
+        };
         this.spawn()?;
         Ok(this)
     }
@@ -89,15 +98,29 @@ impl Agent {
     ///
     /// Fails if it does not become ready.
     pub fn restart(&mut self) -> Result<()> {
-        ensure!(self.child.is_none(), "the agent of {} runs already", self.node);
-        self.spawn()?;
+        self.start_again()?;
         self.wait_until_ready()
+    }
+
+    /// Starts the agent, which must not run, and does not wait for it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it cannot be started.
+    pub fn start_again(&mut self) -> Result<()> {
+        ensure!(self.child.is_none(), "the agent of {} runs already", self.node);
+        self.spawn()
     }
 
     /// From the next start on, the agent has this flag, given as one argument: `--carrier=quic`. It
     /// replaces one of the same name.
     pub fn set_flag(&mut self, flag: &str) {
         replace_flag(&mut self.flags, flag);
+    }
+
+    /// From the next start on, this program starts the agent, and becomes it: `unshare --time`.
+    pub fn start_through(&mut self, program: &[&str]) {
+        self.through = program.iter().map(|word| (*word).to_owned()).collect();
     }
 
     /// The process id; 0 while it does not run.
@@ -297,7 +320,8 @@ impl Agent {
 
     /// What `--admin-socket` means.
     pub fn admin_socket(&self) -> PathBuf {
-        self.files.dir.join("admin.sock")
+        let given = self.flags.iter().find_map(|flag| flag.strip_prefix("--admin-socket="));
+        given.map_or_else(|| self.files.dir.join("admin.sock"), PathBuf::from)
     }
 
     /// Memory that it occupies, in bytes.
@@ -317,7 +341,7 @@ impl Agent {
     /// # Errors
     ///
     /// Fails with the end of its log if it ends, or does not become ready.
-    pub(crate) fn wait_until_ready(&mut self) -> Result<()> {
+    pub fn wait_until_ready(&mut self) -> Result<()> {
         let mut ended = None;
         let waited = wait::until(READY_LIMIT, "the agent to be ready", || {
             ended = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
@@ -331,7 +355,15 @@ impl Agent {
     }
 
     fn spawn(&mut self) -> Result<()> {
-        let mut command = Command::new(binary()?);
+        let binary = binary()?;
+        let mut command = match self.through.split_first() {
+            None => Command::new(binary),
+            Some((program, args)) => {
+                let mut command = Command::new(program);
+                command.args(args).arg(binary);
+                command
+            }
+        };
         command.arg("run").args(["--node", &self.node]);
         command.arg("--manifests").arg(&self.files.manifests);
         command.arg("--ca-dir").arg(&self.files.ca_dir);
@@ -339,7 +371,8 @@ impl Agent {
         command.arg("--cgroup").arg(&self.files.cgroup);
         command.arg("--bpffs").arg(self.bpffs());
         command.arg("--admin-socket").arg(self.admin_socket());
-        command.args(&self.flags).stdin(Stdio::null());
+        let flags = self.flags.iter().filter(|flag| !flag.starts_with("--admin-socket="));
+        command.args(flags).stdin(Stdio::null());
         command.stdout(append(&self.files.dir.join("access.log"))?);
         command.stderr(append(&self.files.dir.join("agent.log"))?);
         // Ctrl-C on the terminal is for the program that uses this harness: it ends agents itself.

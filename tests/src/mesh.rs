@@ -26,7 +26,7 @@ use crate::agent::{Agent, AgentFiles, binary};
 use crate::cgroup::Cgroup;
 use crate::guard::Guard;
 use crate::manifests::{Manifests, pod_file};
-use crate::netns::Netns;
+use crate::netns::{Netns, sysctl};
 use crate::pod::Pod;
 use crate::topology::{Builder, Family, PodSpec, ServiceSpec};
 use crate::wait;
@@ -58,6 +58,7 @@ pub struct Node {
     name: String,
     v4: Ipv4Addr,
     v6: Ipv6Addr,
+    mtu: u32,
     netns: Arc<Netns>,
 }
 
@@ -321,6 +322,25 @@ impl Node {
     /// Its network namespace.
     pub fn netns(&self) -> &Netns {
         &self.netns
+    }
+
+    /// Writes a setting of its network namespace, such as `net/ipv4/tcp_mtu_probing`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no such setting, or no such value of it.
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        self.netns.run(|| sysctl(key, value))
+    }
+
+    /// The same namespace, for who outlives the borrow.
+    pub(crate) fn shared_netns(&self) -> Arc<Netns> {
+        Arc::clone(&self.netns)
+    }
+
+    /// The largest packet of its links.
+    pub fn mtu(&self) -> u32 {
+        self.mtu
     }
 
     /// The link to the node that was described `index`th, as `tcpdump` and `ip` call it.

@@ -131,7 +131,7 @@ pub(crate) fn feed(command: &mut Command, input: &str) -> Result<()> {
 }
 
 /// Writes a setting of the calling thread's network namespace.
-fn sysctl(key: &str, value: &str) -> Result<()> {
+pub(crate) fn sysctl(key: &str, value: &str) -> Result<()> {
     fs::write(Path::new("/proc/sys").join(key), value).with_context(|| format!("write {key}"))
 }
 

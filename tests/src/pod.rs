@@ -1,6 +1,7 @@
 //! A pod: a network namespace with addresses, in which tests and programs act.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{self, Read as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -269,6 +270,31 @@ impl Pod {
         wait::until(wait::SOON, &format!("{} to listen at {port}", self.name), || {
             let tried = || Ok(TcpStream::connect_timeout(&addr, Duration::from_secs(1))?);
             self.run(tried).is_ok()
+        })
+    }
+
+    /// Waits until a TCP socket listens at `port`, without connecting to it: some programs serve one
+    /// client and end.
+    ///
+    /// # Errors
+    ///
+    /// Fails if none does.
+    pub fn wait_for_listener(&self, port: u16) -> Result<()> {
+        // `sl local_address rem_address st`, in hex; 0A is TCP_LISTEN.
+        let listens = |table: &str| {
+            table.lines().any(|line| {
+                let mut words = line.split_whitespace().skip(1);
+                let local = words.next().and_then(|local| local.rsplit(':').next());
+                local == Some(&format!("{port:04X}")) && words.nth(1) == Some("0A")
+            })
+        };
+        wait::until(wait::SOON, &format!("{} to listen at {port}", self.name), || {
+            let tables = || {
+                let [v4, v6] = ["tcp", "tcp6"]
+                    .map(|of| fs::read_to_string(format!("/proc/thread-self/net/{of}")));
+                Ok(v4? + &v6.unwrap_or_default())
+            };
+            self.run(tables).is_ok_and(|tables| listens(&tables))
         })
     }
 }

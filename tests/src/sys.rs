@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -82,6 +83,30 @@ fn interrupts() -> libc::sigset_t {
         libc::sigaddset(&raw mut set, libc::SIGTERM);
         set
     }
+}
+
+/// A new TUN device of this name in the calling thread's network namespace: packets that are routed
+/// there are read, what is written comes in from there. It goes with the file, which does not block.
+pub(crate) fn tun(name: &str) -> io::Result<File> {
+    /// `struct ifreq`, as `TUNSETIFF` reads it.
+    #[repr(C)]
+    struct Request {
+        name: [u8; libc::IFNAMSIZ],
+        flags: libc::c_short,
+        rest: [u8; 22],
+    }
+    const _: () = assert!(size_of::<Request>() == size_of::<libc::ifreq>());
+
+    let mut request = Request { name: [0; libc::IFNAMSIZ], flags: 0, rest: [0; 22] };
+    // The last byte stays NUL.
+    request.name.iter_mut().rev().skip(1).rev().zip(name.bytes()).for_each(|(to, of)| *to = of);
+    request.flags = libc::c_short::try_from(libc::IFF_TUN | libc::IFF_NO_PI).unwrap_or_default();
+    let mut options = File::options();
+    let options = options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open("/dev/net/tun")?;
+    // SAFETY: the descriptor is open, and the kernel reads and writes one `ifreq`.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+    Ok(file)
 }
 
 fn path(path: &Path) -> io::Result<CString> {

@@ -30,6 +30,13 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("redis-server", "redis-server"),
     ("redis-benchmark", "redis-tools"),
     ("curl", "curl"),
+    ("wrk", "wrk"),
+    ("iperf3", "iperf3"),
+    ("pg_lsclusters", "postgresql"),
+    ("ssh", "openssh-client"),
+    ("sshd", "openssh-server"),
+    ("/usr/lib/python3/dist-packages/websockets/__init__.py", "python3-websockets"),
+    ("mount", "mount"),
     ("kill", "procps"),
 ];
 
@@ -86,7 +93,9 @@ fn test_programs(say_what: Say, packages: &mut Packages) -> Result<()> {
     names.dedup();
     if names.is_empty() {
         if say_what == Say::Everything {
-            say("setup: programs for the tests are there (ip, nft, tcpdump, nginx, redis, curl)");
+            say(
+                "setup: programs for the tests are there (ip, nft, tcpdump, nginx, redis, curl, PostgreSQL, …)",
+            );
         }
         return Ok(());
     }

@@ -18,6 +18,8 @@ use crate::{privilege, say, setup};
 
 /// No test binary is allowed to take longer.
 const BINARY_LIMIT: Duration = Duration::from_secs(900);
+/// With `--long`.
+const LONG_BINARY_LIMIT: Duration = Duration::from_secs(3 * 3600);
 
 /// The package whose tests need privileges and make nodes and pods.
 const E2E_PACKAGE: &str = "mesh-tests";
@@ -25,7 +27,7 @@ const E2E_PACKAGE: &str = "mesh-tests";
 /// Everything is built by one command, so that every crate is built with one set of features.
 const BUILD: &str = "build --workspace --all-targets";
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(crate) struct E2e {
     /// Only tests whose name contains this.
     filter: Option<String>,
@@ -37,6 +39,11 @@ pub(crate) struct E2e {
     /// Tests that run at the same time. Default: the number of cores, 2 to 4.
     #[arg(long)]
     threads: Option<usize>,
+
+    /// The long form of the tortures: minutes instead of seconds, one at a time, and what they found
+    /// out. `MALLA_SEED=N` repeats what was random.
+    #[arg(long)]
+    long: bool,
 }
 
 /// Results so far.
@@ -55,7 +62,7 @@ pub(crate) fn everything() -> ExitCode {
             for step in check::STEPS {
                 tally.step(step.name, (step.run)(&toolchain));
             }
-            tally.binaries(&E2e { filter: None, file: None, threads: None }, |_| true);
+            tally.binaries(&E2e::default(), |_| true);
             let doc = process::cargo("test --workspace --doc")
                 .and_then(|command| process::watch("doc tests", command, BINARY_LIMIT));
             tally.record("doc tests", doc);
@@ -80,7 +87,8 @@ impl E2e {
 
     fn threads(&self) -> usize {
         let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        self.threads.unwrap_or_else(|| cores.clamp(2, 4))
+        // What takes minutes wants the machine for itself.
+        self.threads.unwrap_or_else(|| if self.long { 1 } else { cores.clamp(2, 4) })
     }
 }
 
@@ -135,6 +143,7 @@ impl Tally {
         for (test, why) in &results.skipped {
             say(&format!("SKIPPED {name} {test}: {why}"));
         }
+        ran.lines.iter().filter(|line| line.starts_with(FOUND_OUT)).for_each(|line| say(line));
         self.passed += results.passed;
         self.skipped += results.skipped.len();
         if ran.success && results.failed.is_empty() && results.complete {
@@ -191,11 +200,15 @@ fn run_binary(
     if test.package == E2E_PACKAGE {
         command.arg(format!("--test-threads={}", options.threads()));
         command.args(&options.filter).env("MALLA_LOGS", logs()?);
+        if options.long {
+            command.arg("--show-output").env("MALLA_LONG", "1");
+        }
         if let Some(agent) = agent {
             command.env("MALLA_AGENT", agent);
         }
     }
-    let finished = process::watch(name, command, BINARY_LIMIT);
+    let limit = if options.long { LONG_BINARY_LIMIT } else { BINARY_LIMIT };
+    let finished = process::watch(name, command, limit);
     let list = fs::read_to_string(&skipped).context("read the list of skipped tests")?;
     fs::remove_file(&skipped).context("remove the list of skipped tests")?;
     let mut finished = finished?;
@@ -220,6 +233,10 @@ fn empty_logs() -> Result<()> {
 
 /// Marks a line of the list of skipped tests among a runner's output.
 const SKIPPED: &str = "\u{1}skipped ";
+
+/// What a long test says of itself (`harness::long::report`); shown only with `--show-output`, or if the
+/// test fails.
+const FOUND_OUT: &str = "long: ";
 
 /// What one test runner did.
 #[derive(Debug, Default, PartialEq, Eq)]

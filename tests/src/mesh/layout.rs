@@ -26,7 +26,14 @@ impl Mesh {
             // A node without a link has an address all the same.
             netns.ip(&format!("addr add {v4}/32 dev lo\naddr add {v6}/128 dev lo nodad\n"))?;
             let netns = Arc::new(netns);
-            self.nodes.push(Node { agent: None, name: name.clone(), v4, v6, netns });
+            self.nodes.push(Node {
+                agent: None,
+                name: name.clone(),
+                v4,
+                v6,
+                mtu: builder.mtu,
+                netns,
+            });
         }
         for a in 0..self.nodes.len() {
             for b in a + 1..self.nodes.len() {

@@ -105,3 +105,30 @@ fn short_certificates_and_new_roots_fail_no_connection() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn agent_in_a_time_namespace_is_heard_by_the_kernel() -> Result<()> {
+    harness::require!("unshare");
+    let open = PodSpec::new("a1", "a").annotation("malla.dev/fail-open", "true");
+    let mut mesh = Mesh::two_nodes_builder().pod(open).start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.pod("b1").v4(8080);
+    // A heartbeat that the programs take for a minute old would let a1 out past the agent; one that is a
+    // minute ahead would hold it back for a minute after the agent's death.
+    for offset in ["-60", "60"] {
+        let through = [&format!("--boottime={offset}")[..], &format!("--monotonic={offset}")[..]];
+        let agent = mesh.agent_mut("a");
+        agent.kill()?;
+        agent.start_through(&["unshare", "--time", through[0], through[1], "--"]);
+        agent.restart()?;
+        let mut stream = mesh.pod("a1").connect(to)?;
+        let client = stream.local_addr()?.to_string();
+        exchange(&mut stream, b"by the mesh")?;
+        drop(stream);
+        mesh.agent("a").wait_for_record(&[("src.addr", &client), ("response_flags", "-")])?;
+    }
+    mesh.agent_mut("a").kill()?;
+    wait::until(wait::SOON, "the pod to be let out", || {
+        mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"past it")).is_ok()
+    })
+}

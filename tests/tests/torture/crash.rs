@@ -1,114 +1,14 @@
-//! Agents that die, sleep and run dry, and a link that is cut.
+//! Agents that sleep and run dry, and a link that is cut.
 
-use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{
-    Carrier, Mesh, Pattern, Pod, Serve, ServiceSpec, exchange, exchange_patterns, receive_pattern,
-    send_pattern, wait,
-};
+use harness::{Carrier, Mesh, Serve, ServiceSpec, exchange, long, wait};
 
-use crate::{fds, is_honest, mesh, wait_until_idle};
-
-/// What each of the programs of an ordeal exchanges in each direction.
-const BYTES: u64 = 300_000;
-
-/// Programs that exchange [`BYTES`] over and over, across nodes and within them, while `change` does
-/// its worst. Returns how often that succeeded and how often it failed honestly; anything else is an
-/// error.
-fn ordeal(
-    mesh: &mut Mesh,
-    change: impl FnOnce(&mut Mesh, &AtomicU64) -> Result<()>,
-) -> Result<(u64, u64)> {
-    // In turns, so that one thread uses a socket: the kernel tells a reset once, to whoever asks first.
-    let serve = Serve::custom(|mut stream| {
-        receive_pattern(&mut stream, BYTES, Pattern::CLIENT)?;
-        send_pattern(&mut stream, BYTES, Pattern::SERVER)
-    });
-    let ask = |mut stream: TcpStream| -> Result<()> {
-        send_pattern(&mut stream, BYTES, Pattern::CLIENT)?;
-        stream.shutdown(Shutdown::Write).context("end sending")?;
-        receive_pattern(&mut stream, BYTES, Pattern::SERVER)
-    };
-    let servers = ["b1", "b2", "a2"].map(|pod| mesh.pod(pod).serve(8080, serve.clone()));
-    let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
-    let routes = [("a1", "b1"), ("a1", "b2"), ("a1", "a2"), ("b2", "a2"), ("b2", "b1")];
-    let routes = routes.map(|(from, to)| (mesh.shared_pod(from), mesh.pod(to).v4(8080)));
-    let (stop, good, bad) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    let (wrong, wrongs) = mpsc::channel();
-    let run = |from: &Pod, to: SocketAddr, wrong: &mpsc::Sender<String>| {
-        while !stop.load(Ordering::Acquire) {
-            let done = from.connect(to).and_then(ask);
-            match done {
-                Ok(()) => _ = good.fetch_add(1, Ordering::AcqRel),
-                Err(error) if is_honest(&error) => {
-                    bad.fetch_add(1, Ordering::AcqRel);
-                    thread::sleep(Duration::from_millis(5));
-                }
-                Err(error) => wrong.send(format!("to {to}: {error:#}")).unwrap_or_default(),
-            }
-        }
-    };
-    thread::scope(|scope| {
-        for (from, to) in &routes {
-            for _ in 0..2 {
-                let (run, wrong) = (&run, wrong.clone());
-                scope.spawn(move || run(from, *to, &wrong));
-            }
-        }
-        let changed = change(mesh, &good);
-        stop.store(true, Ordering::Release);
-        changed
-    })?;
-    let mut wrong: Vec<_> = wrongs.try_iter().collect();
-    for server in &servers {
-        let ends = server.outcomes().into_iter().filter_map(Result::err);
-        let is_reset = |end: &String| end.contains("os error 104") || end.contains("os error 32");
-        wrong.extend(ends.filter(|end| !is_reset(end)));
-    }
-    ensure!(wrong.is_empty(), "{} like {:#?}", wrong.len(), &wrong[..wrong.len().min(5)]);
-    Ok((good.into_inner(), bad.into_inner()))
-}
-
-fn killed(carrier: Carrier) -> Result<()> {
-    let mut mesh = mesh(carrier)?;
-    let (good, bad) = ordeal(&mut mesh, |mesh, good| {
-        let started = Instant::now();
-        let mut round: u32 = 0;
-        while started.elapsed() < Duration::from_secs(5) {
-            // At another moment each time.
-            thread::sleep(Duration::from_millis(u64::from(50 + round * 137 % 450)));
-            let node = ["a", "b"][round as usize % 2];
-            mesh.agent_mut(node).kill()?;
-            mesh.agent_mut(node).restart()?;
-            round += 1;
-        }
-        let before = good.load(Ordering::Acquire);
-        wait::until(wait::SOON, "the mesh to work again", || {
-            good.load(Ordering::Acquire) > before + 20
-        })?;
-        Ok(())
-    })?;
-    ensure!(good > 20 && bad > 0, "{good} exchanges succeeded, {bad} failed");
-    Ok(())
-}
-
-#[test]
-fn killed_agent_never_forges_an_end_lane() -> Result<()> {
-    harness::require!();
-    killed(Carrier::Lane)
-}
-
-#[test]
-fn killed_agent_never_forges_an_end_quic() -> Result<()> {
-    harness::require!();
-    killed(Carrier::Quic)
-}
+use crate::kill::{answer, ask};
+use crate::{fds, is_honest, joined, mesh, wait_until_idle};
 
 #[test]
 fn peer_that_slept_is_used_again() -> Result<()> {
@@ -154,25 +54,65 @@ fn cut(mesh: &Mesh, cut: bool) -> Result<()> {
 }
 
 #[test]
-fn link_that_is_cut_for_seconds_breaks_nothing() -> Result<()> {
+fn link_that_is_cut_breaks_nothing_or_says_so() -> Result<()> {
     harness::require!("nft");
     for carrier in Carrier::BOTH {
-        let mesh = mesh(carrier)?;
-        let bytes = 20_000_000;
-        let _server = mesh.pod("b1").serve(8080, Serve::Exchange(bytes))?;
-        let stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
-        thread::scope(|scope| {
-            let exchanging =
-                scope.spawn(|| exchange_patterns(&stream, bytes, Pattern::CLIENT, Pattern::SERVER));
-            thread::sleep(Duration::from_millis(100));
-            cut(&mesh, true)?;
-            thread::sleep(Duration::from_secs(3));
-            ensure!(!exchanging.is_finished(), "{carrier:?}: too early to tell");
-            cut(&mesh, false)?;
-            exchanging.join().unwrap().with_context(|| format!("{carrier:?}"))
-        })?;
+        for seconds in long::either(&[1, 3][..], &[1, 10, 100]) {
+            cut_for(carrier, *seconds).with_context(|| format!("{carrier:?}, {seconds} s"))?;
+        }
     }
     Ok(())
+}
+
+fn cut_for(carrier: Carrier, seconds: u64) -> Result<()> {
+    // After that a lane is dead; a QUIC connection after ten seconds.
+    const SILENCE: Duration = Duration::from_secs(15);
+    let mesh = mesh(carrier)?;
+    let bytes = 20_000_000;
+    let to = mesh.service("b").v4(80);
+    let _server = mesh.pod("b1").serve(8080, Serve::custom(answer))?;
+    let _echo = mesh.pod("b1").serve(8081, Serve::Echo)?;
+    let stream = mesh.pod("a1").connect(to)?;
+    thread::scope(|scope| {
+        let exchanging = scope.spawn(move || {
+            let done = ask(stream, bytes, bytes);
+            (done, Instant::now())
+        });
+        thread::sleep(Duration::from_millis(50));
+        let began = Instant::now();
+        cut(&mesh, true)?;
+        let until = began + Duration::from_secs(seconds);
+        // Who comes meanwhile is told within the connect timeout, or within twice that from OPEN on.
+        if seconds >= 10 {
+            let took = mesh.pod("a1").refused(to)?;
+            ensure!(took < Duration::from_secs(12), "refused after {took:?}");
+        }
+        thread::sleep(until.saturating_duration_since(Instant::now()));
+        cut(&mesh, false)?;
+        let healed = Instant::now();
+        let echo = mesh.pod("b1").v4(8081);
+        wait::until(wait::SOON, "the link to be used again", || {
+            mesh.pod("a1").connect(echo).and_then(|mut s| exchange(&mut s, b"after")).is_ok()
+        })?;
+        let back = healed.elapsed();
+        let (done, at) = joined(exchanging);
+        let ended = at.saturating_duration_since(began);
+        long::report(&format!(
+            "{carrier:?} cut for {seconds} s: {done:?} after {ended:?}, back after {back:?}"
+        ));
+        match done {
+            Ok(()) => {
+                ensure!(ended >= Duration::from_secs(seconds), "it was over too early to tell");
+                Ok(())
+            }
+            Err(error) if seconds >= 10 => {
+                ensure!(is_honest(&error), "{error:#}");
+                ensure!(ended < SILENCE + Duration::from_secs(10), "told after {ended:?}");
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    })
 }
 
 #[test]

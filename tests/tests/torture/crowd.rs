@@ -1,19 +1,22 @@
 //! Very many connections, and readers that stall.
 
-use std::io::Read as _;
+use std::fs;
+use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Carrier, Serve, exchange, wait};
+use harness::{Carrier, Serve, exchange, long, wait};
 
 use crate::{fds, mesh, wait_until_idle};
 
 #[test]
 fn readers_that_stall_hold_up_nobody_else() -> Result<()> {
-    harness::require!();
-    const READERS: u64 = 24;
+    harness::require!("prlimit");
+    let readers = long::either(24, 500);
+    all_descriptors()?;
     for carrier in Carrier::BOTH {
         let mesh = mesh(carrier)?;
         let _source = mesh.pod("b1").serve(8080, Serve::Source(1 << 30))?;
@@ -21,10 +24,10 @@ fn readers_that_stall_hold_up_nobody_else() -> Result<()> {
         let rss = || anyhow::Ok(mesh.agent("a").rss_bytes()? + mesh.agent("b").rss_bytes()?);
         let before = rss()?;
         let connect = |_| mesh.pod("a1").connect(mesh.pod("b1").v4(8080));
-        let stalled = (0..READERS).map(connect).collect::<Result<Vec<_>>>()?;
+        let stalled = (0..readers).map(connect).collect::<Result<Vec<_>>>()?;
         let mut last = before;
         // Until every buffer on the way is full, and nothing grows any more.
-        wait::until(wait::SOON, "the agents to hold what they will", || {
+        wait::until(4 * wait::SOON, "the agents to hold what they will", || {
             thread::sleep(Duration::from_millis(700));
             let now = rss().unwrap_or_default();
             let grown = now.saturating_sub(last);
@@ -39,8 +42,82 @@ fn readers_that_stall_hold_up_nobody_else() -> Result<()> {
                 .with_context(|| format!("{carrier:?}: beside readers that stall"))?;
         }
         let grown = rss()?.saturating_sub(before);
-        ensure!(grown < READERS * (4 << 20), "{carrier:?}: grown by {grown} bytes");
+        let each = grown / readers / 1024;
+        long::report(&format!("{carrier:?}: {readers} readers that stall: {each} KiB each"));
+        ensure!(grown < most_bytes(carrier, readers), "{carrier:?}: grown by {grown} bytes");
         drop(stalled);
+    }
+    Ok(())
+}
+
+/// What both agents may hold of flows that nobody reads: of a lane what lies in its relays, beside what
+/// the kernel keeps; of a QUIC stream its window, and as much again that is not acknowledged, in pieces
+/// that the allocator keeps apart; and of all of them what `--quic-memory-mib` says.
+fn most_bytes(carrier: Carrier, readers: u64) -> u64 {
+    match carrier {
+        Carrier::Quic => (readers * (4 << 20)).min(3 << 29),
+        _ => readers << 20,
+    }
+}
+
+/// Raises the number of descriptors of this process, and of the agents that it starts, as far as it may.
+fn all_descriptors() -> Result<usize> {
+    let limits = fs::read_to_string("/proc/self/limits")?;
+    let line = limits.lines().find(|line| line.starts_with("Max open files"));
+    let hard = line.and_then(|line| line.split_whitespace().nth(4)).context("no limit")?;
+    let this = std::process::id().to_string();
+    let limit = format!("--nofile={hard}:{hard}");
+    let raised = Command::new("prlimit").args(["--pid", &this, &limit]).status();
+    ensure!(raised.is_ok_and(|status| status.success()), "prlimit");
+    Ok(hard.parse()?)
+}
+
+#[test]
+fn idle_connections_cost_little_and_stay_usable() -> Result<()> {
+    harness::require!("prlimit");
+    // Each is two descriptors of this process and of each agent. From two pods: one has fewer ports.
+    let each: usize = long::either(500, 5_000).min(all_descriptors()?.saturating_sub(1_000) / 4);
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let to = mesh.pod("b1").v4(8080);
+        let listener = mesh.pod("b1").listen(8080)?;
+        let memory = || anyhow::Ok([mesh.agent("a").rss_bytes()?, mesh.agent("b").rss_bytes()?]);
+        let mut pairs = Vec::new();
+        let talk = |pairs: &mut Vec<(TcpStream, TcpStream)>| {
+            pairs.iter_mut().try_for_each(|(client, server)| {
+                client.write_all(b"?")?;
+                server.read_exact(&mut [0])?;
+                server.write_all(b"!")?;
+                client.read_exact(&mut [0])
+            })
+        };
+        let mut before = memory()?;
+        for number in 0..2 * each {
+            // The first ones are for what is there only once.
+            if number == 100 {
+                before = memory()?;
+            }
+            let client = mesh.pod(["a1", "a2"][number % 2]).connect(to)?;
+            let (server, _) = listener.accept()?;
+            server.set_read_timeout(Some(wait::SOON))?;
+            pairs.push((client, server));
+        }
+        talk(&mut pairs).context("right away")?;
+        let after = memory()?;
+        let kib =
+            |nth: usize| after[nth].saturating_sub(before[nth]) / (2 * each as u64 - 100) / 1024;
+        let number = pairs.len();
+        long::report(&format!(
+            "{carrier:?}: {number} idle ones: {} and {} KiB each",
+            kib(0),
+            kib(1)
+        ));
+        ensure!(kib(0) < 32 && kib(1) < 32, "{carrier:?}: {before:?}, then {after:?}");
+        // Longer than a lane or a QUIC connection may be silent.
+        thread::sleep(long::either(Duration::from_secs(1), Duration::from_secs(70)));
+        talk(&mut pairs).context("after a while")?;
+        drop(pairs);
+        wait_until_idle(&mesh)?;
     }
     Ok(())
 }

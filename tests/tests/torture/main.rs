@@ -5,10 +5,14 @@ mod capture;
 mod change;
 mod crash;
 mod crowd;
+mod disk;
+mod kill;
 mod manners;
+mod network;
 
 use std::fs;
 use std::io;
+use std::thread;
 
 use anyhow::Result;
 use harness::{Agent, Carrier, Mesh, PodSpec, wait};
@@ -28,6 +32,11 @@ fn wait_until_idle(mesh: &Mesh) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// What a thread has returned, or its panic.
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panicked| std::panic::resume_unwind(panicked))
 }
 
 /// File descriptors that an agent has open.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use harness::{Carrier, Mesh, Serve, linger_zero};
 
-use crate::{mesh, wait_until_idle};
+use crate::{joined, mesh, wait_until_idle};
 
 /// How a program that has sent and received something goes on.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,10 +88,6 @@ fn read_all(stream: &mut TcpStream) -> String {
             Err(error) => return format!("{bytes} bytes and {:?}", error.kind()),
         }
     }
-}
-
-fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
-    thread.join().unwrap_or_else(|panicked| std::panic::resume_unwind(panicked))
 }
 
 /// What two programs see of each other, for each pair of manners of which one is watched.
