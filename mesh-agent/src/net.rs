@@ -27,8 +27,9 @@ mod sysctl;
 use std::cell::OnceCell;
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::time::Duration;
@@ -297,6 +298,27 @@ pub fn set_abortive_close(stream: &TcpStream, abortive: bool) -> io::Result<()> 
 /// Of `setsockopt(TCP_NODELAY)`.
 pub fn set_nodelay(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)
+}
+
+/// How long the other side of a TCP socket has owed an answer to bytes that were sent again, or to probes
+/// of a window that it has closed; `None` if it owes none.
+///
+/// # Errors
+///
+/// `fd` is no TCP socket.
+pub fn silence(fd: RawFd) -> io::Result<Option<Duration>> {
+    // SAFETY: plain numbers, of which zeros are valid.
+    let mut info: libc::tcp_info = unsafe { mem::zeroed() };
+    let mut len = libc::socklen_t::try_from(size_of_val(&info)).unwrap_or(0);
+    let (level, option) = (libc::IPPROTO_TCP, libc::TCP_INFO);
+    // SAFETY: the kernel writes `len` bytes at most, which are `info`'s.
+    let got = unsafe { libc::getsockopt(fd, level, option, (&raw mut info).cast(), &raw mut len) };
+    if got == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // One probe may be on its way; of two the first has not been answered.
+    let owes = (info.tcpi_unacked > 0 && info.tcpi_retransmits > 0) || info.tcpi_probes > 1;
+    Ok(owes.then(|| Duration::from_millis(info.tcpi_last_ack_recv.into())))
 }
 
 /// Probes an idle connection after `idle`, and gives it up after three probes without an answer.

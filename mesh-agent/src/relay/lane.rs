@@ -2,15 +2,19 @@
 
 use std::future::pending;
 use std::io;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use mesh_core::wire::{HEADER_LEN, ResetReason};
 use tokio::io::{AsyncRead as _, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::time::sleep;
 
 use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd};
+use crate::net;
 use crate::tunnel::{Buf, Codec, Lane, LaneError, LaneEvent, LaneFlow};
 
 /// A socket and the bytes of its lane.
@@ -22,12 +26,34 @@ struct LaneEnd<'a> {
 
 pub(super) async fn run(app: &mut TcpStream, flow: &mut LaneFlow, live: &Live) -> RelayEnd {
     let Lane { tcp, codec, proof, .. } = &mut *flow.lane;
+    let fd = tcp.as_raw_fd();
     let (read, write) = tcp.split();
     let far = LaneEnd { read, write, codec };
     // A lane is read as long as its flow lasts. While the application does not take what came, the
     // lane's end is of no interest: behind it may lie bytes that are still to be delivered.
-    let cut = pin!(async { Outcome::Distrusted(proof.withdrawn().await) });
+    let cut = pin!(async {
+        tokio::select! {
+            reason = proof.withdrawn() => Outcome::Distrusted(reason),
+            () = gone(fd) => Outcome::TunnelLost,
+        }
+    });
     super::run(app, far, pending(), cut, Buf::default(), live).await
+}
+
+/// Completes when the peer's node has vanished with bytes on their way to it. The kernel would go on
+/// sending them for a quarter of an hour, and without bytes its keepalive notices. `TCP_USER_TIMEOUT`
+/// cannot tell: it counts also while the other side acknowledges and has no room (`tcp_probe_timer` in
+/// Linux), which an application that does not read may make last for ever.
+async fn gone(fd: RawFd) {
+    const GONE: Duration = Duration::from_secs(15);
+    const LOOK: Duration = Duration::from_secs(5);
+
+    loop {
+        sleep(LOOK).await;
+        if net::silence(fd).is_ok_and(|silence| silence.is_some_and(|time| time >= GONE)) {
+            return;
+        }
+    }
 }
 
 impl LaneEnd<'_> {
@@ -50,6 +76,9 @@ impl LaneEnd<'_> {
 
     /// Why the lane takes nothing more: a reset that lies unread in front of its end says it best.
     fn last_words(&mut self) -> Outcome {
+        // What the application has not taken yet it gets no more.
+        let left = self.codec.payload().len();
+        self.codec.taken(left);
         loop {
             match self.codec.event() {
                 Ok(Some(LaneEvent::Reset(reason))) => return Outcome::PeerReset(reason),

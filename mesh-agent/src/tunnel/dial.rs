@@ -308,16 +308,16 @@ pub(super) fn expiry(not_after: u64, max_age: Duration) -> Option<Instant> {
 
 /// Options of a lane's socket, on both ends.
 pub(super) fn prepare(tcp: &TcpStream) -> std::io::Result<()> {
-    /// A node that vanished is noticed within this time, by its silence or by its not acknowledging.
-    const GONE: Duration = Duration::from_secs(15);
+    // A node that vanished is noticed after three of these, unless bytes are on their way: whoever
+    // sends them looks after that (`relay::lane`). Not TCP_USER_TIMEOUT: it also ends connections whose
+    // other side is there, and takes nothing for now.
     const PROBE: Duration = Duration::from_secs(5);
 
     tcp.set_nodelay(true)?;
     let socket = SockRef::from(tcp);
     socket.set_tcp_keepalive(
         &TcpKeepalive::new().with_time(PROBE).with_interval(PROBE).with_retries(2),
-    )?;
-    socket.set_tcp_user_timeout(Some(GONE))
+    )
 }
 
 fn network(error: std::io::Error) -> DialError {

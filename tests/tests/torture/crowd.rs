@@ -8,9 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Carrier, Serve, exchange, long, wait};
+use harness::{Carrier, Pattern, Serve, exchange, long, receive_pattern, wait};
 
-use crate::{fds, mesh, wait_until_idle};
+use crate::{fds, joined, mesh, wait_until_idle};
 
 #[test]
 fn readers_that_stall_hold_up_nobody_else() -> Result<()> {
@@ -58,6 +58,27 @@ fn most_bytes(carrier: Carrier, readers: u64) -> u64 {
         Carrier::Quic => (readers * (4 << 20)).min(3 << 29),
         _ => readers << 20,
     }
+}
+
+#[test]
+fn reader_that_pauses_for_long_gets_every_byte() -> Result<()> {
+    harness::require!();
+    // More than lies in buffers, and longer than a node may be silent.
+    let (bytes, pause) = (64 << 20, Duration::from_secs(20));
+    let meshes = Carrier::BOTH.map(mesh);
+    thread::scope(|scope| {
+        let pausing = meshes.map(|mesh| {
+            scope.spawn(move || {
+                let mesh = mesh?;
+                let _source = mesh.pod("b1").serve(8080, Serve::Source(bytes))?;
+                let mut stream = mesh.pod("a1").connect(mesh.pod("b1").v4(8080))?;
+                thread::sleep(pause);
+                receive_pattern(&mut stream, bytes, Pattern::SERVER)
+            })
+        });
+        let [lane, quic] = pausing.map(joined);
+        lane.context("lane").and(quic.context("quic"))
+    })
 }
 
 /// Raises the number of descriptors of this process, and of the agents that it starts, as far as it may.
