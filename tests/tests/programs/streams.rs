@@ -14,12 +14,14 @@ fn iperf3_carries_in_every_direction() -> Result<()> {
     harness::require!("iperf3", "nft");
     World::all(&[5201], |world| {
         let host = world.host();
-        let bytes = long::either("20M", "1G");
-        for direction in [&[][..], &["-R"], &["--bidir"], &["-P", "8"]] {
+        let lasts = long::either("1", "30");
+        // In both directions at a rate: without one, each iperf3 waits to write and reads nothing meanwhile,
+        // and once the buffers on the way are full both wait for ever.
+        for direction in [&[][..], &["-R"], &["--bidir", "-b", "100M"], &["-P", "8"]] {
             // It serves one client and ends.
             let mut server = world.server().spawn("iperf3", &["-s", "-1"])?;
             world.server().wait_for_listener(5201)?;
-            let args = ["-c", &host, "-n", bytes, "-J"];
+            let args = ["-c", &host, "-t", lasts, "-J"];
             let said = world.client().succeed("iperf3", &[&args[..], direction].concat())?;
             let said: Value = serde_json::from_str(&said).context("no JSON")?;
             ensure!(said.get("error").is_none(), "{direction:?}: {said}");

@@ -23,6 +23,7 @@ impl World {
         let body: Vec<u8> =
             (0..FILE_BYTES).map(|at| b'a' + u8::try_from(at % 23).unwrap_or(0)).collect();
         fs::write(dir.join("www/large"), body)?;
+        fs::write(dir.join("www/medium"), vec![b'm'; 100_000])?;
         fs::write(dir.join("www/small"), "small\n")?;
         let config = format!(
             "daemon off; master_process off; worker_processes 1; pid {dir}/pid;\n\
@@ -75,7 +76,7 @@ fn wrk_sees_no_error_of_nginx() -> Result<()> {
     harness::require!("nginx", "wrk", "nft");
     World::all(&[PORT], |world| {
         let _nginx = world.nginx()?;
-        for (path, close) in [("/small", false), ("/small", true), ("/large", false)] {
+        for (path, close) in [("/small", false), ("/small", true), ("/medium", false)] {
             let url = world.url(Family::V4, path);
             let lasts = long::either("1s", "30s");
             let mut args = vec!["-t1", "-c16", "-d", lasts];
