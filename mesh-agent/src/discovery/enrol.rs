@@ -5,12 +5,11 @@
 
 use std::str::FromStr;
 
-use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use mesh_core::addr::Cidr;
 use mesh_core::settings::{Mode, Outbound, PortList, Settings};
 use mesh_core::snapshot::Enrolment;
 
+use super::kube::{ObjectMeta, Pod};
 use super::{Report, shown};
 
 /// `enabled` or `disabled`; the only key that also counts as a label.
@@ -276,10 +275,9 @@ fn first<T: Clone + Default>(own: &Option<T>, inherited: &Option<T>) -> T {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::{Container, PodSpec, PodStatus};
-
     use super::*;
     use crate::discovery::Problem;
+    use crate::discovery::kube::{Container, PodSpec, PodStatus};
 
     fn meta(annotations: &[(&str, &str)], labels: &[(&str, &str)]) -> ObjectMeta {
         let map = |pairs: &[(&str, &str)]| {
@@ -340,7 +338,7 @@ mod tests {
                 map.insert(key.into(), value.into());
             })
         };
-        let container = |name: &str| Container { name: name.into(), ..Default::default() };
+        let container = |name: &str| Container { name: name.into() };
         let host = PodSpec { host_network: Some(true), ..Default::default() };
         let linkerd = PodSpec {
             init_containers: Some(vec![container("linkerd-proxy")]),

@@ -8,6 +8,7 @@
 //! | file | what it does |
 //! |---|---|
 //! | [`manifest`] | YAML or JSON text into typed objects; the errors name document, line and field |
+//! | [`kube`] | the parts of those objects that are read |
 //! | [`objects`] | the set of objects that a snapshot is made from |
 //! | [`enrol`] | who takes part, and how: the `malla.dev/…` annotations |
 //! | [`translate`] | objects into a snapshot, and what is wrong with them |
@@ -27,6 +28,7 @@ pub mod enrol;
 pub mod file;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
+pub mod kube;
 pub mod manifest;
 pub mod objects;
 mod pods;

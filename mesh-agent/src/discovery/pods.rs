@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::Pod;
 use mesh_core::snapshot::{Enrolment, Workload, WorkloadNames};
 use mesh_core::spiffe::SpiffeId;
 
 use super::enrol::{
     NETNS, Wishes, annotation, has_completed, left_alone, shares_the_nodes_network,
 };
+use super::kube::Pod;
 use super::objects::ObjectKey;
 use super::translate::{Context, NetnsFrom};
 use super::{Problem, Report, shown};
@@ -83,7 +83,7 @@ pub(super) fn translate<'a>(
     // Who is first keeps a contested address: one that stays before one that is going, then the
     // younger, since addresses are handed on; names only make it certain.
     pods.sort_by_key(|(key, pod)| {
-        let created = pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
+        let created = pod.metadata.creation_timestamp;
         (pod.metadata.deletion_timestamp.is_some(), Reverse(created), *key)
     });
     let mut this = Pods::default();

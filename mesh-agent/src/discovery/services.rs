@@ -4,11 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Service as KubeService, ServiceSpec};
-use k8s_openapi::api::discovery::v1::{Endpoint as KubeEndpoint, EndpointSlice};
 use mesh_core::addr::EndpointAddr;
 use mesh_core::snapshot::{Endpoint, Service, ServicePort, Workload};
 
+use super::kube::{Endpoint as KubeEndpoint, EndpointSlice, Service as KubeService, ServiceSpec};
 use super::objects::ObjectKey;
 use super::pods::Pods;
 use super::translate::missing;

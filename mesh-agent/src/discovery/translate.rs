@@ -7,12 +7,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::Node as KubeNode;
 use mesh_core::addr::PeerAddr;
 use mesh_core::snapshot::{Node, Parts, Snapshot};
 use mesh_core::spiffe::TrustDomain;
 
 use super::enrol::{TUNNEL_PORT, Wishes, parsed, value};
+use super::kube::Node as KubeNode;
 use super::objects::{Object, ObjectKey, Objects};
 use super::{Problem, Report, pods, services, shown};
 

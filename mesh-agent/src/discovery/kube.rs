@@ -1,0 +1,339 @@
+//! The parts of Kubernetes objects that are read, under the names that the API gives them.
+//!
+//! Not the whole API (`k8s-openapi` has it): everything that a pod may say, read from YAML, from JSON
+//! and from a list, is twelve megabytes of code, and was most of what an idle agent had in memory.
+//! What is not here is skipped unseen, so a mistake in it is not reported either: it changes nothing.
+//!
+//! As in the API, a field that is missing or `null` is `None`, or empty where it is required there.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, de};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+/// `metadata`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ObjectMeta {
+    /// Unique among the objects of one kind in a namespace.
+    pub name: Option<String>,
+    /// Not of Namespaces and Nodes.
+    pub namespace: Option<String>,
+    /// Unique for ever.
+    pub uid: Option<String>,
+    /// What selectors see.
+    pub labels: Option<BTreeMap<String, String>>,
+    /// What they do not.
+    pub annotations: Option<BTreeMap<String, String>>,
+    /// What the object belongs to.
+    pub owner_references: Option<Vec<OwnerReference>>,
+    /// When it was made.
+    pub creation_timestamp: Option<Time>,
+    /// When it is to be gone.
+    pub deletion_timestamp: Option<Time>,
+}
+
+/// One of `metadata.ownerReferences`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct OwnerReference {
+    /// Such as `ReplicaSet`.
+    #[serde(default, deserialize_with = "or_default")]
+    pub kind: String,
+    /// Its name.
+    #[serde(default, deserialize_with = "or_default")]
+    pub name: String,
+    /// Whether it manages the object.
+    pub controller: Option<bool>,
+}
+
+/// A moment, as RFC 3339 writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Time(pub OffsetDateTime);
+
+impl<'de> Deserialize<'de> for Time {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+
+        impl de::Visitor<'_> for Text {
+            type Value = Time;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a time such as 2026-01-31T12:00:00Z")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Time, E> {
+                let time = OffsetDateTime::parse(text, &Rfc3339);
+                time.map(Time).map_err(|_no_time| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+        }
+
+        deserializer.deserialize_str(Text)
+    }
+}
+
+/// `v1` Namespace.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Namespace {
+    /// Its annotations hold for its pods.
+    #[serde(default, deserialize_with = "or_default")]
+    pub metadata: ObjectMeta,
+}
+
+/// `v1` ServiceAccount.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct ServiceAccount {
+    /// Its name is part of an identity.
+    #[serde(default, deserialize_with = "or_default")]
+    pub metadata: ObjectMeta,
+}
+
+/// `v1` Node.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Node {
+    /// May say at which port its agent is.
+    #[serde(default, deserialize_with = "or_default")]
+    pub metadata: ObjectMeta,
+    /// Where it is.
+    pub status: Option<NodeStatus>,
+}
+
+/// `status` of a Node.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct NodeStatus {
+    /// In the order in which they are to be tried.
+    pub addresses: Option<Vec<NodeAddress>>,
+}
+
+/// One of `status.addresses`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct NodeAddress {
+    /// Such as `InternalIP`.
+    #[serde(rename = "type", default, deserialize_with = "or_default")]
+    pub type_: String,
+    /// An address, or a name for types that say so.
+    #[serde(default, deserialize_with = "or_default")]
+    pub address: String,
+}
+
+/// `v1` Pod.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Pod {
+    /// Who it is.
+    #[serde(default, deserialize_with = "or_default")]
+    pub metadata: ObjectMeta,
+    /// What was asked for.
+    pub spec: Option<PodSpec>,
+    /// What became of it.
+    pub status: Option<PodStatus>,
+}
+
+/// `spec` of a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodSpec {
+    /// Where it runs.
+    pub node_name: Option<String>,
+    /// As whom.
+    pub service_account_name: Option<String>,
+    /// The older name of the same.
+    pub service_account: Option<String>,
+    /// Whether it has no network namespace of its own.
+    pub host_network: Option<bool>,
+    /// What runs in it.
+    #[serde(default, deserialize_with = "or_default")]
+    pub containers: Vec<Container>,
+    /// What ran before, or runs beside.
+    pub init_containers: Option<Vec<Container>>,
+}
+
+/// A container of a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Container {
+    /// Tells another mesh's proxy.
+    #[serde(default, deserialize_with = "or_default")]
+    pub name: String,
+}
+
+/// `status` of a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodStatus {
+    /// Such as `Running`.
+    pub phase: Option<String>,
+    /// The older form of the following.
+    #[serde(rename = "podIP")]
+    pub pod_ip: Option<String>,
+    /// One of each family at most.
+    #[serde(rename = "podIPs")]
+    pub pod_ips: Option<Vec<PodIp>>,
+}
+
+/// One of `status.podIPs`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct PodIp {
+    /// Without prefix length.
+    #[serde(default, deserialize_with = "or_default")]
+    pub ip: String,
+}
+
+/// `v1` Service.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Service {
+    /// Its name and namespace are its name in DNS.
+    #[serde(default, deserialize_with = "or_default")]
+    pub metadata: ObjectMeta,
+    /// What was asked for.
+    pub spec: Option<ServiceSpec>,
+}
+
+/// `spec` of a Service.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceSpec {
+    /// Such as `ExternalName`.
+    #[serde(rename = "type")]
+    pub type_: Option<String>,
+    /// The first of the following, or `None` for a headless one.
+    #[serde(rename = "clusterIP")]
+    pub cluster_ip: Option<String>,
+    /// One of each family at most.
+    #[serde(rename = "clusterIPs")]
+    pub cluster_ips: Option<Vec<String>>,
+    /// What it is reached at.
+    pub ports: Option<Vec<ServicePort>>,
+    /// Whose pods are behind it.
+    pub selector: Option<BTreeMap<String, String>>,
+    /// Whether pods that are not ready count too.
+    pub publish_not_ready_addresses: Option<bool>,
+}
+
+/// One of `spec.ports` of a Service.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct ServicePort {
+    /// Joins it with the port of the same name of a slice.
+    pub name: Option<String>,
+    /// The number that clients dial.
+    #[serde(default, deserialize_with = "or_default")]
+    pub port: i32,
+    /// TCP if nothing is said.
+    pub protocol: Option<String>,
+}
+
+/// `discovery.k8s.io/v1` EndpointSlice.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointSlice {
+    /// A label says which Service it is of.
+    #[serde(default, deserialize_with = "or_default")]
+    pub metadata: ObjectMeta,
+    /// `IPv4`, `IPv6` or `FQDN`.
+    #[serde(default, deserialize_with = "or_default")]
+    pub address_type: String,
+    /// Behind the Service.
+    pub endpoints: Option<Vec<Endpoint>>,
+    /// Of all of them.
+    pub ports: Option<Vec<EndpointPort>>,
+}
+
+/// One of `endpoints`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Endpoint {
+    /// Only the first counts.
+    #[serde(default, deserialize_with = "or_default")]
+    pub addresses: Vec<String>,
+    /// Whether it may be used.
+    pub conditions: Option<EndpointConditions>,
+    /// The pod that it is.
+    pub target_ref: Option<ObjectReference>,
+}
+
+/// `conditions` of an endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct EndpointConditions {
+    /// Takes connections.
+    pub ready: Option<bool>,
+    /// Still serves, whether it is going or not.
+    pub serving: Option<bool>,
+    /// Is going.
+    pub terminating: Option<bool>,
+}
+
+/// One of `ports` of a slice.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct EndpointPort {
+    /// Joins it with the port of the same name of the Service.
+    pub name: Option<String>,
+    /// The pod's.
+    pub port: Option<i32>,
+    /// TCP if nothing is said.
+    pub protocol: Option<String>,
+}
+
+/// Names another object.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct ObjectReference {
+    /// Such as `Pod`.
+    pub kind: Option<String>,
+    /// The slice's own if nothing is said.
+    pub namespace: Option<String>,
+    /// Its name.
+    pub name: Option<String>,
+    /// Which one of that name.
+    pub uid: Option<String>,
+}
+
+/// `null` is as good as nothing, as in the API.
+fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read<T: de::DeserializeOwned>(json: &str) -> Result<T, serde_json::Error> {
+        serde_json::from_str(json)
+    }
+
+    #[test]
+    fn null_and_nothing_mean_the_same() {
+        let null = r#"{"metadata": null, "spec": {"containers": null, "hostNetwork": null}, "status": null}"#;
+        let nothing = Pod { spec: Some(PodSpec::default()), ..Pod::default() };
+        assert_eq!(read::<Pod>(null).unwrap(), nothing);
+        assert_eq!(read::<Pod>(r#"{"spec": {}}"#).unwrap(), nothing);
+        let slice = r#"{"metadata": {"labels": null}, "addressType": null, "endpoints": [{"addresses": null}], "ports": null}"#;
+        let endpoints = Some(vec![Endpoint::default()]);
+        assert_eq!(
+            read::<EndpointSlice>(slice).unwrap(),
+            EndpointSlice { endpoints, ..EndpointSlice::default() }
+        );
+    }
+
+    #[test]
+    fn what_is_not_read_may_be_anything() {
+        let pod = r#"{"metadata": {"name": "web", "managedFields": [{"time": 3}]},
+            "spec": {"volumes": "none", "containers": [{"name": "c", "ports": [{"containerPort": "x"}]}]}}"#;
+        let pod: Pod = read(pod).unwrap();
+        assert_eq!(pod.metadata.name.as_deref(), Some("web"));
+        assert_eq!(pod.spec.unwrap().containers, [Container { name: "c".into() }]);
+        assert!(read::<Pod>(r#"{"spec": {"containers": {"name": "c"}}}"#).is_err());
+    }
+
+    #[test]
+    fn times_are_ordered_and_wrong_ones_are_refused() {
+        let time = |text: &str| read::<Time>(&format!("\"{text}\""));
+        let (zulu, later) = (time("2026-01-31T12:00:00Z"), time("2026-01-31T11:30:00.5-01:00"));
+        assert!(zulu.unwrap() < later.unwrap());
+        for wrong in ["", "yesterday", "2026-01-31", "2026-02-30T12:00:00Z"] {
+            let error = time(wrong).unwrap_err().to_string();
+            assert!(error.contains("2026-01-31T12:00:00Z"), "{error}");
+        }
+    }
+}
