@@ -34,7 +34,7 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
 pub use cable::{Cable, NoCable, cable};
@@ -220,7 +220,7 @@ pub fn listen(bind: Bind) -> io::Result<TcpListener> {
         Bind::Unreachable(IpAddr::V4(_)) => Ipv4Addr::new(192, 0, 2, 1).into(),
         Bind::Unreachable(IpAddr::V6(_)) => Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1).into(),
     };
-    let socket = relayed_socket(domain(ip))?;
+    let socket = relayed_socket(domain(ip), Peer::Anywhere)?;
     // Also for a pod's own IPv6 address, which cannot be bound while it is tentative.
     match ip {
         IpAddr::V4(_) => socket.set_freebind_v4(true)?,
@@ -259,7 +259,7 @@ pub async fn pass_through(
     to: SocketAddr,
     exempt: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
 ) -> io::Result<TcpStream> {
-    let socket = netns.run(|| relayed_socket(domain(to.ip())))??;
+    let socket = netns.run(|| relayed_socket(domain(to.ip()), Peer::Anywhere))??;
     exempt(socket.as_fd())?;
     start_connect(&socket, to)?;
     connected(socket).await
@@ -281,25 +281,6 @@ async fn connected(socket: Socket) -> io::Result<TcpStream> {
     }
 }
 
-/// What closing without `shutdown()` does: `true` sends RST, at once and also when this process is
-/// killed, so that a crash never looks like a clean end.
-///
-/// # Errors
-///
-/// Of `setsockopt(SO_LINGER)`.
-pub fn set_abortive_close(stream: &TcpStream, abortive: bool) -> io::Result<()> {
-    SockRef::from(stream).set_linger(abortive.then_some(Duration::ZERO))
-}
-
-/// Sends small writes at once: the application already decided when to write.
-///
-/// # Errors
-///
-/// Of `setsockopt(TCP_NODELAY)`.
-pub fn set_nodelay(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)
-}
-
 /// How long the other side of a TCP socket has owed an answer to bytes that were sent again, or to probes
 /// of a window that it has closed; `None` if it owes none.
 ///
@@ -319,30 +300,6 @@ pub fn silence(fd: RawFd) -> io::Result<Option<Duration>> {
     // One probe may be on its way; of two the first has not been answered.
     let owes = (info.tcpi_unacked > 0 && info.tcpi_retransmits > 0) || info.tcpi_probes > 1;
     Ok(owes.then(|| Duration::from_millis(info.tcpi_last_ack_recv.into())))
-}
-
-/// Probes an idle connection after `idle`, and gives it up after three probes without an answer.
-///
-/// # Errors
-///
-/// Of `setsockopt`.
-pub fn set_keepalive(stream: &TcpStream, idle: Duration) -> io::Result<()> {
-    let keepalive =
-        TcpKeepalive::new().with_time(idle).with_interval(idle.div_f32(3.0)).with_retries(3);
-    SockRef::from(stream).set_tcp_keepalive(&keepalive)
-}
-
-/// Prepares a socket that will be relayed: small writes go at once, a peer whose machine is gone is
-/// noticed, and whatever goes wrong from here on, a killed agent included, is RST and never a clean
-/// end. The relay turns the latter off when both directions have ended.
-pub fn prepare_relayed(stream: &TcpStream) {
-    let prepared = set_abortive_close(stream, true)
-        .and_then(|()| set_nodelay(stream))
-        .and_then(|()| set_keepalive(stream, KEEPALIVE));
-    // It fails only on a socket that the other side has already reset: the relay will see that.
-    if let Err(error) = prepared {
-        tracing::debug!(%error, "a socket was gone before it was relayed");
-    }
 }
 
 /// Whether the connection has not been reset: it may have ended in either direction, or both.
@@ -374,12 +331,30 @@ fn stream_socket(domain: Domain) -> io::Result<Socket> {
     Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
 }
 
-/// A socket that is going to be relayed, or whose accepted ones are: they inherit the option. Closing it
-/// is RST from its first moment on; between the handshake and [`prepare_relayed`] a killed agent would
-/// else be a clean end.
-fn relayed_socket(domain: Domain) -> io::Result<Socket> {
+/// Where the other end of a relayed socket is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Peer {
+    /// Perhaps on another machine, which may be gone without a word.
+    Anywhere,
+    /// In the same namespace: the kernel that knows the one end knows the other.
+    Here,
+}
+
+/// A socket that is going to be relayed, or whose accepted ones are: they inherit all of it, and it
+/// costs them no system call. Small writes go at once: the application has decided when to write. A
+/// peer whose machine is gone is noticed. Closing it is RST from its first moment on, also when this
+/// process is killed, so that a crash never looks like a clean end; the relay turns that off when both
+/// directions have ended.
+fn relayed_socket(domain: Domain, peer: Peer) -> io::Result<Socket> {
     let socket = stream_socket(domain)?;
     socket.set_linger(Some(Duration::ZERO))?;
+    socket.set_tcp_nodelay(true)?;
+    if peer == Peer::Anywhere {
+        let every = KEEPALIVE / 3;
+        let keepalive =
+            TcpKeepalive::new().with_time(KEEPALIVE).with_interval(every).with_retries(3);
+        socket.set_tcp_keepalive(&keepalive)?;
+    }
     Ok(socket)
 }
 

@@ -480,13 +480,15 @@ fn settings_are_written_although_proc_sys_is_read_only() {
 }
 
 #[tokio::test]
-async fn relayed_socket_resets_when_it_is_dropped() {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let near = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    let (far, _) = listener.accept().await.unwrap();
-    net::prepare_relayed(&near);
+async fn what_a_pods_listener_accepts_sends_at_once_is_probed_and_resets_when_dropped() {
+    let listener = net::listen(net::Bind::To("127.0.0.1".parse().unwrap())).unwrap();
+    let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+    let far = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (near, _) = listener.accept().await.unwrap();
     assert!(near.nodelay().unwrap());
-    assert!(SockRef::from(&near).keepalive().unwrap());
+    let socket = SockRef::from(&near);
+    assert!(socket.keepalive().unwrap());
+    assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(180));
     drop(near);
     far.readable().await.unwrap();
     assert_eq!(far.try_read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);

@@ -400,9 +400,11 @@ impl Pods {
         for (index, listener) in listeners.outbound.into_iter().enumerate() {
             let worker = worker_of(index);
             let (context, pod) = (Arc::clone(&self.contexts[worker]), Arc::clone(pod));
+            // A socket that is bound has an address; at port 0 nothing was captured.
+            let port = listener.local_addr().map_or(0, |own| own.port());
             self.listen(worker, listener, &stopped, move |app, from| {
                 let (context, pod) = (Arc::clone(&context), Arc::clone(&pod));
-                async move { outbound::carry(&context, &pod, app, from).await }
+                async move { outbound::carry(&context, &pod, app, from, port).await }
             });
         }
         for (index, listener) in listeners.inbound.into_iter().enumerate() {

@@ -65,7 +65,8 @@ impl<'de> Deserialize<'de> for Time {
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Time, E> {
                 let time = OffsetDateTime::parse(text, &Rfc3339);
-                time.map(Time).map_err(|_no_time| E::invalid_value(de::Unexpected::Str(text), &self))
+                time.map(Time)
+                    .map_err(|_no_time| E::invalid_value(de::Unexpected::Str(text), &self))
             }
         }
 

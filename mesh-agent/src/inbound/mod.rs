@@ -138,7 +138,6 @@ pub async fn admit_local(
 
 /// A connection that came to an enrolled pod in plain text, from accept to end.
 pub async fn serve_plain(worker: &Worker, pod: &Arc<LocalPod>, peer: TcpStream, from: SocketAddr) {
-    net::prepare_relayed(&peer);
     let snapshot = worker.node.snapshot.load_full();
     let client = canonical(from);
     let Ok(to) = peer.local_addr().map(canonical) else {
@@ -224,7 +223,6 @@ async fn admit(
     let connecting = net::deliver(&pod.netns, to.0, client, exempt);
     let app = net::within(node.limits.connect_timeout, connecting).await;
     let app = app.map_err(|source| InboundError::Deliver { to, source })?;
-    net::prepare_relayed(&app);
     tracked.lap(Stage::Deliver);
     Ok(app)
 }

@@ -9,7 +9,9 @@ use socket2::Socket;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::{DELIVERY_MARK, Netns, connected, domain, relayed_socket, source_port, start_connect};
+use super::{
+    DELIVERY_MARK, Netns, Peer, connected, domain, relayed_socket, source_port, start_connect,
+};
 
 /// How long a connection in a client's name may go without an answer before it is tried from another
 /// port. Over loopback the answer comes within microseconds, or the SYN went to a socket that the
@@ -49,7 +51,7 @@ pub async fn deliver(
         let mut from = client.unwrap_or(to);
         from.set_port(port);
 
-        let socket = netns.run(|| relayed_socket(domain(to.ip())))??;
+        let socket = netns.run(|| relayed_socket(domain(to.ip()), Peer::Here))??;
         exempt(socket.as_fd())?;
         if client.is_some() {
             take_foreign_address(&socket, to)?;

@@ -71,8 +71,15 @@ struct Carried {
     arrival: Option<Tracked>,
 }
 
-/// One connection of an enrolled pod, from accept to end. `client` is the socket that called.
-pub async fn carry(worker: &Worker, pod: &Arc<LocalPod>, app: TcpStream, client: SocketAddr) {
+/// One connection of an enrolled pod, from accept to end. `client` is the socket that called,
+/// `listener` the port that it came to.
+pub async fn carry(
+    worker: &Worker,
+    pod: &Arc<LocalPod>,
+    app: TcpStream,
+    client: SocketAddr,
+    listener: u16,
+) {
     let node = &worker.node;
     let client = mesh_core::addr::canonical(client);
     let snapshot = node.snapshot.load_full();
@@ -82,10 +89,9 @@ pub async fn carry(worker: &Worker, pod: &Arc<LocalPod>, app: TcpStream, client:
         None => Party::unproven(client, None),
     };
     let mut tracked = node.telemetry.open(ConnectionFacts::new(Direction::Outbound, party));
-    // From here on whatever goes wrong, a killed agent included, is a reset and never a clean end.
-    net::prepare_relayed(&app);
-
-    let connection = Connection { worker, pod, snapshot: &snapshot, app: &app, client };
+    // Whatever goes wrong with `app`, a killed agent included, is a reset and never a clean end: it has
+    // that from its listener.
+    let connection = Connection { worker, pod, snapshot: &snapshot, app: &app, client, listener };
     // Boxed: what reaching needs is given back before the long part begins.
     let carried = match Box::pin(connection.reach(source, &mut tracked)).await {
         Ok(carried) => carried,
@@ -113,6 +119,7 @@ struct Connection<'a> {
     snapshot: &'a Snapshot,
     app: &'a TcpStream,
     client: SocketAddr,
+    listener: u16,
 }
 
 /// Where a connection may go.
@@ -271,8 +278,6 @@ impl Connection<'_> {
     /// Where the application meant to go, as the kernel noted it before the SYN left, and to which
     /// endpoint, if a verdict says.
     fn orig_dst(&self) -> Result<(OrigDst, Option<EndpointAddr>), OutboundError> {
-        // The address of a socket that was reset before it was accepted is gone, as is its connection.
-        let listener = self.app.local_addr().map_or(0, |own| own.port());
         let cookie = self.pod.netns.cookie();
         let gone = OutboundError::ClientGone { client: self.client };
         // As long as this connection lives nobody else has its port, and the entry is its own. One that
@@ -281,7 +286,7 @@ impl Connection<'_> {
         if !net::is_connected(self.app) {
             return Err(gone);
         }
-        let found = self.worker.orig_dst().take(cookie, self.client, listener);
+        let found = self.worker.orig_dst().take(cookie, self.client, self.listener);
         if !net::is_connected(self.app) {
             return Err(gone);
         }

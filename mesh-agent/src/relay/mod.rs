@@ -150,10 +150,8 @@ impl From<RelayEnd> for telemetry::Outcome {
 /// `held` is what was read from `app` while the flow was being opened; empty where the flow was
 /// accepted from a peer. Dropping the future resets both ends.
 pub async fn relay(mut app: TcpStream, flow: Flow, held: Held, live: &Live) -> RelayEnd {
-    // From here on whatever ends this process is an RST to the application. What fails on a socket
-    // shows when it is used.
+    // From here on whatever ends this process is an RST to the application.
     reset_on_close(&app, true);
-    drop(app.set_nodelay(true));
     match flow {
         Flow::Lane(mut flow) => {
             sent_early(held, live);
@@ -177,7 +175,6 @@ pub async fn relay(mut app: TcpStream, flow: Flow, held: Held, live: &Live) -> R
         }
         Flow::Local(mut far) => {
             reset_on_close(&far, true);
-            drop(far.set_nodelay(true));
             let end = local::run(&mut app, &mut far, held.bytes(), live).await;
             if end.outcome == Outcome::Clean {
                 reset_on_close(&app, false);

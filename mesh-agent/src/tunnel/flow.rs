@@ -1,11 +1,13 @@
 //! A flow: what the relay copies to and from, and the request for one.
 
+use std::io::Read as _;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mesh_core::spiffe::SpiffeId;
 use mesh_core::wire::{MAX_EARLY, Open, Reason, Refusal, encode_answer};
+use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -35,11 +37,25 @@ impl Held {
         !self.ended && self.bytes.len() < MAX_EARLY
     }
 
-    /// Reads once, without waiting. Returns the bytes that are new.
+    /// Reads what is there, without waiting. Returns the bytes that are new.
     pub(super) fn read(&mut self, app: &TcpStream) -> std::io::Result<&[u8]> {
+        self.read_by(|room| app.try_read(room))
+    }
+
+    /// The same where the runtime does not know yet whether there is anything, since the connection has
+    /// only just been accepted: most applications have written by then, and what goes along with OPEN
+    /// is a packet less, and a turn of both agents.
+    pub(super) fn read_unasked(&mut self, app: &TcpStream) -> std::io::Result<&[u8]> {
+        self.read_by(|room| (&*SockRef::from(app)).read(room))
+    }
+
+    fn read_by(
+        &mut self,
+        read: impl FnOnce(&mut [u8]) -> std::io::Result<usize>,
+    ) -> std::io::Result<&[u8]> {
         let old = self.bytes.len();
         self.bytes.resize(MAX_EARLY, 0);
-        let result = app.try_read(&mut self.bytes[old..]);
+        let result = read(&mut self.bytes[old..]);
         self.bytes.truncate(old + *result.as_ref().unwrap_or(&0));
         match result {
             Ok(0) => self.ended = true,

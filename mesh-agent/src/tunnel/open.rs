@@ -133,7 +133,7 @@ async fn open_lane(
     // Counted before the first wait: whoever looks for a place must see this one taken.
     let lease = pool.lease();
     if held.wants_more() {
-        held.read(app).map_err(OpenError::Application)?;
+        held.read_unasked(app).map_err(OpenError::Application)?;
     }
     let sent = queue_open(&mut lane, open, held.bytes());
     if let Err(error) = match sent {
@@ -291,7 +291,7 @@ async fn open_quic(
     };
     let mut flow = QuicFlow::new(send, recv, claim, Some(lease));
     if !asks_first && held.wants_more() {
-        held.read(app).map_err(OpenError::Application)?;
+        held.read_unasked(app).map_err(OpenError::Application)?;
     }
     let broke = |error: io::Error, held: &Held| match gone(held) {
         // A connection that has carried flows, and took nothing of this one with it.
