@@ -66,8 +66,22 @@ pub struct Arrival<'a> {
 /// It counts as one of the connections that this agent may hold. Where there is no place left it is
 /// refused, and does not wait as one on a pod's listener does: its caller may try another endpoint.
 pub async fn serve_request(worker: &Worker, request: tunnel::Request) {
-    let node = &worker.node;
-    let snapshot = node.snapshot.load_full();
+    let place = Arc::clone(&worker.node.connections).try_acquire_owned().ok();
+    // Boxed: what admitting needs is given back before the long part begins.
+    let admitted = Box::pin(admit_request(worker, request, place.is_some())).await;
+    if let Some((app, flow, tracked)) = admitted {
+        carry(app, flow, tracked).await;
+    }
+    drop(place);
+}
+
+/// Answers a request. `None` if it was refused, or its carrier broke; that is already recorded.
+async fn admit_request(
+    worker: &Worker,
+    request: tunnel::Request,
+    has_place: bool,
+) -> Option<(TcpStream, Flow, Tracked)> {
+    let snapshot = worker.node.snapshot.load_full();
     let client = canonical(request.open.source);
     let caller = request.caller.clone();
     let served_as = request.served_as.clone();
@@ -89,26 +103,26 @@ pub async fn serve_request(worker: &Worker, request: tunnel::Request) {
         trace_id: u128::from_be_bytes(request.open.trace),
     };
     let mut tracked = open(worker, &snapshot, &arrival, None);
-    let place = Arc::clone(&node.connections).try_acquire_owned();
-    let admitted = match &place {
-        Ok(_) => Box::pin(admit(worker, &snapshot, &arrival, &mut tracked)).await,
-        Err(_) => Err(InboundError::Overloaded),
+    let admitted = if has_place {
+        admit(worker, &snapshot, &arrival, &mut tracked).await
+    } else {
+        Err(InboundError::Overloaded)
     };
     match admitted {
-        Ok(app) => match request.accept().await {
-            Some(flow) => carry(app, flow, tracked).await,
-            None => {
-                let detail = "the tunnel broke before the flow was accepted";
-                let failure = Failure::new(Stage::Tunnel, "tunnel_lost", detail);
-                tracked.finish(Outcome::Failed(failure));
+        Ok(app) => {
+            if let Some(flow) = request.accept().await {
+                return Some((app, flow, tracked));
             }
-        },
+            let detail = "the tunnel broke before the flow was accepted";
+            let failure = Failure::new(Stage::Tunnel, "tunnel_lost", detail);
+            tracked.finish(Outcome::Failed(failure));
+        }
         Err(error) => {
             tracked.finish(Outcome::Failed(error.failure()));
             request.refuse(error.refusal()).await;
         }
     }
-    drop(place);
+    None
 }
 
 /// A connection from a pod of this node: its record, and the socket to the application. The byte

@@ -164,12 +164,13 @@ pub async fn relay(mut app: TcpStream, flow: Flow, held: Held, live: &Live) -> R
         }
         Flow::Quic(mut flow) => {
             sent_early(held, live);
-            let end = quic::run(&mut app, &mut flow, live).await;
+            // Boxed: it is the larger of the two, and lanes should not have to hold its place.
+            let end = Box::pin(quic::run(&mut app, &mut flow, live)).await;
             if end.outcome == Outcome::Clean {
                 reset_on_close(&app, false);
                 // The application is done; only the agent's connection has to wait.
                 drop(app);
-                flow.finish().await;
+                Box::pin(flow.finish()).await;
             }
             end
         }

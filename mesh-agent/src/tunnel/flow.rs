@@ -71,8 +71,8 @@ impl Held {
 pub enum Flow {
     /// On a lane.
     Lane(LaneFlow),
-    /// On a stream of a QUIC connection.
-    Quic(QuicFlow),
+    /// On a stream of a QUIC connection. Boxed: every task that passes a flow on holds it several times.
+    Quic(Box<QuicFlow>),
     /// Source and destination are on this node: socket to socket.
     Local(TcpStream),
 }
@@ -170,7 +170,7 @@ impl Request {
                 lane.flush().await.ok()?;
                 Some(Flow::Lane(LaneFlow { lane, home: Home::Server(slot) }))
             }
-            AnswerOn::Quic(answer) => answer.accept().await.map(Flow::Quic),
+            AnswerOn::Quic(answer) => answer.accept().await.map(|flow| Flow::Quic(Box::new(flow))),
         }
     }
 

@@ -318,7 +318,7 @@ async fn open_quic(
                 let source = io::Error::other(error);
                 return Err(OpenError::Lost { source, payload_sent: true }.into());
             }
-            Ok(Flow::Quic(flow))
+            Ok(Flow::Quic(Box::new(flow)))
         }
         Ok(Err(refusal)) => {
             flow.refused();

@@ -103,11 +103,12 @@ where
             self.report(peer, &DialError::Overloaded, None);
             return;
         };
-        let accepted = self.handshake(tcp, peer).await;
+        // Boxed: what a handshake needs is given back before the long part begins.
+        let accepted = Box::pin(self.handshake(tcp, peer)).await;
         drop(permit);
         match accepted {
             Ok((lane, parties)) => self.flows(lane, parties).await,
-            Err(Some(handshake)) => handshake.linger().await,
+            Err(Some(handshake)) => Box::pin(handshake.linger()).await,
             Err(None) => {}
         }
     }
@@ -210,7 +211,7 @@ where
             match self.why_not(&parties) {
                 Some(refusal) => {
                     self.tunnels.stats.flows_refused.fetch_add(1, Relaxed);
-                    request.refuse(refusal).await;
+                    Box::pin(request.refuse(refusal)).await;
                 }
                 None => (self.handler)(request).await,
             }
