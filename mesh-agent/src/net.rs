@@ -41,7 +41,7 @@ pub use cable::{Cable, NoCable, cable};
 use clients::Clients;
 pub use deliver::deliver;
 pub use nsid::namespace_id;
-pub use own::{any_address, listen_shared, raise_file_limit, udp_socket};
+pub use own::{any_address, give_back_memory, listen_shared, raise_file_limit, udp_socket};
 pub use routes::{
     add_client_address_routes, raise_loopback, remove_client_address_routes,
     retire_client_address_routes,

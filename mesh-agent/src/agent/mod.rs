@@ -36,7 +36,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc as queue, watch};
 use tokio::task::JoinSet;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use self::connections::Connections;
 use self::direct::{Verdicts, WISHES};
@@ -206,6 +206,9 @@ impl Agent {
         serve_http(&options, &telemetry, &views, log, &mut control).await?;
         control.spawn(source.run());
         let heart = Heart::start(capture).context("start the heartbeat")?;
+        if let Err(error) = net::give_back_memory() {
+            debug!(%error, "what starting needed stays in memory");
+        }
         info!(
             node = %options.node,
             version = env!("CARGO_PKG_VERSION"),
