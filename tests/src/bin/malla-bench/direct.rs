@@ -13,6 +13,8 @@ pub(crate) struct Ways {
     direct: f64,
     /// Connections sent to the agent.
     captured: f64,
+    /// Packets handed from pod to pod, past the node.
+    redirected: f64,
 }
 
 impl Ways {
@@ -24,16 +26,25 @@ impl Ways {
     pub(crate) fn so_far(agent: &Agent) -> Result<Self> {
         let metrics = agent.metrics()?;
         let events = |event| metrics.sum("mesh_capture_total", &[("event", event)]);
-        Ok(Self { direct: events("direct_taken"), captured: events("captured") })
+        Ok(Self {
+            direct: events("direct_taken"),
+            captured: events("captured"),
+            redirected: events("redirected"),
+        })
     }
 
-    /// Checks that all of the `opened` connections since `before` went direct: what the agent
-    /// carried is not what is measured.
+    /// Checks that all of the `opened` connections since `before` went direct, and either
+    /// `past_the_node` or all through it: what went another way is not what is measured.
     ///
     /// # Errors
     ///
     /// Fails when they did not.
-    pub(crate) fn all_direct_since(self, before: Self, opened: u64) -> Result<()> {
+    pub(crate) fn all_direct_since(
+        self,
+        before: Self,
+        opened: u64,
+        past_the_node: bool,
+    ) -> Result<()> {
         let direct = self.direct - before.direct;
         let captured = self.captured - before.captured;
         #[expect(clippy::cast_precision_loss, reason = "far below 2^53 connections")]
@@ -43,6 +54,11 @@ impl Ways {
             captured == 0.0 && direct >= opened * 0.99,
             "of {opened} connections or more {direct} went direct and {captured} to the agent",
         );
+        let redirected = self.redirected - before.redirected;
+        // Of every connection its SYN, the answer, an exchange and two ends.
+        let is_as_named =
+            if past_the_node { redirected >= 4.0 * direct } else { redirected == 0.0 };
+        ensure!(is_as_named, "{redirected} packets of {direct} connections went past the node");
         Ok(())
     }
 }
@@ -84,24 +100,34 @@ fn goes_direct(agent: &Agent, client: &Pod, destination: SocketAddr) -> Result<b
 mod tests {
     use super::*;
 
-    const BEFORE: Ways = Ways { direct: 10.0, captured: 3.0 };
+    const BEFORE: Ways = Ways { direct: 10.0, captured: 3.0, redirected: 5.0 };
 
     #[test]
     fn connections_that_all_went_direct_are_what_is_measured() {
-        Ways { direct: 1010.0, captured: 3.0 }.all_direct_since(BEFORE, 1000).unwrap();
+        Ways { direct: 1010.0, ..BEFORE }.all_direct_since(BEFORE, 1000, false).unwrap();
         // A count in a hundred may be lost.
-        Ways { direct: 1001.0, captured: 3.0 }.all_direct_since(BEFORE, 1000).unwrap();
+        Ways { direct: 1001.0, ..BEFORE }.all_direct_since(BEFORE, 1000, false).unwrap();
     }
 
     #[test]
     fn a_connection_through_the_agent_fails_the_run() {
-        let error = Ways { direct: 1010.0, captured: 4.0 }.all_direct_since(BEFORE, 1000);
+        let now = Ways { direct: 1010.0, captured: 4.0, ..BEFORE };
+        let error = now.all_direct_since(BEFORE, 1000, false);
         assert!(error.unwrap_err().to_string().contains("1 to the agent"));
     }
 
     #[test]
     fn connections_that_no_program_saw_fail_the_run() {
-        assert!(Ways { direct: 900.0, captured: 3.0 }.all_direct_since(BEFORE, 1000).is_err());
-        assert!(BEFORE.all_direct_since(BEFORE, 1).is_err());
+        assert!(Ways { direct: 900.0, ..BEFORE }.all_direct_since(BEFORE, 1000, false).is_err());
+        assert!(BEFORE.all_direct_since(BEFORE, 1, false).is_err());
+    }
+
+    #[test]
+    fn packets_past_the_node_are_all_or_none() {
+        let through = Ways { direct: 1010.0, ..BEFORE };
+        assert!(through.all_direct_since(BEFORE, 1000, true).is_err());
+        let past = Ways { redirected: 10_005.0, ..through };
+        past.all_direct_since(BEFORE, 1000, true).unwrap();
+        assert!(past.all_direct_since(BEFORE, 1000, false).is_err());
     }
 }

@@ -1,8 +1,8 @@
 //! Plain TCP and the mesh between the same two pods, on two nodes of this machine and then on one,
 //! in one run.
 //!
-//! Sides take turns in every round, so that whatever else the machine does falls on all of them;
-//! medians and the spread of the rounds are told. Clients and the server are processes of this same
+//! Sides take turns in every round, every other round in the opposite order, so that whatever else the
+//! machine does falls on all of them; medians and the spread of the rounds are told. Clients and the server are processes of this same
 //! executable inside the pods: the CPU of each part is counted apart. On the plain side no agent
 //! runs and no program of ours is attached.
 
@@ -46,11 +46,12 @@ struct Cli {
     #[arg(long, default_value_t = 3)]
     rounds: usize,
 
-    /// What to compare: across nodes `plain`, `lane` and `quic`, on the same node `near` and `direct`.
+    /// What to compare: across nodes `plain`, `lane` and `quic`, on the same node `near`, `direct` and
+    /// `redirect`.
     #[arg(
         long,
         value_delimiter = ',',
-        default_values = ["plain", "lane", "quic", "near", "direct"]
+        default_values = ["plain", "lane", "quic", "near", "direct", "redirect"]
     )]
     sides: Vec<Side>,
 
@@ -169,8 +170,9 @@ fn measure(
     interrupt: &Interrupt,
     results: &mut Results,
 ) -> Result<()> {
+    let mut sides = sides.to_vec();
     for round in 1..=rounds {
-        for side in sides {
+        for side in &sides {
             let started = Instant::now();
             let agents = world.take(*side).with_context(|| format!("set up {}", side.name()))?;
             // A server of its own for each side: none has connections left of the one before.
@@ -191,12 +193,14 @@ fn measure(
             .measure()
             .with_context(|| format!("round {round} of {}", side.name()))?;
             if let Some(before) = before {
-                world.went_direct(before, opened)?;
+                world.went_direct(*side, before, opened)?;
             }
             drop(server);
             let took = started.elapsed().as_secs();
             say(&format!("round {round}/{rounds}: {} ({took} s)", side.name()))?;
         }
+        // What one side leaves to the next (tracked connections, a warm machine) falls on each.
+        sides.reverse();
     }
     Ok(())
 }

@@ -21,6 +21,8 @@ pub(crate) enum Side {
     Near,
     /// The mesh on the same node: from pod to pod, without the agent.
     Direct,
+    /// As direct, with `--redirect-peer on`: past the node's netfilter.
+    Redirect,
 }
 
 /// Where the two pods are. What is compared with each other is of one place.
@@ -54,6 +56,7 @@ impl Side {
             Self::Quic => "quic",
             Self::Near => "near",
             Self::Direct => "direct",
+            Self::Redirect => "redirect",
         }
     }
 
@@ -61,7 +64,7 @@ impl Side {
     pub(crate) fn place(self) -> Place {
         match self {
             Self::Plain | Self::Lane | Self::Quic => Place::Across,
-            Self::Near | Self::Direct => Place::SameNode,
+            Self::Near | Self::Direct | Self::Redirect => Place::SameNode,
         }
     }
 
@@ -70,13 +73,18 @@ impl Side {
         self != self.place().baseline()
     }
 
+    /// Whether the kernel connects pod to pod, and no agent carries a byte.
+    pub(crate) fn is_direct(self) -> bool {
+        matches!(self, Self::Direct | Self::Redirect)
+    }
+
     /// Its side in the JSON, and what the names of its measures begin with: whoever reads `plain`
     /// there finds plain TCP, and in no row that of another place.
     fn in_json(self) -> (&'static str, &'static str) {
         match self {
             Self::Plain | Self::Lane | Self::Quic => (self.name(), ""),
             Self::Near => (Self::Plain.name(), "same_node_"),
-            Self::Direct => (self.name(), "same_node_"),
+            Self::Direct | Self::Redirect => (self.name(), "same_node_"),
         }
     }
 }
@@ -299,9 +307,8 @@ impl Results {
             ("direct_p50_64b", self.ratio(P50Of1, Side::Direct)),
             ("direct_bulk_1", self.ratio(Bulk1, Side::Direct)),
             ("direct_new_conns_1", self.ratio(NewBy1, Side::Direct)),
-            // Not measured here.
-            ("redirect_peer_p50_64b", None),
-            ("redirect_peer_bulk_1", None),
+            ("redirect_peer_p50_64b", self.ratio(P50Of1, Side::Redirect)),
+            ("redirect_peer_bulk_1", self.ratio(Bulk1, Side::Redirect)),
         ];
         let ratios = measured.into_iter().map(|(name, value)| (name.to_owned(), json!(value)));
         Value::Object(ratios.collect::<Map<_, _>>())
@@ -462,6 +469,7 @@ mod tests {
         {
             results.add(Side::Near, measure, near);
             results.add(Side::Direct, measure, direct);
+            results.add(Side::Redirect, measure, near * 0.75);
         }
         let json = results.json(&json!({}));
         let row = |measure, side| {
@@ -478,7 +486,9 @@ mod tests {
         assert_eq!(ratios["direct_p50_64b"], 0.9);
         assert_eq!(ratios["direct_bulk_1"], 1.05);
         assert_eq!(ratios["direct_new_conns_1"], 0.875);
-        assert!(ratios["redirect_peer_p50_64b"].is_null());
+        assert_eq!(row("same_node_p50_64b", "redirect"), Some(json!(7.5)));
+        assert_eq!(ratios["redirect_peer_p50_64b"], 0.75);
+        assert_eq!(ratios["redirect_peer_bulk_1"], 0.75);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The nodes, the two pods, and what carries the bytes between them.
 
+use std::env;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::process::{self, Child, Command};
@@ -20,7 +21,8 @@ pub(crate) const SETTINGS: &str = "In both pods net.ipv4.tcp_tw_reuse=1 and \
 /// What the same node's clients dial, for readers of its table.
 pub(crate) const DIALLED: &str = " On the same node clients dial the service's ClusterIP on both \
      sides, and nftables translates it, as kube-proxy does, where the mesh does not: a rule for \
-     each port of this one service, and connections tracked on both sides. Each side has half of the client's ports.";
+     each port of this one service behind a map of 1,000 others, and connections tracked on both sides. \
+     Each side has a third of the client's ports.";
 /// The same as files; the server's ports lie outside of the range.
 const SYSCTLS: [(&str, &str); 2] =
     [("net/ipv4/tcp_tw_reuse", "1"), ("net/ipv4/ip_local_port_range", "10240 65535")];
@@ -30,6 +32,8 @@ const NODES: [&str; 2] = ["a", "b"];
 const PORTS: [u16; 3] = [ECHO_ONE, ECHO_MANY, SINK];
 const CLIENT: &str = "client";
 const SERVER: &str = "server";
+/// Services that the node of both pods translates beside the one that is measured.
+const OTHER_SERVICES: usize = 1000;
 /// What an agent may take to end when nothing is open any more.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
@@ -73,6 +77,9 @@ impl World {
         // Without a mesh to measure, no agent has to be built.
         let agents = sides.iter().any(|side| side.is_mesh());
         let mesh = if agents { builder } else { builder.plain() }.start()?;
+        if place == Place::SameNode {
+            other_services(&mesh)?;
+        }
         for pod in mesh.pods() {
             pod.run(|| {
                 SYSCTLS.iter().try_for_each(|(key, value)| {
@@ -113,9 +120,11 @@ impl World {
         }
         for node in nodes {
             let agent = self.mesh.agent_mut(node);
-            if side != Side::Direct {
+            if !side.is_direct() {
                 agent.set_flag(&format!("--carrier={}", side.name()));
             }
+            let redirect = if side == Side::Redirect { "on" } else { "off" };
+            agent.set_flag(&format!("--redirect-peer={redirect}"));
             agent.restart()?;
         }
         for node in nodes {
@@ -124,7 +133,18 @@ impl World {
                 self.mesh.pods().iter().all(|pod| agent.is_enrolled(pod) == Some(true))
             })?;
         }
-        if side == Side::Direct {
+        if side == Side::Redirect {
+            let agent = self.mesh.agent(NODES[0]);
+            wait::until(wait::SOON, "the pods' cables to be looked at", || {
+                let status = agent.cli(&["status", "-o", "json"]).and_then(|cli| cli.json());
+                let pods = status.unwrap_or_default()["redirect_peer"].take();
+                let pods = pods.as_object().map_or(0, |pods| {
+                    pods.values().filter(|said| said.as_str() == Some("on")).count()
+                });
+                pods == self.mesh.pods().len()
+            })?;
+        }
+        if side.is_direct() {
             return Ok(None);
         }
         let pid = |node| self.mesh.agent(node).pid();
@@ -149,14 +169,14 @@ impl World {
         Ok(())
     }
 
-    /// On the direct side: lets the agent decide about all that clients will dial, and says how
+    /// On the direct sides: lets the agent decide about all that clients will dial, and says how
     /// many connections have gone which way until then. The server has to be there.
     ///
     /// # Errors
     ///
     /// Fails when the direct way does not come about.
     pub(crate) fn warm_up(&self, side: Side) -> Result<Option<Ways>> {
-        if side != Side::Direct {
+        if !side.is_direct() {
             return Ok(None);
         }
         let agent = self.mesh.agent(NODES[0]);
@@ -165,13 +185,14 @@ impl World {
         Ways::so_far(agent).map(Some)
     }
 
-    /// Checks that all of the `opened` connections since `before` went direct.
+    /// Checks that all of the `opened` connections since `before` went direct, past the node or not.
     ///
     /// # Errors
     ///
     /// Fails when they did not: whatever was measured then is not what it is called.
-    pub(crate) fn went_direct(&self, before: Ways, opened: u64) -> Result<()> {
-        Ways::so_far(self.mesh.agent(NODES[0]))?.all_direct_since(before, opened)
+    pub(crate) fn went_direct(&self, side: Side, before: Ways, opened: u64) -> Result<()> {
+        let past_the_node = side == Side::Redirect;
+        Ways::so_far(self.mesh.agent(NODES[0]))?.all_direct_since(before, opened, past_the_node)
     }
 
     /// Starts a command in the server's pod.
@@ -205,14 +226,42 @@ impl World {
     }
 }
 
-/// The client's ports on the same node, as many for each side. Both sides' connections end at the
+/// Lets the node translate more services than the one that is dialled, as nodes do: one look into a
+/// map for each new connection, as kube-proxy's nftables mode has it.
+fn other_services(mesh: &Mesh) -> Result<()> {
+    let elements: Vec<_> = (0..OTHER_SERVICES)
+        .map(|at| format!("10.111.{}.{} . 80 : 10.112.0.1 . 8080", at / 250, at % 250 + 1))
+        .collect();
+    let table = format!(
+        "table ip bench_services {{\n map services {{\n  \
+         type ipv4_addr . inet_service : ipv4_addr . inet_service; elements = {{ {} }}\n }}\n \
+         chain services {{\n  type nat hook prerouting priority dstnat - 1; policy accept;\n  \
+         dnat ip to ip daddr . tcp dport map @services\n }}\n}}\n",
+        elements.join(", ")
+    );
+    // A file, and not standard input: it is longer than a pipe holds.
+    let path = env::temp_dir().join(format!("malla-bench-{}.nft", process::id()));
+    fs::write(&path, table).with_context(|| format!("write {}", path.display()))?;
+    let done = mesh
+        .node(NODES[0])
+        .netns()
+        .run(|| Command::new("nft").arg("-f").arg(&path).output().context("run nft"));
+    let removed = fs::remove_file(&path);
+    let done = done?;
+    removed.with_context(|| format!("remove {}", path.display()))?;
+    ensure!(done.status.success(), "nft: {}", String::from_utf8_lossy(&done.stderr).trim());
+    Ok(())
+}
+
+/// The client's ports on the same node, as many for each side. All sides' connections end at the
 /// server's pod, and the node tracks one for two minutes after its end: where the other side had
 /// just used a port, a new connection had to be given another one, at 8 times the CPU.
 fn own_ports(side: Side) -> Option<&'static str> {
     match side {
         Side::Plain | Side::Lane | Side::Quic => None,
-        Side::Near => Some("10240 37887"),
-        Side::Direct => Some("37888 65535"),
+        Side::Near => Some("10240 28671"),
+        Side::Direct => Some("28672 47103"),
+        Side::Redirect => Some("47104 65535"),
     }
 }
 
