@@ -117,7 +117,8 @@ fn every_flag_that_the_documents_name_exists() {
             "--json",
             "--sides",
         ];
-        demo.contains(&flag) || bench.contains(&flag) || flag == "--file"
+        let others = ["--file", "--kubeconfig", "--load-image", "--nodes", "--out", "--program"];
+        demo.contains(&flag) || bench.contains(&flag) || others.contains(&flag)
     };
     for name in ["README.md", "ARCHITECTURE.md", "SECURITY.md"] {
         let text = document(name);

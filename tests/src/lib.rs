@@ -25,6 +25,7 @@
 mod access_log;
 mod agent;
 mod cgroup;
+mod cluster;
 mod guard;
 mod hop;
 mod interrupt;
@@ -45,6 +46,7 @@ pub mod wait;
 pub use self::access_log::Record;
 pub use self::agent::{Agent, Cli};
 pub use self::cgroup::Cgroup;
+pub use self::cluster::{Cluster, xtask};
 pub use self::hop::{Fate, Hop};
 pub use self::interrupt::Interrupt;
 pub use self::load::Load;

@@ -57,7 +57,25 @@ pub(crate) struct Executable {
 ///
 /// Fails with what the compiler said.
 pub(crate) fn executables(what: &str, args: &str) -> Result<Vec<Executable>> {
+    built(what, cargo(args)?)
+}
+
+/// Flags of the compiler by which the C library becomes part of a program.
+pub(crate) const STATIC: &str = "-C target-feature=+crt-static";
+
+/// The same with what they need of C linked in: they run where there is no library. `args` has to
+/// name a target.
+///
+/// # Errors
+///
+/// As [`executables`].
+pub(crate) fn static_executables(what: &str, args: &str) -> Result<Vec<Executable>> {
     let mut command = cargo(args)?;
+    command.env("RUSTFLAGS", STATIC);
+    built(what, command)
+}
+
+fn built(what: &str, mut command: std::process::Command) -> Result<Vec<Executable>> {
     command.arg("--message-format=json-render-diagnostics");
     let built = watch(what, command, BUILD_LIMIT)?;
     let (messages, human): (Vec<_>, Vec<_>) =

@@ -1,4 +1,5 @@
-//! `cargo xtask clean`: removes what killed tests and a demo with `--keep` left on this machine.
+//! `cargo xtask clean`: removes what killed tests and clusters and a demo with `--keep` left on this
+//! machine.
 //!
 //! Everything of theirs is called `malla-<pid>-…` after the process that made it, or lies inside
 //! such a thing (links, addresses, qdiscs and listeners go with their namespace); setup makes one file
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
-use crate::process::answer;
+use crate::process::{answer, started};
 use crate::{packages, say, setup};
 
 const PREFIX: &str = "malla-";
@@ -34,31 +35,46 @@ impl Clean {
     ///
     /// Fails if something cannot be removed, after trying everything else.
     pub(crate) fn run(&self) -> Result<()> {
-        clean(self.pid)
+        clean(self.pid, None)
     }
 }
 
-fn clean(only: Option<u32>) -> Result<()> {
+/// Removes what this process itself has made, before it ends.
+///
+/// # Errors
+///
+/// As [`Clean::run`].
+pub(crate) fn own() -> Result<()> {
+    let pid = std::process::id();
+    clean(Some(pid), Some(pid))
+}
+
+/// `only` the things of one maker, or those of all that are gone; `own` is a maker that still lives.
+fn clean(only: Option<u32>, own: Option<u32>) -> Result<()> {
     let mut removed = 0;
     let mut problems = Vec::new();
+    let leftovers = |dir: &Path| leftovers_in(dir, only, own);
     let mut tell = |what: String, done: Result<()>| match done {
         Ok(()) => {
             removed += 1;
-            say(&format!("removed {what}"));
+            // Who removes its own things has said what became of them.
+            if own.is_none() {
+                say(&format!("removed {what}"));
+            }
         }
         Err(error) => problems.push(format!("{what}: {error:#}")),
     };
     // Processes first: they hold the rest.
-    for name in leftovers_in(Path::new("/run/netns"), only)? {
+    for name in leftovers(Path::new("/run/netns"))? {
         tell(format!("namespace {name}"), namespace(&name));
     }
-    for root in cgroup2_roots()? {
-        for name in leftovers_in(&root, only)? {
+    for root in cgroup_roots()? {
+        for name in leftovers(&root)? {
             tell(format!("cgroup {}", root.join(&name).display()), cgroup(&root.join(&name)));
         }
     }
     for root in [std::env::temp_dir(), PathBuf::from("/sys/fs/bpf"), setup::cache()?] {
-        for name in leftovers_in(&root, only)? {
+        for name in leftovers(&root)? {
             tell(format!("directory {}", root.join(&name).display()), directory(&root.join(&name)));
         }
     }
@@ -69,12 +85,14 @@ fn clean(only: Option<u32>) -> Result<()> {
         tell(format!("{}, which kept services from starting", policy.display()), removed);
     }
     ensure!(problems.is_empty(), "not removed:\n    {}", problems.join("\n    "));
-    say(if removed == 0 { "nothing was left" } else { "clean" });
+    if own.is_none() {
+        say(if removed == 0 { "nothing was left" } else { "clean" });
+    }
     Ok(())
 }
 
 /// Names in `dir` that are ours and whose maker is gone, or only those of one maker.
-fn leftovers_in(dir: &Path, only: Option<u32>) -> Result<Vec<String>> {
+fn leftovers_in(dir: &Path, only: Option<u32>, own: Option<u32>) -> Result<Vec<String>> {
     if !dir.is_dir() {
         return Ok(Vec::new());
     }
@@ -83,7 +101,8 @@ fn leftovers_in(dir: &Path, only: Option<u32>) -> Result<Vec<String>> {
         let name = entry.context("read a directory")?.file_name().to_string_lossy().into_owned();
         match maker(&name) {
             Some(pid) if only.is_some_and(|only| only != pid) => {}
-            Some(pid) if Path::new("/proc").join(pid.to_string()).exists() => {
+            Some(pid) if own == Some(pid) => names.push(name),
+            Some(pid) if started(pid).is_some() => {
                 say(&format!("left {}: process {pid} still uses it", dir.join(&name).display()));
             }
             Some(_) => names.push(name),
@@ -138,11 +157,13 @@ fn directory(dir: &Path) -> Result<()> {
     fs::remove_dir_all(dir).context("remove the directory")
 }
 
-fn cgroup2_roots() -> Result<Vec<PathBuf>> {
+fn cgroup_roots() -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
     let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-    let cgroup2 = fields.filter(|fields| fields.get(2) == Some(&"cgroup2"));
-    Ok(cgroup2.filter_map(|fields| fields.get(1).map(PathBuf::from)).collect())
+    // Version 1 too, where a machine has both: a node of a cluster has its place in every hierarchy.
+    let cgroup = |kind: &&str| kind.starts_with("cgroup");
+    let cgroups = fields.filter(|fields| fields.get(2).is_some_and(cgroup));
+    Ok(cgroups.filter_map(|fields| fields.get(1).map(PathBuf::from)).collect())
 }
 
 fn kill(pid: &str) {

@@ -4,7 +4,9 @@
 mod build;
 mod check;
 mod clean;
+mod cluster;
 mod fuzz;
+mod image;
 mod layers;
 mod licences;
 mod packages;
@@ -44,7 +46,13 @@ enum Task {
     Fuzz(fuzz::Fuzz),
     /// Two nodes, four services, a load, and the proof that it crossed the wire encrypted.
     Demo(Program),
-    /// Remove what a killed test or demo left on this machine: namespaces, links, cgroups, pins.
+    /// A real Kubernetes cluster on this machine, for tests and to look at.
+    #[command(subcommand)]
+    Cluster(cluster::Task),
+    /// Write the agent's image, or that of a program of the tests, as an OCI archive.
+    Image(image::Image),
+    /// Remove what a killed test, demo or cluster left on this machine: namespaces, links, cgroups,
+    /// pins.
     Clean(clean::Clean),
 }
 
@@ -67,6 +75,8 @@ fn main() -> ExitCode {
         Task::Bench(program) => build::run_program("malla-bench", &program.args).map(well),
         Task::Fuzz(fuzz) => fuzz.run().map(well),
         Task::Demo(program) => build::run_program("malla-demo", &program.args).map(well),
+        Task::Cluster(task) => task.run().map(well),
+        Task::Image(image) => image.run().map(well),
         Task::Clean(clean) => clean.run().map(well),
     };
     done.unwrap_or_else(|error| {
@@ -79,6 +89,14 @@ fn main() -> ExitCode {
 #[expect(clippy::print_stdout, reason = "a command-line tool's output")]
 fn say(text: &str) {
     println!("{text}");
+}
+
+/// This program. While tests are built, cargo puts a new one in its place.
+fn this() -> Result<PathBuf> {
+    let path = std::env::current_exe().context("find xtask")?;
+    let text = path.to_string_lossy();
+    // proc_pid_exe(5).
+    Ok(text.strip_suffix(" (deleted)").map_or_else(|| path.clone(), PathBuf::from))
 }
 
 /// The top of the checkout.

@@ -164,6 +164,19 @@ pub(crate) fn cargo(args: &str) -> Result<Command> {
     Ok(command)
 }
 
+/// When a process started, in clock ticks since boot; `None` if there is none, or only what is left of
+/// one until somebody asks how it ended (a zombie).
+pub(crate) fn started(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // proc_pid_stat(5). The name in brackets may hold anything, brackets and spaces included.
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let mut fields = fields.split(' ');
+    if fields.next()? == "Z" {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
 /// The command line, for humans.
 pub(crate) fn shown(command: &Command) -> String {
     let program = std::path::Path::new(command.get_program());

@@ -3,8 +3,9 @@
 //! A test that cannot run here passes as far as its runner knows; it appends `name<TAB>why` to the
 //! file named by `MALLA_SKIPPED`, and is counted as skipped.
 
+use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use clap::Args;
 
 use crate::build::{self, Executable};
 use crate::check;
+use crate::cluster::tested::Tested;
 use crate::process::{self, Finished};
 use crate::{privilege, say, setup};
 
@@ -26,6 +28,9 @@ const E2E_PACKAGE: &str = "mesh-tests";
 
 /// Everything is built by one command, so that every crate is built with one set of features.
 const BUILD: &str = "build --workspace --all-targets";
+
+/// The test binary that is given a Kubernetes cluster.
+const CLUSTER: &str = "cluster";
 
 #[derive(Debug, Default, Args)]
 pub(crate) struct E2e {
@@ -44,6 +49,15 @@ pub(crate) struct E2e {
     /// out. `MALLA_SEED=N` repeats what was random.
     #[arg(long)]
     long: bool,
+
+    /// Run the tests that need a cluster on this one, and not on one that is made for them.
+    #[arg(long)]
+    kubeconfig: Option<PathBuf>,
+
+    /// The command that loads an image into the nodes of that cluster; the path of an OCI archive is
+    /// added to it. For example `kind load image-archive`.
+    #[arg(long, requires = "kubeconfig")]
+    load_image: Option<String>,
 }
 
 /// Results so far.
@@ -113,8 +127,28 @@ impl Tally {
                 "test" => format!("{} {}", test.package, test.name),
                 kind => format!("{} ({kind})", test.package),
             };
-            let ran = run_binary(test, options, agent.as_ref(), &name);
-            self.record(&name, ran);
+            let agent = agent.as_deref();
+            if test.package == E2E_PACKAGE && test.name == CLUSTER {
+                self.on_cluster(test, options, agent, &name);
+            } else {
+                self.record(&name, run_binary(test, options, agent, &name, &[]));
+            }
+        }
+    }
+
+    /// Runs the tests that need a Kubernetes cluster, on one that ends when they do.
+    fn on_cluster(&mut self, test: &Executable, options: &E2e, agent: Option<&Path>, name: &str) {
+        if !has_tests(test, options) {
+            return;
+        }
+        let cluster = Tested::prepare(options.kubeconfig.as_deref(), options.load_image.as_deref());
+        match cluster {
+            Ok(cluster) => {
+                let ran = run_binary(test, options, agent, name, &cluster.environment);
+                self.record(name, ran);
+                self.step("the cluster of the tests is gone", cluster.end());
+            }
+            Err(error) => self.fail("cluster", &format!("{error:#}")),
         }
     }
 
@@ -178,11 +212,20 @@ impl Tally {
     }
 }
 
+/// Whether the filter leaves any test of a binary.
+fn has_tests(test: &Executable, options: &E2e) -> bool {
+    let mut args = vec!["--list"];
+    args.extend(options.filter.as_deref());
+    let list = process::answer(&test.path.display().to_string(), &args);
+    list.is_none_or(|list| list.lines().any(|line| line.ends_with(": test")))
+}
+
 fn run_binary(
     test: &Executable,
     options: &E2e,
-    agent: Option<&PathBuf>,
+    agent: Option<&Path>,
     name: &str,
+    environment: &[(&str, OsString)],
 ) -> Result<Finished> {
     // Unit tests need nothing; what lies in `tests/` loads eBPF and makes namespaces.
     // Where root cannot be had, those that need it skip themselves, and are counted.
@@ -208,6 +251,7 @@ fn run_binary(
         }
     }
     let limit = if options.long { LONG_BINARY_LIMIT } else { BINARY_LIMIT };
+    command.envs(environment.iter().map(|(key, value)| (key, value)));
     let finished = process::watch(name, command, limit);
     let list = fs::read_to_string(&skipped).context("read the list of skipped tests")?;
     fs::remove_file(&skipped).context("remove the list of skipped tests")?;
