@@ -215,13 +215,17 @@ impl Load {
             import.args(["--namespace", "k8s.io", "images", "import"]);
             // Or the kubelet does not see it.
             import.args(["--label", "io.cri-containerd.image=managed"]).arg(&archive);
-            imports.push((node, import.stdout(Stdio::null()).spawn().context("start ctr")?));
+            // It always has something to say, which matters only when it fails.
+            import.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+            imports.push((node, import.spawn().context("start ctr")?));
         }
         // Every one is waited for, also when one of them fails.
-        let ends: Vec<_> = imports.into_iter().map(|(node, mut end)| (node, end.wait())).collect();
-        for (node, end) in ends {
+        let ends = imports.into_iter().map(|(node, import)| (node, import.wait_with_output()));
+        for (node, end) in ends.collect::<Vec<_>>() {
             let end = end.context("wait for ctr")?;
-            ensure!(end.success(), "node-{node} does not take {}: {end}", archive.display());
+            let said = String::from_utf8_lossy(&end.stderr);
+            let archive = archive.display();
+            ensure!(end.status.success(), "node-{node} does not take {archive}: {}", said.trim());
         }
         Ok(())
     }
