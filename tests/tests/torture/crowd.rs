@@ -77,7 +77,8 @@ fn reader_that_pauses_for_long_gets_every_byte() -> Result<()> {
             })
         });
         let [lane, quic] = pausing.map(joined);
-        lane.context("lane").and(quic.context("quic"))
+        lane.context("lane")?;
+        quic.context("quic")
     })
 }
 
