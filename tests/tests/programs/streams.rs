@@ -15,9 +15,10 @@ fn iperf3_carries_in_every_direction() -> Result<()> {
     World::all(&[5201], |world| {
         let host = world.host();
         let lasts = long::either("1", "30");
-        // In both directions at a rate: without one, each iperf3 waits to write and reads nothing meanwhile,
-        // and once the buffers on the way are full both wait for ever.
-        for direction in [&[][..], &["-R"], &["--bidir", "-b", "100M"], &["-P", "8"]] {
+        // Not `--bidir`: iperf3 takes for granted that connections arrive in the order in which they were
+        // made. Its two connections may pass each other between two agents, and then both ends of each
+        // only send. Exchanges in both directions at once are `torture`'s.
+        for direction in [&[][..], &["-R"], &["-P", "8"]] {
             // It serves one client and ends.
             let mut server = world.server().spawn("iperf3", &["-s", "-1"])?;
             world.server().wait_for_listener(5201)?;
