@@ -310,8 +310,8 @@ pub(super) fn expiry(not_after: u64, max_age: Duration) -> Option<Instant> {
 pub(super) fn prepare(tcp: &TcpStream) -> std::io::Result<()> {
     // A node that vanished is noticed within half a minute, unless bytes are on their way: whoever sends
     // them looks after that (`relay::lane`). Not TCP_USER_TIMEOUT: it also ends connections whose other
-    // side is there, and takes nothing for now. Three probes, and lanes not all in the same second: of
-    // ten thousand that were opened together one lost two probes in a burst.
+    // side is there, and takes nothing for now. Three probes, and lanes not all in the same second: thousands
+    // that were opened together must not probe in one burst, of which packets may be dropped.
     const PROBE: Duration = Duration::from_secs(5);
     let idle = Duration::from_secs(fastrand::u64(10..15));
 
