@@ -231,6 +231,13 @@ pub struct Run {
     #[arg(long, env = "MESH_WORKERS", value_name = "N")]
     pub workers: Option<NonZeroUsize>,
 
+    /// Microseconds that a worker whose work comes in short intervals goes on looking for more before
+    /// it sleeps; 0 never. Waking a sleeping core takes longer than all else that a mesh adds to a
+    /// small exchange. It costs CPU while small exchanges follow each other at shorter intervals than
+    /// this, at most the whole of a core that nobody else wants.
+    #[arg(long = "poll-us", env = "MESH_POLL_US", value_name = "MICROSECONDS", default_value = "50", value_parser = microseconds)]
+    pub poll: Duration,
+
     /// Seconds that making a tunnel or reaching the application may take. Too low refuses what is
     /// only slow; too high makes clients wait for what is dead.
     #[arg(long = "connect-timeout-s", env = "MESH_CONNECT_TIMEOUT_S", value_name = "SECONDS", default_value = "5", value_parser = seconds)]
@@ -393,6 +400,10 @@ pub enum Ca {
         #[arg(long, short, value_enum, default_value_t)]
         output: Format,
     },
+}
+
+fn microseconds(text: &str) -> Result<Duration, std::num::ParseIntError> {
+    text.parse().map(Duration::from_micros)
 }
 
 fn seconds(text: &str) -> Result<Duration, std::num::ParseIntError> {

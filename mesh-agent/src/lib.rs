@@ -22,6 +22,7 @@ pub mod inbound;
 pub mod net;
 pub mod node;
 pub mod outbound;
+pub mod polling;
 pub mod relay;
 pub mod serve;
 pub mod telemetry;

@@ -202,7 +202,7 @@ fn cookie(socket: &Socket) -> io::Result<u64> {
 /// Where a listening socket is bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bind {
-    /// To this address, at any port that is free.
+    /// To this address, at any port that is free, for connections from the same namespace.
     To(IpAddr),
     /// To an address of this one's family that nobody can dial: the socket is reached only because a
     /// program steers connections to it. 192.0.2.1 (RFC 5737) or 100::1 (RFC 6666).
@@ -220,7 +220,11 @@ pub fn listen(bind: Bind) -> io::Result<TcpListener> {
         Bind::Unreachable(IpAddr::V4(_)) => Ipv4Addr::new(192, 0, 2, 1).into(),
         Bind::Unreachable(IpAddr::V6(_)) => Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1).into(),
     };
-    let socket = relayed_socket(domain(ip), Peer::Anywhere)?;
+    let peer = match bind {
+        Bind::To(_) => Peer::Here,
+        Bind::Unreachable(_) => Peer::Anywhere,
+    };
+    let socket = relayed_socket(domain(ip), peer)?;
     // Also for a pod's own IPv6 address, which cannot be bound while it is tentative.
     match ip {
         IpAddr::V4(_) => socket.set_freebind_v4(true)?,
@@ -349,11 +353,16 @@ fn relayed_socket(domain: Domain, peer: Peer) -> io::Result<Socket> {
     let socket = stream_socket(domain)?;
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_tcp_nodelay(true)?;
-    if peer == Peer::Anywhere {
-        let every = KEEPALIVE / 3;
-        let keepalive =
-            TcpKeepalive::new().with_time(KEEPALIVE).with_interval(every).with_retries(3);
-        socket.set_tcp_keepalive(&keepalive)?;
+    match peer {
+        Peer::Anywhere => {
+            let every = KEEPALIVE / 3;
+            let keepalive =
+                TcpKeepalive::new().with_time(KEEPALIVE).with_interval(every).with_retries(3);
+            socket.set_tcp_keepalive(&keepalive)?;
+        }
+        // Loopback has no congestion, and what the machine has chosen for its network costs there:
+        // BBR paces by a timer. Every kernel has this one.
+        Peer::Here => socket.set_tcp_congestion(b"reno")?,
     }
     Ok(socket)
 }

@@ -11,6 +11,8 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
+use crate::polling;
+
 /// Long enough for a file descriptor to come free, short enough not to show as latency.
 const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 
@@ -105,7 +107,10 @@ async fn permit(permits: &Arc<Semaphore>) -> OwnedSemaphorePermit {
 async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok(accepted) => return accepted,
+            Ok(accepted) => {
+                polling::worked();
+                return accepted;
+            }
             // The client went away between SYN and accept (accept(2)): nothing is wrong with us.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             // EMFILE and its kin persist until something closes: spinning would starve that.

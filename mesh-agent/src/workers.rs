@@ -14,6 +14,8 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tracing::error;
 
+use crate::polling;
+
 /// How long a worker's tasks may take to be dropped when the process ends.
 const SHUTDOWN: Duration = Duration::from_secs(1);
 
@@ -40,8 +42,9 @@ impl Workers {
     /// # Errors
     ///
     /// The system refused a thread or a runtime.
-    pub fn start(count: usize) -> io::Result<Self> {
-        let workers = (0..count).map(Worker::start).collect::<io::Result<Vec<_>>>()?;
+    pub fn start(count: usize, poll: Duration) -> io::Result<Self> {
+        let workers =
+            (0..count).map(|index| Worker::start(index, poll)).collect::<io::Result<Vec<_>>>()?;
         Ok(Self { workers })
     }
 
@@ -65,12 +68,18 @@ impl Workers {
 }
 
 impl Worker {
-    fn start(index: usize) -> io::Result<Self> {
-        let runtime =
-            Builder::new_current_thread().enable_all().event_interval(EVENT_INTERVAL).build()?;
+    fn start(index: usize, poll: Duration) -> io::Result<Self> {
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .event_interval(EVENT_INTERVAL)
+            .on_thread_park(polling::ran_out)
+            .build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel();
         let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+            if !poll.is_zero() {
+                runtime.spawn(polling::look_for_work(poll));
+            }
             // Both a message and a dropped sender mean the end.
             let _ended = runtime.block_on(stopped);
             runtime.shutdown_timeout(SHUTDOWN);
@@ -94,7 +103,7 @@ mod tests {
 
     #[test]
     fn tasks_of_one_worker_share_its_thread() {
-        let workers = Workers::start(2).unwrap();
+        let workers = Workers::start(2, Duration::ZERO).unwrap();
         let runtime = Builder::new_current_thread().build().unwrap();
         let name_on = |index| {
             let task = workers.spawn(index, async { thread::current().name().map(str::to_owned) });
@@ -105,7 +114,7 @@ mod tests {
 
     #[test]
     fn dropping_workers_drops_their_tasks() {
-        let workers = Workers::start(1).unwrap();
+        let workers = Workers::start(1, Duration::ZERO).unwrap();
         let (alive, mut gone) = oneshot::channel::<()>();
         workers.spawn(0, async move {
             let _alive = alive;

@@ -10,7 +10,8 @@ use aya_ebpf::bindings::{
     BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops,
 };
 use aya_ebpf::helpers::{
-    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set,
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_setsockopt, bpf_sk_storage_get,
+    bpf_sock_ops_cb_flags_set,
 };
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
@@ -91,7 +92,20 @@ fn connecting(ctx: &SockOpsContext) {
         if ends.src.ip != ends.dst.ip {
             let _refused_if_lost = DELIVERIES.insert(ends, grace(), 0);
         }
+        without_pacing(ctx);
     }
+}
+
+/// To the agent it is loopback, where there is no congestion, and pacing (BBR) only costs.
+#[inline(always)]
+fn without_pacing(ctx: &SockOpsContext) {
+    const IPPROTO_TCP: i32 = 6;
+    const TCP_CONGESTION: i32 = 13;
+    let mut name = *b"reno\0";
+    // SAFETY: the context is a full socket's, and the name is read only.
+    unsafe {
+        bpf_setsockopt(ctx.as_ptr(), IPPROTO_TCP, TCP_CONGESTION, name.as_mut_ptr().cast(), 5)
+    };
 }
 
 /// When a tuple that is announced now stops to pass.

@@ -90,6 +90,37 @@ fn v4_and_v6_are_carried_to_the_exact_destination() -> Result<()> {
 }
 
 #[test]
+fn between_application_and_agent_nothing_is_paced() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("outsider", "b").annotation("malla.dev/mesh", "disabled"))
+        .start()?;
+    let a1 = mesh.pod("a1");
+    let chosen = a1.run(|| Ok(fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control")?))?;
+    if chosen.trim() == "reno" {
+        harness::skip!(
+            "needs another congestion control: sysctl net.ipv4.tcp_congestion_control=cubic"
+        );
+    }
+    let control = |socket: &TcpStream| -> Result<String> {
+        let name = socket2::SockRef::from(socket).tcp_congestion()?;
+        Ok(String::from_utf8_lossy(&name).trim_end_matches('\0').to_owned())
+    };
+
+    let _outsider = mesh.pod("outsider").serve(8080, Serve::Echo)?;
+    let outside = a1.connect(mesh.pod("outsider").v4(8080))?;
+    assert_eq!(control(&outside)?, chosen.trim(), "what leaves the pod is as the machine wants it");
+
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    for to in [mesh.service("b").v4(80), mesh.service("b").v6(80)] {
+        let mut captured = a1.connect(to)?;
+        exchange(&mut captured, b"marker")?;
+        assert_eq!(control(&captured)?, "reno", "{to}");
+    }
+    Ok(())
+}
+
+#[test]
 fn v4_mapped_address_means_the_v4_destination() -> Result<()> {
     harness::require!();
     let mesh = Mesh::two_nodes()?;

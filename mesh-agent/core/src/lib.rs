@@ -22,6 +22,7 @@ pub mod direct;
 #[cfg(test)]
 mod fixtures;
 pub mod generation;
+pub mod polling;
 pub mod route;
 pub mod settings;
 pub mod snapshot;

@@ -173,7 +173,8 @@ impl Agent {
         });
 
         let count = options.workers.map_or_else(available_cores, NonZeroUsize::get);
-        let workers = Arc::new(Workers::start(count).context("start worker threads")?);
+        let workers =
+            Arc::new(Workers::start(count, options.poll).context("start worker threads")?);
         let stats = Arc::new(TunnelStats::default());
         let contexts = start_tunnels(&options, &workers, &node, &identities, &stats).await?;
         let mut tunnels = JoinSet::new();

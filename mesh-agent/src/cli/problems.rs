@@ -76,6 +76,9 @@ impl Run {
             let problem = format!("{} s", self.cert_lifetime.as_secs());
             note("--cert-lifetime-s", problem, "2 to 31536000, a year");
         }
+        if self.poll > MAX_POLL {
+            note("--poll-us", format!("{} us", self.poll.as_micros()), "0 to 1000");
+        }
         if self.workers.is_some_and(|workers| workers.get() > MAX_WORKERS) {
             note("--workers", "too many".into(), "1 to 1024, one for each CPU is best");
         }
@@ -88,6 +91,8 @@ impl Run {
 }
 
 const MAX_WORKERS: usize = 1024;
+/// Longer than it takes to wake a core, looking for work saves nothing.
+const MAX_POLL: Duration = Duration::from_millis(1);
 
 /// RFC 1123 subdomain, as Kubernetes demands of a node's name.
 fn is_node_name(name: &str) -> bool {
@@ -119,7 +124,7 @@ mod tests {
     fn all_problems_of_run_are_told_at_once_with_flag_and_remedy() {
         let run = run("mesh-agent run --node N_1 --manifests /nowhere --ca-dir /nowhere \
                        --cgroup /nowhere --metrics-addr 127.0.0.1:15019 --connect-timeout-s 0 \
-                       --drain-s 90000 --cert-lifetime-s 1 --workers 2000 --metrics-series-limit 0");
+                       --drain-s 90000 --cert-lifetime-s 1 --workers 2000 --poll-us 1001 --metrics-series-limit 0");
         let flags: Vec<_> = run.problems().iter().map(|problem| problem.flag).collect();
         let expected = [
             "--node",
@@ -130,6 +135,7 @@ mod tests {
             "--connect-timeout-s",
             "--drain-s",
             "--cert-lifetime-s",
+            "--poll-us",
             "--workers",
             "--metrics-series-limit",
         ];

@@ -47,6 +47,7 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use crate::identity::verify::PeerRefused;
+use crate::polling;
 use crate::telemetry::{self, Failure, Live, ResponseFlags};
 use crate::tunnel::{Buf, Flow, Held};
 
@@ -291,6 +292,9 @@ async fn run<F: Far>(
             Ok(direction) => direction,
             Err(outcome) => return Poll::Ready(outcome),
         };
+        if relay.up_turn.copied + relay.down_turn.copied > 0 {
+            polling::worked();
+        }
         if (up, down) == (Direction::Ended, Direction::Ended) {
             return Poll::Ready(Outcome::Clean);
         }

@@ -23,6 +23,7 @@ use super::records::{MAX_OPENED, MAX_PLAIN, OVERHEAD, Record, Records};
 use super::session::Session;
 use super::stats::{Gauged, SessionKind, TunnelStats};
 use super::tls;
+use crate::polling;
 
 /// A TLS connection between two agents, for two workloads.
 #[derive(Debug)]
@@ -378,6 +379,7 @@ impl Lane {
     pub(super) async fn next_event(&mut self) -> Result<LaneEvent, LaneError> {
         loop {
             if let Some(event) = self.codec.event()? {
+                polling::worked();
                 return Ok(event);
             }
             // The answer to a key update, if any.
@@ -395,6 +397,7 @@ impl Lane {
     ) -> Result<LaneEvent, LaneError> {
         loop {
             if let Some(event) = self.codec.event()? {
+                polling::worked();
                 return Ok(event);
             }
             if self.codec.has_begun() {

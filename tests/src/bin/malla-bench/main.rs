@@ -8,6 +8,7 @@
 
 mod client;
 mod direct;
+mod hops;
 mod machine;
 mod results;
 mod run;
@@ -28,7 +29,7 @@ use harness::Interrupt;
 
 use machine::Machine;
 use results::{Place, Results, Side};
-use run::{Plan, Round, start_server};
+use run::{Group, Plan, Round, start_server};
 use world::World;
 
 /// Measures plain TCP and the mesh between the same pods, of two nodes and of one.
@@ -46,14 +47,22 @@ struct Cli {
     #[arg(long, default_value_t = 3)]
     rounds: usize,
 
-    /// What to compare: across nodes `plain`, `lane` and `quic`, on the same node `near`, `direct` and
+    /// What to compare: across nodes `plain`, `hops`, `lane` and `quic`, on the same node `near`, `direct` and
     /// `redirect`.
     #[arg(
         long,
         value_delimiter = ',',
-        default_values = ["plain", "lane", "quic", "near", "direct", "redirect"]
+        default_values = ["plain", "hops", "lane", "quic", "near", "direct", "redirect"]
     )]
     sides: Vec<Side>,
+
+    /// What to measure.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_values = ["memory", "exchange", "bulk", "beside", "connect"]
+    )]
+    only: Vec<Group>,
 
     /// Seconds of each measure but new connections.
     #[arg(long, default_value_t = 3.0)]
@@ -130,7 +139,8 @@ fn bench(cli: &Cli) -> Result<()> {
             continue;
         }
         let mut world = World::new(place, &sides)?;
-        let measured = measure(&mut world, &sides, rounds, plan, &interrupt, &mut results);
+        let measured =
+            measure(&mut world, &sides, rounds, (plan, &cli.only), &interrupt, &mut results);
         // Ctrl-C on a terminal has ended the clients too, and their error is not the reason.
         ensure!(!interrupt.came(), "interrupted");
         measured?;
@@ -166,7 +176,7 @@ fn measure(
     world: &mut World,
     sides: &[Side],
     rounds: usize,
-    plan: Plan,
+    (plan, groups): (Plan, &[Group]),
     interrupt: &Interrupt,
     results: &mut Results,
 ) -> Result<()> {
@@ -187,6 +197,7 @@ fn measure(
                 agents,
                 carries: &|connections| world.carries(*side, connections),
                 plan,
+                groups,
                 found: &mut |measure, value| results.add(*side, measure, value),
                 opened: 0,
             }

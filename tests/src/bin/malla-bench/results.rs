@@ -13,6 +13,8 @@ use crate::stats::Spread;
 pub(crate) enum Side {
     /// TCP as without a mesh: no agent runs and no program is attached.
     Plain,
+    /// Two hops of user space, one on each node, and nothing else: the floor of any proxy.
+    Hops,
     /// The mesh over lanes.
     Lane,
     /// The mesh over QUIC.
@@ -52,6 +54,7 @@ impl Side {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
+            Self::Hops => "hops",
             Self::Lane => "lane",
             Self::Quic => "quic",
             Self::Near => "near",
@@ -63,14 +66,14 @@ impl Side {
     /// Where its pods are.
     pub(crate) fn place(self) -> Place {
         match self {
-            Self::Plain | Self::Lane | Self::Quic => Place::Across,
+            Self::Plain | Self::Hops | Self::Lane | Self::Quic => Place::Across,
             Self::Near | Self::Direct | Self::Redirect => Place::SameNode,
         }
     }
 
     /// Whether agents run.
     pub(crate) fn is_mesh(self) -> bool {
-        self != self.place().baseline()
+        !matches!(self, Self::Plain | Self::Hops | Self::Near)
     }
 
     /// Whether the kernel connects pod to pod, and no agent carries a byte.
@@ -82,7 +85,7 @@ impl Side {
     /// there finds plain TCP, and in no row that of another place.
     fn in_json(self) -> (&'static str, &'static str) {
         match self {
-            Self::Plain | Self::Lane | Self::Quic => (self.name(), ""),
+            Self::Plain | Self::Hops | Self::Lane | Self::Quic => (self.name(), ""),
             Self::Near => (Self::Plain.name(), "same_node_"),
             Self::Direct | Self::Redirect => (self.name(), "same_node_"),
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use std::{env, thread};
 
 use anyhow::{Context as _, Result, ensure};
-use clap::ValueEnum as _;
+use clap::ValueEnum;
 
 use crate::client::{Order, Outcome, Work};
 use crate::results::Measure;
@@ -21,6 +21,21 @@ const SETTLE: Duration = Duration::from_millis(300);
 const COOL_DOWN: Duration = Duration::from_secs(1);
 /// The bulk flows of [`Work::Beside`], and of the second throughput.
 const BULK_FLOWS: usize = 8;
+
+/// A group of measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Group {
+    /// Resident memory of the agents, idle and by idle connection.
+    Memory,
+    /// Small exchanges over 1, 16 and 64 connections.
+    Exchange,
+    /// Throughput and CPU of 1 and 8 connections.
+    Bulk,
+    /// A small exchange beside bulk.
+    Beside,
+    /// New connections by 1 and 16 clients.
+    Connect,
+}
 
 /// How long and how much.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -129,6 +144,8 @@ pub(crate) struct Round<'a> {
     pub(crate) carries: &'a dyn Fn(usize) -> Result<()>,
     /// How long and how much.
     pub(crate) plan: Plan,
+    /// What is measured.
+    pub(crate) groups: &'a [Group],
     /// Takes what is measured.
     pub(crate) found: &'a mut dyn FnMut(Measure, f64),
     /// Connections that clients opened.
@@ -136,34 +153,46 @@ pub(crate) struct Round<'a> {
 }
 
 impl Round<'_> {
-    /// Measures everything once, and says how many connections clients opened for it. Memory
+    /// Measures what is wanted once, and says how many connections clients opened for it. Memory
     /// first, while the agents are fresh.
     ///
     /// # Errors
     ///
     /// Fails when a client does, other than by new connections that fail: those are counted.
     pub(crate) fn measure(mut self) -> Result<u64> {
-        if let Some(agents) = self.agents {
+        let wanted = |group| self.groups.contains(&group);
+        let [memory, exchange, bulk, beside, connect] =
+            [Group::Memory, Group::Exchange, Group::Bulk, Group::Beside, Group::Connect]
+                .map(wanted);
+        if let Some(agents) = self.agents.filter(|_| memory) {
             self.memory(agents)?;
         }
-        self.exchanges()?;
-        self.bulk(
-            1,
-            Measure::Bulk1,
-            Measure::CpuPerGb1,
-            [Measure::ClientAgentPerGb1, Measure::ServerAgentPerGb1],
-        )?;
-        self.bulk(
-            BULK_FLOWS,
-            Measure::Bulk8,
-            Measure::CpuPerGb8,
-            [Measure::ClientAgentPerGb8, Measure::ServerAgentPerGb8],
-        )?;
-        let (beside, _) = self.work(Work::Beside, BULK_FLOWS, self.plan.seconds)?;
-        (self.found)(Measure::BesideP50, beside.p50_us / 1e3);
-        (self.found)(Measure::BesideP99, beside.p99_us / 1e3);
-        (self.found)(Measure::BesideBulk, beside.gbit_per_s());
-        self.new_connections()?;
+        if exchange {
+            self.exchanges()?;
+        }
+        if bulk {
+            self.bulk(
+                1,
+                Measure::Bulk1,
+                Measure::CpuPerGb1,
+                [Measure::ClientAgentPerGb1, Measure::ServerAgentPerGb1],
+            )?;
+            self.bulk(
+                BULK_FLOWS,
+                Measure::Bulk8,
+                Measure::CpuPerGb8,
+                [Measure::ClientAgentPerGb8, Measure::ServerAgentPerGb8],
+            )?;
+        }
+        if beside {
+            let (beside, _) = self.work(Work::Beside, BULK_FLOWS, self.plan.seconds)?;
+            (self.found)(Measure::BesideP50, beside.p50_us / 1e3);
+            (self.found)(Measure::BesideP99, beside.p99_us / 1e3);
+            (self.found)(Measure::BesideBulk, beside.gbit_per_s());
+        }
+        if connect {
+            self.new_connections()?;
+        }
         Ok(self.opened)
     }
 

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use harness::{Agent, Mesh, Pod, PodSpec, ServiceSpec, wait};
 
 use crate::direct::{Ways, warm_up};
+use crate::hops::Hop;
 use crate::results::{Place, Side};
 use crate::run::Agents;
 use crate::server::{ECHO_MANY, ECHO_ONE, SINK};
@@ -44,6 +45,8 @@ pub(crate) struct World {
     place: Place,
     /// Whether there are any, running or not.
     agents: bool,
+    /// Only on the side that is named after them.
+    hops: Vec<Hop>,
 }
 
 impl World {
@@ -88,7 +91,7 @@ impl World {
                 })
             })?;
         }
-        Ok(Self { mesh, place, agents })
+        Ok(Self { mesh, place, agents, hops: Vec::new() })
     }
 
     /// Turns to `side`, and says which processes carry it. They are fresh ones; none on the direct
@@ -103,6 +106,10 @@ impl World {
                 let path = "/proc/sys/net/ipv4/ip_local_port_range";
                 fs::write(path, range).with_context(|| format!("write {path}"))
             })?;
+        }
+        self.hops.clear();
+        if side == Side::Hops {
+            self.hops = self.two_hops()?;
         }
         if !self.agents {
             return Ok(None);
@@ -213,8 +220,26 @@ impl World {
         self.mesh.pod(CLIENT).netns().spawn(command)
     }
 
-    /// What clients dial: the server's pod, on the same node its service.
+    fn two_hops(&self) -> Result<Vec<Hop>> {
+        let [near, far] = NODES.map(|node| self.mesh.node(node));
+        // It opens a connection between the nodes for each of the client's; an agent's own ports stay
+        // free for those who come after it.
+        near.sysctl("net/ipv4/tcp_tw_reuse", "1")?;
+        near.sysctl("net/ipv4/ip_local_port_range", "20480 65535")?;
+        let client = self.mesh.pod(CLIENT).netns();
+        let server = self.server();
+        Ok(vec![
+            Hop::start(far.netns(), &PORTS, server.netns(), server.v4_ip().into())?,
+            Hop::start(client, &PORTS, near.netns(), far.v4().into())?,
+        ])
+    }
+
+    /// What clients dial: the server's pod, on the same node its service, and before two hops the
+    /// first of them.
     pub(crate) fn server_address(&self) -> IpAddr {
+        if !self.hops.is_empty() {
+            return self.mesh.pod(CLIENT).v4_ip().into();
+        }
         match self.place {
             Place::Across => self.server().v4_ip().into(),
             Place::SameNode => self.mesh.service(SERVER).v4_ip().into(),
@@ -258,7 +283,7 @@ fn other_services(mesh: &Mesh) -> Result<()> {
 /// just used a port, a new connection had to be given another one, at 8 times the CPU.
 fn own_ports(side: Side) -> Option<&'static str> {
     match side {
-        Side::Plain | Side::Lane | Side::Quic => None,
+        Side::Plain | Side::Hops | Side::Lane | Side::Quic => None,
         Side::Near => Some("10240 28671"),
         Side::Direct => Some("28672 47103"),
         Side::Redirect => Some("47104 65535"),
