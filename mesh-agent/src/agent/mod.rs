@@ -435,10 +435,7 @@ fn serve_tunnels(
                 Err(error) => return error!(%error, stage = "tunnel", "lanes are not served"),
             };
             let tunnels = Arc::clone(&context.tunnels);
-            let handler = move |request| {
-                let context = Arc::clone(&context);
-                async move { inbound::serve_request(&context, request).await }
-            };
+            let handler = move |request| inbound::serve_request(Arc::clone(&context), request);
             if let Err(error) = tunnels.serve_lanes(listener, drain, handler).await {
                 error!(%error, stage = "tunnel", "lanes are not served");
             }
@@ -451,10 +448,7 @@ fn serve_tunnels(
     let (context, drain) = (Arc::clone(&contexts[0]), node.draining.clone());
     let serving = workers.spawn(0, async move {
         let tunnels = Arc::clone(&context.tunnels);
-        let handler = move |request| {
-            let context = Arc::clone(&context);
-            async move { inbound::serve_request(&context, request).await }
-        };
+        let handler = move |request| inbound::serve_request(Arc::clone(&context), request);
         if let Err(error) = tunnels.serve_quic(socket, &key, drain, handler).await {
             error!(%error, stage = "tunnel", "QUIC is not served");
         }

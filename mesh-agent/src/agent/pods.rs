@@ -403,8 +403,7 @@ impl Pods {
             // A socket that is bound has an address; at port 0 nothing was captured.
             let port = listener.local_addr().map_or(0, |own| own.port());
             self.listen(worker, listener, &stopped, move |app, from| {
-                let (context, pod) = (Arc::clone(&context), Arc::clone(&pod));
-                async move { outbound::carry(&context, &pod, app, from, port).await }
+                outbound::carry(Arc::clone(&context), Arc::clone(&pod), app, from, port)
             });
         }
         for (index, listener) in listeners.inbound.into_iter().enumerate() {

@@ -65,14 +65,20 @@ pub struct Arrival<'a> {
 ///
 /// It counts as one of the connections that this agent may hold. Where there is no place left it is
 /// refused, and does not wait as one on a pod's listener does: its caller may try another endpoint.
-pub async fn serve_request(worker: &Worker, request: tunnel::Request) {
+pub fn serve_request(
+    worker: Arc<Worker>,
+    request: tunnel::Request,
+) -> impl Future<Output = ()> + Send + use<> {
     let place = Arc::clone(&worker.node.connections).try_acquire_owned().ok();
-    // Boxed: what admitting needs is given back before the long part begins.
-    let admitted = Box::pin(admit_request(worker, request, place.is_some())).await;
-    if let Some((app, flow, tracked)) = admitted {
-        carry(app, flow, tracked).await;
+    let has_place = place.is_some();
+    // Boxed: what admitting needs, the request with it, is given back before the long part begins.
+    let admitted = Box::pin(async move { admit_request(&worker, request, has_place).await });
+    async move {
+        if let Some((app, flow, tracked)) = admitted.await {
+            carry(app, flow, tracked).await;
+        }
+        drop(place);
     }
-    drop(place);
 }
 
 /// Answers a request. `None` if it was refused, or its carrier broke; that is already recorded.

@@ -73,13 +73,40 @@ struct Carried {
 
 /// One connection of an enrolled pod, from accept to end. `client` is the socket that called,
 /// `listener` the port that it came to.
-pub async fn carry(
+pub fn carry(
+    worker: Arc<Worker>,
+    pod: Arc<LocalPod>,
+    app: TcpStream,
+    client: SocketAddr,
+    listener: u16,
+) -> impl Future<Output = ()> + Send + use<> {
+    // Boxed: what reaching needs is given back before the long part begins.
+    let reached = Box::pin(async move { reach(&worker, &pod, app, client, listener).await });
+    async move {
+        let Some((app, carried, mut tracked)) = reached.await else {
+            return;
+        };
+        tracked.established();
+        let live = Arc::clone(tracked.live());
+        let end = relay::relay(app, carried.flow, carried.held, &live).await;
+        drop(carried.picked);
+        let outcome = Outcome::from(end);
+        if let Some(arrival) = carried.arrival {
+            arrival.finish(outcome.clone());
+        }
+        tracked.finish(outcome);
+    }
+}
+
+/// All stages up to a flow that an endpoint has accepted, and the connection's record. `None` if that
+/// failed, which is already recorded.
+async fn reach(
     worker: &Worker,
     pod: &Arc<LocalPod>,
     app: TcpStream,
     client: SocketAddr,
     listener: u16,
-) {
+) -> Option<(TcpStream, Carried, Tracked)> {
     let node = &worker.node;
     let client = mesh_core::addr::canonical(client);
     let snapshot = node.snapshot.load_full();
@@ -92,24 +119,14 @@ pub async fn carry(
     // Whatever goes wrong with `app`, a killed agent included, is a reset and never a clean end: it has
     // that from its listener.
     let connection = Connection { worker, pod, snapshot: &snapshot, app: &app, client, listener };
-    // Boxed: what reaching needs is given back before the long part begins.
-    let carried = match Box::pin(connection.reach(source, &mut tracked)).await {
-        Ok(carried) => carried,
+    match connection.reach(source, &mut tracked).await {
+        Ok(carried) => Some((app, carried, tracked)),
         Err(error) => {
             drop(app);
-            return tracked.finish(Outcome::Failed(error.failure()));
+            tracked.finish(Outcome::Failed(error.failure()));
+            None
         }
-    };
-
-    tracked.established();
-    let live = Arc::clone(tracked.live());
-    let end = relay::relay(app, carried.flow, carried.held, &live).await;
-    drop(carried.picked);
-    let outcome = Outcome::from(end);
-    if let Some(arrival) = carried.arrival {
-        arrival.finish(outcome.clone());
     }
-    tracked.finish(outcome);
 }
 
 /// What stays the same while endpoints are tried.

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use super::{Arrived, Far, Live, Outcome, RelayEnd, count, up_to};
-use crate::tunnel::Buf;
+use crate::tunnel::{Buf, Held};
 
 struct LocalEnd<'a> {
     read: ReadHalf<'a>,
@@ -25,13 +25,14 @@ struct LocalEnd<'a> {
 pub(super) async fn run(
     app: &mut TcpStream,
     far: &mut TcpStream,
-    held: &[u8],
+    held: Held,
     live: &Live,
 ) -> RelayEnd {
     let mut up = Buf::default();
-    if up.push(held) {
-        count(&live.sent, held.len());
+    if up.push(held.bytes()) {
+        count(&live.sent, held.bytes().len());
     }
+    drop(held);
     let (read, write) = far.split();
     let end = LocalEnd { read, write: &write, down: Buf::default() };
     let broken = async {

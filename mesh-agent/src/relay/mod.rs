@@ -150,39 +150,52 @@ impl From<RelayEnd> for telemetry::Outcome {
 ///
 /// `held` is what was read from `app` while the flow was being opened; empty where the flow was
 /// accepted from a peer. Dropping the future resets both ends.
-pub async fn relay(mut app: TcpStream, flow: Flow, held: Held, live: &Live) -> RelayEnd {
+///
+/// A box for each kind of flow: none has to hold the place of the largest, and what moves into a block
+/// has one place, where the arguments of an `async fn` have two.
+pub fn relay<'a>(
+    mut app: TcpStream,
+    flow: Flow,
+    held: Held,
+    live: &'a Live,
+) -> Pin<Box<dyn Future<Output = RelayEnd> + Send + 'a>> {
     // From here on whatever ends this process is an RST to the application.
     reset_on_close(&app, true);
     match flow {
         Flow::Lane(mut flow) => {
             sent_early(held, live);
-            let end = lane::run(&mut app, &mut flow, live).await;
-            if end.outcome == Outcome::Clean {
-                reset_on_close(&app, false);
-                flow.finish();
-            }
-            end
+            Box::pin(async move {
+                let end = lane::run(&mut app, &mut flow, live).await;
+                if end.outcome == Outcome::Clean {
+                    reset_on_close(&app, false);
+                    flow.finish();
+                }
+                end
+            })
         }
         Flow::Quic(mut flow) => {
             sent_early(held, live);
-            // Boxed: it is the larger of the two, and lanes should not have to hold its place.
-            let end = Box::pin(quic::run(&mut app, &mut flow, live)).await;
-            if end.outcome == Outcome::Clean {
-                reset_on_close(&app, false);
-                // The application is done; only the agent's connection has to wait.
-                drop(app);
-                Box::pin(flow.finish()).await;
-            }
-            end
+            Box::pin(async move {
+                let end = quic::run(&mut app, &mut flow, live).await;
+                if end.outcome == Outcome::Clean {
+                    reset_on_close(&app, false);
+                    // The application is done; only the agent's connection has to wait.
+                    drop(app);
+                    Box::pin(flow.finish()).await;
+                }
+                end
+            })
         }
         Flow::Local(mut far) => {
             reset_on_close(&far, true);
-            let end = local::run(&mut app, &mut far, held.bytes(), live).await;
-            if end.outcome == Outcome::Clean {
-                reset_on_close(&app, false);
-                reset_on_close(&far, false);
-            }
-            end
+            Box::pin(async move {
+                let end = local::run(&mut app, &mut far, held, live).await;
+                if end.outcome == Outcome::Clean {
+                    reset_on_close(&app, false);
+                    reset_on_close(&far, false);
+                }
+                end
+            })
         }
     }
 }

@@ -39,6 +39,7 @@ mod flow;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
 mod gate;
+mod keys;
 mod lane;
 mod open;
 mod pool;

@@ -19,7 +19,7 @@
 
 use std::fmt;
 
-use aws_lc_rs::aead::{self, Aad, LessSafeKey, Nonce, UnboundKey};
+use aws_lc_rs::aead::{self, Aad, Nonce};
 use rustls::client::ClientConnectionData;
 use rustls::kernel::KernelConnection;
 use rustls::server::ServerConnectionData;
@@ -30,6 +30,7 @@ use rustls::{
 use zeroize::Zeroizing;
 
 use super::buffers::Buf;
+use super::keys::AeadKey;
 
 /// Type 1, version 2, length 2: RFC 9846 section 5.2.
 pub(super) const HEADER: usize = 5;
@@ -361,7 +362,7 @@ const FATAL: u8 = 2;
 
 /// The key of one direction, and the number of the record that comes next.
 struct Key {
-    key: LessSafeKey,
+    key: AeadKey,
     iv: Zeroizing<[u8; aead::NONCE_LEN]>,
     seq: u64,
 }
@@ -377,9 +378,9 @@ impl Key {
             }
             _ => return Err(unknown()),
         };
-        let key = UnboundKey::new(algorithm, key.as_ref()).map_err(|_unspecified| unknown())?;
-        let iv = iv.as_ref().first_chunk().ok_or_else(unknown)?;
-        Ok(Self { key: LessSafeKey::new(key), iv: Zeroizing::new(*iv), seq })
+        let key = AeadKey::new(algorithm, key.as_ref()).ok_or_else(unknown)?;
+        let iv = Zeroizing::new(*iv.as_ref().first_chunk().ok_or_else(unknown)?);
+        Ok(Self { key, iv, seq })
     }
 
     /// The nonce of the next record (RFC 9846 section 5.3), which is counted with it.
@@ -404,7 +405,7 @@ impl Key {
     ) -> Result<(), Error> {
         let nonce = self.nonce()?;
         self.key
-            .open_separate_gather(nonce, Aad::from(header), body, tag, opened)
+            .expanded(|key| key.open_separate_gather(nonce, Aad::from(header), body, tag, opened))
             .map_err(|_unspecified| Error::DecryptError)
     }
 
@@ -421,8 +422,9 @@ impl Key {
         head.copy_from_slice(&header);
         let (body, end) = sealed.split_at_mut(content.len());
         let nonce = self.nonce()?;
+        let (aad, kind) = (Aad::from(header), [kind]);
         self.key
-            .seal_out_of_place_scatter(nonce, Aad::from(header), content, body, &[kind], end)
+            .expanded(|key| key.seal_out_of_place_scatter(nonce, aad, content, body, &kind, end))
             .map_err(|_unspecified| Error::EncryptError)?;
         outbox.fill(HEADER + len);
         Ok(())

@@ -120,7 +120,7 @@ where
         &self,
         tcp: TcpStream,
         peer: SocketAddr,
-    ) -> Result<(Box<Lane>, Parties), Option<Handshake>> {
+    ) -> Result<(Box<Lane>, Box<Parties>), Option<Handshake>> {
         let resolver = Arc::new(ServedBySni::new(&self.tunnels.credentials));
         // A resolver for each connection is how rustls tells which workload was asked for.
         let mut tls = self.tls.clone();
@@ -160,7 +160,8 @@ where
         match handshake.into_lane(Arc::clone(&proof), expires, &self.tunnels.stats) {
             Ok(lane) => {
                 let served_as = served_as.clone();
-                Ok((Box::new(lane), Parties { caller, proof, served_as, peer, expires }))
+                let parties = Parties { caller, proof, served_as, peer, expires };
+                Ok((Box::new(lane), Box::new(parties)))
             }
             Err(error) => {
                 self.report(peer, &error, Some(served_as));
@@ -170,23 +171,19 @@ where
     }
 
     /// One flow after the other.
-    async fn flows(&self, mut lane: Box<Lane>, parties: Parties) {
+    async fn flows(&self, mut lane: Box<Lane>, parties: Box<Parties>) {
         let slot = Arc::new(Slot::default());
         // Who proved nothing from the beginning is told so when it asks for a flow.
         let proven = parties.proof.refused().is_none();
-        let mut drain = self.drain.clone();
         loop {
-            let event = tokio::select! {
-                biased; // What has arrived is served, also while draining.
-                event = lane.next_event_within(self.config().open_timeout) => event,
-                () = turned(&mut drain) => return lane.close().await,
-                _ = parties.proof.withdrawn(), if proven => return lane.close().await,
-                () = tokio::time::sleep(2 * self.config().lane_idle) => return lane.close().await,
+            // Boxed: what waiting needs is given back before the long part begins.
+            let Some(event) = Box::pin(self.next_request(&mut lane, &parties, proven)).await else {
+                return Box::pin(lane.close()).await;
             };
             let open = match event {
                 Ok(LaneEvent::Open(open)) => open,
                 Ok(LaneEvent::Closed) => return lane.close_now(),
-                Ok(LaneEvent::Unsupported) => return unsupported(lane).await,
+                Ok(LaneEvent::Unsupported) => return Box::pin(unsupported(lane)).await,
                 Ok(event) => {
                     debug!(peer = %parties.peer, ?event, stage = "tunnel", "lane ended");
                     return;
@@ -219,6 +216,23 @@ where
                 Some(back) => lane = back,
                 None => return,
             }
+        }
+    }
+
+    /// What comes between two flows; `None` when it is time to close the lane.
+    async fn next_request(
+        &self,
+        lane: &mut Lane,
+        parties: &Parties,
+        proven: bool,
+    ) -> Option<Result<LaneEvent, LaneError>> {
+        let mut drain = self.drain.clone();
+        tokio::select! {
+            biased; // What has arrived is served, also while draining.
+            event = lane.next_event_within(self.config().open_timeout) => Some(event),
+            () = turned(&mut drain) => None,
+            _ = parties.proof.withdrawn(), if proven => None,
+            () = tokio::time::sleep(2 * self.config().lane_idle) => None,
         }
     }
 
