@@ -23,6 +23,7 @@ pub mod net;
 pub mod node;
 pub mod outbound;
 pub mod polling;
+pub mod processes;
 pub mod relay;
 pub mod serve;
 pub mod telemetry;

@@ -251,6 +251,21 @@ fn bind_to_any_port(socket: &Socket, ip: IpAddr) -> io::Result<()> {
     bound
 }
 
+/// The inode of the namespace at `path`; `None` if nothing is there, or it is not to be seen.
+pub fn inode(path: &Path) -> Option<u64> {
+    std::fs::metadata(path).ok().map(|found| found.ino())
+}
+
+/// Whether `ip` is an address of the namespace; not while it is tentative (RFC 4862 section 5.4).
+pub fn has_address(netns: &Netns, ip: IpAddr) -> bool {
+    // UDP: no port of it is ever in TIME_WAIT.
+    let bound = || {
+        let socket = Socket::new(domain(ip), Type::DGRAM, Some(Protocol::UDP))?;
+        socket.bind(&SocketAddr::new(ip, 0).into())
+    };
+    netns.run(bound).is_ok_and(|bound| bound.is_ok())
+}
+
 /// Connects from inside `netns` to a destination outside of the mesh, as the application would have.
 ///
 /// Cancel-safe: dropping the future closes the socket.

@@ -17,6 +17,9 @@ const PLACES: &[(&str, &[&str])] = &[
     ("anyhow", &[MAIN, AGENT]),
     ("aya", &["capture/"]),
     ("aya_log", &["capture/"]),
+    // The crate, and the types of the API under the same name.
+    ("kube", &["discovery/", "identity/"]),
+    ("k8s_openapi", &["discovery/", "identity/"]),
     ("prometheus_client", &["telemetry/"]),
     ("quinn", &["tunnel/"]),
     ("rustls", &["tunnel/", "identity/"]),

@@ -11,6 +11,7 @@
 //! | [`direct`], [`generation`] | capture: what the kernel may decide by itself, and until when |
 //! | [`wire`] | tunnel: what two agents say to each other |
 //! | [`authorize`] | authorize: whether the destination's agent delivers |
+//! | [`cgroup`] | capture: which pod a process belongs to |
 //! | [`addr`], [`spiffe`], [`snapshot`], [`settings`], [`stage`] | the vocabulary of all of them |
 #![forbid(unsafe_code)]
 
@@ -18,6 +19,7 @@ pub mod addr;
 pub mod authorize;
 pub mod backoff;
 pub mod balance;
+pub mod cgroup;
 pub mod direct;
 #[cfg(test)]
 mod fixtures;

@@ -23,6 +23,8 @@ pub struct ObjectMeta {
     pub namespace: Option<String>,
     /// Unique for ever.
     pub uid: Option<String>,
+    /// Of this state of the object; only who follows the API reads it.
+    pub resource_version: Option<String>,
     /// What selectors see.
     pub labels: Option<BTreeMap<String, String>>,
     /// What they do not.

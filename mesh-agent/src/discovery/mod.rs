@@ -14,6 +14,8 @@
 //! | [`translate`] | objects into a snapshot, and what is wrong with them |
 //! | `directory` | a directory of manifests, file by file, and the snapshot that follows from it |
 //! | [`mod@file`] | such a directory, followed |
+//! | [`client`] | how the Kubernetes API is reached |
+//! | [`cluster`] | that API, followed |
 //!
 //! # Guarantees
 //!
@@ -23,6 +25,8 @@
 //! - [`translate`] reads no clock, file or socket, and does not care in which order objects came: any
 //!   source may feed it.
 
+pub mod client;
+pub mod cluster;
 mod directory;
 pub mod enrol;
 pub mod file;

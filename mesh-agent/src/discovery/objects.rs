@@ -122,6 +122,24 @@ impl Objects {
         self.all.insert(object.key(), object)
     }
 
+    /// Makes `objects` all that there is of a kind, and says whether that changes anything.
+    pub fn replace_all(&mut self, kind: Kind, objects: Vec<Object>) -> bool {
+        let wanted: BTreeMap<ObjectKey, Object> =
+            objects.into_iter().map(|object| (object.key(), object)).collect();
+        let before: Vec<ObjectKey> =
+            self.all.keys().filter(|key| key.kind == kind).cloned().collect();
+        let mut changed = false;
+        for key in before.iter().filter(|key| !wanted.contains_key(key)) {
+            self.all.remove(key);
+            changed = true;
+        }
+        for (key, object) in wanted {
+            changed |= self.all.get(&key) != Some(&object);
+            self.all.insert(key, object);
+        }
+        changed
+    }
+
     /// Takes the object of this key away.
     pub fn remove(&mut self, key: &ObjectKey) -> Option<Object> {
         self.all.remove(key)

@@ -1,0 +1,305 @@
+//! One list of the Kubernetes API, followed: list, then watch, and again from where it ended.
+//!
+//! The API's own rules ("Efficient detection of changes",
+//! <https://kubernetes.io/docs/reference/using-api/api-concepts/>): a list has a version, a watch goes on
+//! from one, and a version that is too old is answered with 410, after which everything is listed again.
+//!
+//! # Guarantees
+//!
+//! - Whatever the API server does, the last state stays with the reader: a failure is a wait, never an
+//!   empty list.
+//! - A watch that falls silent for longer than bookmarks take is given up: a connection may be dead
+//!   without either end knowing.
+//! - Waits double and differ between agents, so that a server that comes back is not hit by all at once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use kube::Client;
+use kube::core::WatchEvent;
+use mesh_core::backoff::Backoff;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, warn};
+
+use crate::discovery::kube::{EndpointSlice, Namespace, Node, ObjectMeta, Pod, Service};
+use crate::discovery::objects::{Kind, Object, ObjectKey};
+
+/// Objects asked for at once: a list of 100,000 pods is not one answer.
+const PAGE: usize = 500;
+/// The server ends a watch after this many seconds, and up to a half more: agents that began together
+/// must not ask again together.
+const WATCH_S: u64 = 240;
+/// Bookmarks come about every minute (apiserver's `bookmarkFrequency`).
+const SILENCE: Duration = Duration::from_secs(180);
+/// A page that takes longer is not coming.
+const LIST_LIMIT: Duration = Duration::from_secs(60);
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// News of one kind.
+#[derive(Debug)]
+pub(super) struct News {
+    /// Of what.
+    pub(super) kind: Kind,
+    /// What happened.
+    pub(super) what: What,
+}
+
+/// What happened to the objects of a kind.
+#[derive(Debug)]
+pub(super) enum What {
+    /// These are all of them.
+    All(Vec<Object>),
+    /// One is new, or another than before.
+    Is(Object),
+    /// One is gone.
+    Gone(ObjectKey),
+    /// Nothing else happened until now.
+    Current,
+    /// The server can be asked again; what happened meanwhile is still to come.
+    Answered,
+    /// The server cannot be asked, for this reason.
+    Failing(String),
+}
+
+/// A kind that can be followed.
+pub(super) trait Followed: Clone + DeserializeOwned + Send + 'static {
+    const KIND: Kind;
+    /// Below the server's address.
+    const PATH: &'static str;
+    fn meta(&mut self) -> &mut ObjectMeta;
+    fn into_object(self) -> Object;
+}
+
+macro_rules! followed {
+    ($($kind:ident $path:literal)*) => {$(
+        impl Followed for $kind {
+            const KIND: Kind = Kind::$kind;
+            const PATH: &'static str = $path;
+
+            fn meta(&mut self) -> &mut ObjectMeta {
+                &mut self.metadata
+            }
+
+            fn into_object(self) -> Object {
+                Object::$kind(Arc::new(self))
+            }
+        }
+    )*};
+}
+
+followed! {
+    Namespace "/api/v1/namespaces"
+    Node "/api/v1/nodes"
+    Pod "/api/v1/pods"
+    Service "/api/v1/services"
+    EndpointSlice "/apis/discovery.k8s.io/v1/endpointslices"
+}
+
+#[derive(Deserialize)]
+#[serde(bound = "T: DeserializeOwned")]
+struct List<T> {
+    #[serde(default)]
+    metadata: ListMeta,
+    items: Vec<T>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ListMeta {
+    resource_version: Option<String>,
+    #[serde(rename = "continue")]
+    next: Option<String>,
+}
+
+/// Why a list or a watch ended.
+enum Ended {
+    /// The version that it went on from is not kept any more.
+    Expired,
+    /// As the server had said.
+    InTime,
+    /// Something failed.
+    Failed(String),
+    /// Nobody reads any more.
+    Unread,
+}
+
+/// Follows all objects of a kind that `selector` (such as `fieldSelector=…`) lets through, for ever.
+pub(super) async fn follow<T: Followed>(client: Client, selector: &str, news: mpsc::Sender<News>) {
+    let mut feed = Feed { client, selector, news, version: None };
+    let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+    loop {
+        let began = Instant::now();
+        match feed.go_on::<T>().await {
+            Ended::Unread => return,
+            Ended::InTime => {}
+            Ended::Expired => {
+                debug!(kind = ?T::KIND, "the API server has forgotten our version: listing again");
+                feed.version = None;
+            }
+            Ended::Failed(why) => {
+                if began.elapsed() > LONGEST_WAIT {
+                    backoff.succeeded();
+                }
+                backoff.failed(Instant::now().into_std(), |n| fastrand::u32(0..n));
+                if backoff.failures() == 1 {
+                    warn!(kind = ?T::KIND, error = why, "the API server cannot be followed; the last state holds");
+                }
+                if feed.tell::<T>(What::Failing(why)).await.is_err() {
+                    return;
+                }
+                let wait = backoff.wait(Instant::now().into_std());
+                sleep(wait.unwrap_or_default()).await;
+                continue;
+            }
+        }
+        backoff.succeeded();
+        // Whatever a server does, it is not asked in a circle.
+        if began.elapsed() < FIRST_WAIT {
+            sleep(FIRST_WAIT.mul_f32(0.5 + fastrand::f32() / 2.0)).await;
+        }
+    }
+}
+
+struct Feed<'a> {
+    client: Client,
+    selector: &'a str,
+    news: mpsc::Sender<News>,
+    /// Where to go on from; `None` to list first.
+    version: Option<String>,
+}
+
+impl Feed<'_> {
+    async fn go_on<T: Followed>(&mut self) -> Ended {
+        let version = match self.version.take() {
+            Some(version) => version,
+            None => match self.list::<T>().await {
+                Ok((version, objects)) => {
+                    if self.tell::<T>(What::All(objects)).await.is_err() {
+                        return Ended::Unread;
+                    }
+                    version
+                }
+                Err(ended) => return ended,
+            },
+        };
+        self.watch::<T>(version).await
+    }
+
+    async fn list<T: Followed>(&self) -> Result<(String, Vec<Object>), Ended> {
+        let mut objects = Vec::new();
+        let mut next = None::<String>;
+        loop {
+            let mut query = format!("limit={PAGE}");
+            if let Some(next) = &next {
+                query.push_str("&continue=");
+                query.push_str(&escaped(next));
+            }
+            let request = self.request::<T>(&query)?;
+            let asked = timeout(LIST_LIMIT, self.client.request::<List<T>>(request)).await;
+            let list = asked
+                .map_err(|_elapsed| Ended::Failed(format!("no list within {LIST_LIMIT:?}")))?
+                .map_err(ended)?;
+            objects.extend(list.items.into_iter().map(|item| taken(item).0));
+            next = list.metadata.next.filter(|next| !next.is_empty());
+            if next.is_none() {
+                let version = list.metadata.resource_version.unwrap_or_default();
+                return Ok((version, objects));
+            }
+        }
+    }
+
+    /// Leaves in `version` where to go on.
+    async fn watch<T: Followed>(&mut self, version: String) -> Ended {
+        let seconds = WATCH_S + fastrand::u64(0..WATCH_S / 2);
+        let query = format!(
+            "watch=1&allowWatchBookmarks=true&timeoutSeconds={seconds}&resourceVersion={}",
+            escaped(&version)
+        );
+        self.version = Some(version);
+        let request = match self.request::<T>(&query) {
+            Ok(request) => request,
+            Err(ended) => return ended,
+        };
+        let asked = timeout(SILENCE, self.client.request_events::<T>(request)).await;
+        let events = match asked {
+            Err(_elapsed) => return Ended::Failed("the watch was not answered".into()),
+            Ok(Err(error)) => return ended(error),
+            Ok(Ok(events)) => events,
+        };
+        if self.tell::<T>(What::Answered).await.is_err() {
+            return Ended::Unread;
+        }
+        let mut events = std::pin::pin!(events);
+        loop {
+            let event = match timeout(SILENCE, events.next()).await {
+                Err(_elapsed) => return Ended::Failed("the watch has fallen silent".into()),
+                Ok(None) => return Ended::InTime,
+                Ok(Some(Err(error))) => return ended(error),
+                Ok(Some(Ok(event))) => event,
+            };
+            let (version, what) = match event {
+                WatchEvent::Added(item) | WatchEvent::Modified(item) => {
+                    let (object, version) = taken(item);
+                    (version, What::Is(object))
+                }
+                WatchEvent::Deleted(item) => {
+                    let (object, version) = taken(item);
+                    (version, What::Gone(object.key()))
+                }
+                WatchEvent::Bookmark(mark) => (Some(mark.metadata.resource_version), What::Current),
+                WatchEvent::Error(status) if status.code == 410 => return Ended::Expired,
+                WatchEvent::Error(status) => return Ended::Failed(status.message.clone()),
+            };
+            if version.is_some() {
+                self.version = version;
+            }
+            if self.tell::<T>(what).await.is_err() {
+                return Ended::Unread;
+            }
+        }
+    }
+
+    fn request<T: Followed>(&self, query: &str) -> Result<http::Request<Vec<u8>>, Ended> {
+        let and = if self.selector.is_empty() { "" } else { "&" };
+        let uri = format!("{}?{query}{and}{}", T::PATH, self.selector);
+        http::Request::get(uri).body(Vec::new()).map_err(|error| Ended::Failed(error.to_string()))
+    }
+
+    async fn tell<T: Followed>(&self, what: What) -> Result<(), mpsc::error::SendError<News>> {
+        self.news.send(News { kind: T::KIND, what }).await
+    }
+}
+
+/// The object, and its version: which does not stay with it, or every heartbeat were a change.
+fn taken<T: Followed>(mut item: T) -> (Object, Option<String>) {
+    let version = item.meta().resource_version.take();
+    (item.into_object(), version)
+}
+
+fn ended(error: kube::Error) -> Ended {
+    match error {
+        kube::Error::Api(status) if status.code == 410 => Ended::Expired,
+        error => Ended::Failed(crate::telemetry::chain(&error)),
+    }
+}
+
+/// A value of a query (RFC 3986 section 2.1).
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
+                escaped.push(char::from(byte));
+            }
+            byte => {
+                escaped.push_str(&format!("%{byte:02X}"));
+            }
+        }
+    }
+    escaped
+}

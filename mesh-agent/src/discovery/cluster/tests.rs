@@ -1,0 +1,320 @@
+//! Against a server that speaks as much of the Kubernetes API as is asked for.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream;
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use kube::Config;
+use mesh_core::snapshot::Snapshot;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::ClusterSource;
+use crate::discovery::Problem;
+use crate::discovery::client::by_config;
+use crate::discovery::file::Settings;
+use crate::identity::testing::cluster_local;
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// What the server holds. Versions are counted over all kinds.
+#[derive(Default)]
+struct Held {
+    version: u64,
+    lists: HashMap<String, Vec<Value>>,
+    /// Open watches by path.
+    watches: HashMap<String, Vec<mpsc::UnboundedSender<String>>>,
+    /// What was asked, without the times.
+    asked: Vec<String>,
+    /// Answered to everything.
+    down: Option<StatusCode>,
+    /// Kinds that are not answered.
+    silent: Vec<String>,
+}
+
+#[derive(Clone)]
+struct Api {
+    held: Arc<Mutex<Held>>,
+    addr: SocketAddr,
+}
+
+const PATHS: [&str; 5] = [
+    "/api/v1/namespaces",
+    "/api/v1/nodes",
+    "/api/v1/pods",
+    "/api/v1/services",
+    "/apis/discovery.k8s.io/v1/endpointslices",
+];
+const PODS: &str = "/api/v1/pods";
+
+fn pod(name: &str, ip: &str) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}")},
+        "spec": {"nodeName": "a", "containers": []},
+        "status": {"phase": "Running", "podIPs": [{"ip": ip}]},
+    })
+}
+
+impl Api {
+    async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let api = Self { held: Arc::default(), addr };
+        let serving = api.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let api = serving.clone();
+                let service = service_fn(move |request| {
+                    let answer = api.answer(&request);
+                    async move { Ok::<_, Infallible>(answer) }
+                });
+                let serve = hyper::server::conn::http1::Builder::new();
+                tokio::spawn(serve.serve_connection(TokioIo::new(stream), service));
+            }
+        });
+        api
+    }
+
+    fn answer(&self, request: &Request<Incoming>) -> Response<BoxBody<Bytes, Infallible>> {
+        let mut held = self.held.lock().unwrap();
+        let path = request.uri().path().to_owned();
+        let query: HashMap<String, String> = request
+            .uri()
+            .query()
+            .unwrap_or_default()
+            .split('&')
+            .filter_map(|pair| pair.split_once('='))
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .collect();
+        let kind = path.rsplit('/').next().unwrap().to_owned();
+        let what = if query.contains_key("watch") { "watch" } else { "list" };
+        held.asked.push(format!("{what} {kind}"));
+        if let Some(status) = held.down {
+            return refuse(status);
+        }
+        if held.silent.contains(&kind) {
+            let never = stream::pending::<Result<Frame<Bytes>, Infallible>>();
+            return Response::new(BodyExt::boxed(StreamBody::new(never)));
+        }
+        if what == "watch" {
+            let (sender, events) = mpsc::unbounded_channel();
+            held.watches.entry(path).or_default().push(sender);
+            let lines = stream::unfold(events, |mut events| async move {
+                let line: String = events.recv().await?;
+                Some((Ok(Frame::data(Bytes::from(line + "\n"))), events))
+            });
+            return Response::new(BodyExt::boxed(StreamBody::new(lines)));
+        }
+        let all = held.lists.get(&path).cloned().unwrap_or_default();
+        let limit: usize = query["limit"].parse().unwrap();
+        let from: usize = query.get("continue").map_or(0, |at| at.parse().unwrap());
+        let page: Vec<_> = all.iter().skip(from).take(limit).cloned().collect();
+        let next = from + page.len();
+        let next = if next < all.len() { next.to_string() } else { String::new() };
+        let version = held.version.to_string();
+        let list =
+            json!({"metadata": {"resourceVersion": version, "continue": next}, "items": page});
+        Response::new(BodyExt::boxed(Full::from(list.to_string())))
+    }
+
+    fn has(&self, path: &str, objects: Vec<Value>) {
+        self.held.lock().unwrap().lists.insert(path.into(), objects);
+    }
+
+    /// An event of everybody who watches pods.
+    fn event(&self, kind: &str, mut object: Value) {
+        let mut held = self.held.lock().unwrap();
+        held.version += 1;
+        object["metadata"]["resourceVersion"] = json!(held.version.to_string());
+        let line = json!({"type": kind, "object": object}).to_string();
+        for watch in held.watches.entry(PODS.into()).or_default() {
+            watch.send(line.clone()).ok();
+        }
+    }
+
+    /// Ends every watch, and answers like this from now on.
+    fn set_down(&self, down: Option<StatusCode>) {
+        let mut held = self.held.lock().unwrap();
+        held.down = down;
+        held.watches.clear();
+    }
+
+    fn asked(&self, what: &str) -> usize {
+        self.held.lock().unwrap().asked.iter().filter(|asked| *asked == what).count()
+    }
+
+    fn follow(&self) -> Followed {
+        let config = Config::new(format!("http://{}", self.addr).parse().unwrap());
+        let client = by_config(config).unwrap();
+        let settings =
+            Settings { node: "a".into(), trust_domain: cluster_local(), tunnel_port: 15019 };
+        let (source, snapshots) = ClusterSource::new(client, settings);
+        let (problems, confirmed) = (source.problems(), source.confirmed());
+        Followed { snapshots, problems, confirmed, task: tokio::spawn(source.run()) }
+    }
+}
+
+fn refuse(status: StatusCode) -> Response<BoxBody<Bytes, Infallible>> {
+    let body = json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "metadata": {},
+        "message": "as the test wants", "reason": "Test", "code": status.as_u16(),
+    });
+    let mut response = Response::new(BodyExt::boxed(Full::from(body.to_string())));
+    *response.status_mut() = status;
+    response
+}
+
+struct Followed {
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    problems: watch::Receiver<Arc<[Problem]>>,
+    confirmed: watch::Receiver<Option<tokio::time::Instant>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Followed {
+    async fn until_pods(&mut self, names: &[&str]) -> Arc<Snapshot> {
+        let is_so = |snapshot: &Arc<Snapshot>| {
+            let mut found: Vec<_> = snapshot.workloads().map(|w| w.name.to_string()).collect();
+            found.sort();
+            snapshot.generation > 0 && found == names
+        };
+        let waited = timeout(SOON, self.snapshots.wait_for(is_so)).await;
+        Arc::clone(&waited.unwrap_or_else(|_| panic!("never {names:?}")).unwrap())
+    }
+
+    async fn until_problems(&mut self, is_so: impl Fn(&[Problem]) -> bool) -> Arc<[Problem]> {
+        let waited = timeout(SOON, self.problems.wait_for(|all| is_so(all))).await;
+        Arc::clone(&waited.expect("problems that never came").unwrap())
+    }
+}
+
+async fn until(what: &str, is_so: impl Fn() -> bool) {
+    let waiting = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(SOON, waiting).await.unwrap_or_else(|_| panic!("never {what}"));
+}
+
+#[tokio::test]
+async fn snapshot_waits_for_every_kind_and_then_follows_events() {
+    let api = Api::start().await;
+    api.has(PODS, vec![pod("one", "10.0.0.1")]);
+    api.held.lock().unwrap().silent.push("nodes".into());
+    let followed = api.follow();
+    until("a list of every kind", || {
+        ["namespaces", "nodes", "pods", "services", "endpointslices"]
+            .iter()
+            .all(|kind| api.asked(&format!("list {kind}")) > 0)
+    })
+    .await;
+    until("the pods to be watched", || api.asked("watch pods") == 1).await;
+    assert_eq!(followed.snapshots.borrow().generation, 0);
+    assert!(followed.confirmed.borrow().is_none());
+    drop(followed);
+
+    api.held.lock().unwrap().silent.clear();
+    let mut followed = api.follow();
+    followed.until_pods(&["one"]).await;
+    until("watches", || api.asked("watch pods") == 2).await;
+    api.event("ADDED", pod("two", "10.0.0.2"));
+    followed.until_pods(&["one", "two"]).await;
+    api.event("DELETED", pod("one", "10.0.0.1"));
+    let snapshot = followed.until_pods(&["two"]).await;
+    assert_eq!(
+        snapshot.workload("uid-two").unwrap().ips,
+        ["10.0.0.2".parse::<std::net::IpAddr>().unwrap()]
+    );
+    assert!(followed.confirmed.borrow().is_some());
+}
+
+#[tokio::test]
+async fn change_of_what_is_not_read_makes_no_snapshot() {
+    let api = Api::start().await;
+    api.has(PODS, vec![pod("one", "10.0.0.1")]);
+    let mut followed = api.follow();
+    let before = followed.until_pods(&["one"]).await.generation;
+    until("a watch", || api.asked("watch pods") == 1).await;
+    let mut beating = pod("one", "10.0.0.1");
+    beating["status"]["conditions"] = json!([{"type": "Ready", "lastProbeTime": "now"}]);
+    for _ in 0..10 {
+        api.event("MODIFIED", beating.clone());
+    }
+    api.event("ADDED", pod("two", "10.0.0.2"));
+    assert_eq!(followed.until_pods(&["one", "two"]).await.generation, before + 1);
+}
+
+#[tokio::test]
+async fn server_that_is_down_leaves_the_last_state_and_is_told() {
+    let api = Api::start().await;
+    api.has(PODS, vec![pod("one", "10.0.0.1")]);
+    let mut followed = api.follow();
+    followed.until_pods(&["one"]).await;
+    until("a watch", || api.asked("watch pods") == 1).await;
+    for status in [StatusCode::SERVICE_UNAVAILABLE, StatusCode::TOO_MANY_REQUESTS] {
+        api.set_down(Some(status));
+        let problems = followed.until_problems(|all| all.len() == PATHS.len()).await;
+        assert!(problems[0].message.contains("the last state stays in force"), "{}", problems[0]);
+        assert_eq!(followed.snapshots.borrow().workloads().count(), 1);
+        api.has(PODS, vec![pod("one", "10.0.0.1"), pod("three", "10.0.0.3")]);
+        api.set_down(None);
+        followed.until_problems(|all| all.is_empty()).await;
+    }
+    // It went on from where it was: what it missed comes with the events, not with a list.
+    assert_eq!(api.asked("list pods"), 1);
+    api.event("ADDED", pod("three", "10.0.0.3"));
+    followed.until_pods(&["one", "three"]).await;
+}
+
+#[tokio::test]
+async fn version_that_is_forgotten_is_listed_again() {
+    let api = Api::start().await;
+    api.has(PODS, vec![pod("one", "10.0.0.1")]);
+    let mut followed = api.follow();
+    followed.until_pods(&["one"]).await;
+    until("a watch", || api.asked("watch pods") == 1).await;
+    // As an event of the watch, and as the answer to it.
+    api.has(PODS, vec![pod("two", "10.0.0.2")]);
+    api.event("ERROR", json!({"kind": "Status", "metadata": {}, "code": 410, "message": "too old", "reason": "Expired", "status": "Failure"}));
+    followed.until_pods(&["two"]).await;
+    api.has(PODS, vec![pod("three", "10.0.0.3")]);
+    api.set_down(Some(StatusCode::GONE));
+    until("a watch", || api.asked("watch pods") >= 3).await;
+    api.set_down(None);
+    followed.until_pods(&["three"]).await;
+}
+
+#[tokio::test]
+async fn long_list_comes_in_pages() {
+    let api = Api::start().await;
+    let names: Vec<_> = (0..1_201).map(|n| format!("pod-{n:04}")).collect();
+    let pods = names.iter().enumerate().map(|(n, name)| {
+        let [_, _, high, low] = u32::try_from(n).unwrap().to_be_bytes();
+        pod(name, &format!("10.1.{high}.{low}"))
+    });
+    api.has(PODS, pods.collect());
+    let mut followed = api.follow();
+    let names: Vec<_> = names.iter().map(String::as_str).collect();
+    followed.until_pods(&names).await;
+    assert_eq!(api.asked("list pods"), 3);
+}

@@ -1,0 +1,205 @@
+//! Finds the network namespace of a pod by looking at this node's processes: no container runtime has
+//! an API that all of them share, and every one of them puts a pod's processes into the cgroup that the
+//! kubelet made for it.
+//!
+//! # Guarantees
+//!
+//! - The namespace is that of a process which was in the pod's cgroup *after* the namespace was opened:
+//!   a process ID that is used again in between leads nowhere.
+//! - It is not the node's own, and the pod's addresses are inside it.
+//! - What cannot be told is refused with a reason, never guessed.
+//!
+//! # Not here
+//!
+//! Which pods there are, and whether they are to be enrolled.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use mesh_core::cgroup::{pod_of_name, pod_of_process};
+use thiserror::Error;
+
+use crate::net::{self, Netns};
+
+/// How deep pods' cgroups may lie: `kubelet.slice/kubelet-kubepods.slice/….slice/….slice` of a node that
+/// is itself a container, and some to spare.
+const DEEPEST: usize = 10;
+/// Processes of one pod that are looked at: all but few share one namespace.
+const MOST_PROCESSES: usize = 256;
+
+/// Why a pod's namespace is not known.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum NotFound {
+    /// The kubelet has not made it yet, or the agent does not see the node's cgroups.
+    #[error("no cgroup of this pod below {cgroup}")]
+    NoCgroup {
+        /// Where was looked.
+        cgroup: PathBuf,
+    },
+    /// It is being started, or has ended; or the agent does not see the node's processes.
+    #[error("no process of this pod in {cgroup}")]
+    NoProcess {
+        /// The pod's cgroup.
+        cgroup: PathBuf,
+    },
+    /// Its processes are in the node's namespace, though its manifest does not say so.
+    #[error("its processes are in the node's network namespace")]
+    HostNetwork,
+    /// A process of it is in some other namespace, and none is where the pod's addresses are.
+    #[error("no process of this pod is in a network namespace that has {ip}")]
+    NoAddress {
+        /// The address that is missing.
+        ip: IpAddr,
+    },
+    /// `/proc` or the cgroups cannot be read.
+    #[error("read {path}")]
+    Read {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl NotFound {
+    /// The label: a closed set.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NoCgroup { .. } => "no_cgroup",
+            Self::NoProcess { .. } => "no_process",
+            Self::HostNetwork => "host_network",
+            Self::NoAddress { .. } => "no_address",
+            Self::Read { .. } => "read",
+        }
+    }
+}
+
+/// Looks for namespaces, and remembers where pods' cgroups lie.
+#[derive(Debug)]
+pub struct Processes {
+    cgroup: PathBuf,
+    proc: PathBuf,
+    /// The node's own namespace.
+    own: u64,
+    known: HashMap<String, PathBuf>,
+}
+
+impl Processes {
+    /// `cgroup` is the root of the node's cgroup2 tree, `proc` where its processes are seen.
+    ///
+    /// # Errors
+    ///
+    /// If the node's own namespace is not to be seen.
+    pub fn new(cgroup: &Path, proc: &Path) -> Result<Self, NotFound> {
+        let path = proc.join("1/ns/net");
+        let own = Netns::open(&path).map_err(|source| NotFound::Read { path, source })?.inode();
+        Ok(Self { cgroup: cgroup.into(), proc: proc.into(), own, known: HashMap::new() })
+    }
+
+    /// The namespace of the pod with this UID, which has these addresses.
+    ///
+    /// # Errors
+    ///
+    /// See [`NotFound`].
+    pub fn netns(&mut self, uid: &str, ips: &[IpAddr]) -> Result<Netns, NotFound> {
+        let cgroup = self.cgroup_of(uid)?;
+        let mut seen = HashSet::new();
+        let mut why = NotFound::NoProcess { cgroup: cgroup.clone() };
+        for process in processes(&cgroup) {
+            let Some(netns) = self.netns_of(process, uid) else { continue };
+            if !seen.insert(netns.inode()) {
+                continue;
+            }
+            if netns.inode() == self.own {
+                why = NotFound::HostNetwork;
+                continue;
+            }
+            match ips.iter().find(|ip| !net::has_address(&netns, **ip)) {
+                None => return Ok(netns),
+                Some(ip) => why = NotFound::NoAddress { ip: *ip },
+            }
+        }
+        Err(why)
+    }
+
+    /// Whether the pod still has a process in the namespace with this inode; `None` if it has none at
+    /// all, which proves nothing.
+    pub fn is_in(&mut self, uid: &str, inode: u64) -> Option<bool> {
+        let cgroup = self.cgroup_of(uid).ok()?;
+        let inodes = processes(&cgroup).filter_map(|process| {
+            let place = self.proc.join(process.to_string());
+            let inode = net::inode(&place.join("ns/net"))?;
+            (inode != self.own && is_of(&place, uid)).then_some(inode)
+        });
+        let mut found = None;
+        for other in inodes {
+            if other == inode {
+                return Some(true);
+            }
+            found = Some(false);
+        }
+        found
+    }
+
+    fn cgroup_of(&mut self, uid: &str) -> Result<PathBuf, NotFound> {
+        if self.known.get(uid).is_none_or(|path| !path.is_dir()) {
+            self.look();
+        }
+        let found = self.known.get(uid).cloned();
+        found.ok_or_else(|| NotFound::NoCgroup { cgroup: self.cgroup.clone() })
+    }
+
+    /// Finds every pod's cgroup. What is below one is the pod's own business.
+    fn look(&mut self) {
+        self.known.clear();
+        let mut places = vec![(self.cgroup.clone(), 0)];
+        while let Some((place, depth)) = places.pop() {
+            for (name, path) in directories(&place) {
+                if let Some(uid) = pod_of_name(&name) {
+                    self.known.insert(uid, path);
+                } else if depth < DEEPEST {
+                    places.push((path, depth + 1));
+                }
+            }
+        }
+    }
+
+    /// The namespace of a process, if that is still one of the pod's when it has been opened.
+    fn netns_of(&self, process: u32, uid: &str) -> Option<Netns> {
+        let place = self.proc.join(process.to_string());
+        let netns = Netns::open(&place.join("ns/net")).ok()?;
+        is_of(&place, uid).then_some(netns)
+    }
+}
+
+/// Whether the process with this folder is one of the pod's, now.
+fn is_of(place: &Path, uid: &str) -> bool {
+    let cgroup = fs::read_to_string(place.join("cgroup"));
+    cgroup.is_ok_and(|cgroup| pod_of_process(&cgroup).as_deref() == Some(uid))
+}
+
+/// The processes in a cgroup and below it.
+fn processes(cgroup: &Path) -> impl Iterator<Item = u32> {
+    let mut places = vec![cgroup.to_owned()];
+    let lists = std::iter::from_fn(move || {
+        let place = places.pop()?;
+        places.extend(directories(&place).map(|(_name, path)| path));
+        Some(fs::read_to_string(place.join("cgroup.procs")).unwrap_or_default())
+    });
+    let numbers = lists.flat_map(|list| {
+        // 0 is a process that this PID namespace does not see (cgroups(7)).
+        let numbers = list.lines().filter_map(|line| line.parse().ok()).filter(|n| *n != 0);
+        numbers.collect::<Vec<u32>>()
+    });
+    numbers.take(MOST_PROCESSES)
+}
+
+fn directories(path: &Path) -> impl Iterator<Item = (String, PathBuf)> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    directories.filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
+}
