@@ -142,9 +142,14 @@ pub struct Run {
     pub node: String,
 
     /// Directory of Kubernetes YAML: Namespace, Node, Pod, Service, EndpointSlice. Changes are
-    /// followed; a file that is wrong leaves the last good state in use.
+    /// followed; a file that is wrong leaves the last good state in use. Without it the Kubernetes API
+    /// is followed.
     #[arg(long, env = "MESH_MANIFESTS", value_name = "DIR")]
-    pub manifests: PathBuf,
+    pub manifests: Option<PathBuf>,
+
+    /// How to reach the Kubernetes API [default: as a pod does, by its service account].
+    #[arg(long, env = "MESH_KUBECONFIG", value_name = "FILE", conflicts_with = "manifests")]
+    pub kubeconfig: Option<PathBuf>,
 
     /// Directory of the certificate authority, made by `mesh-agent ca init`. Agents that do not
     /// share a root refuse each other.

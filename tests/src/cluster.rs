@@ -3,9 +3,11 @@
 //! `cargo xtask test` starts one for the tests that need it and ends it after them; the environment
 //! says which one it is. Every test has a namespace of its own, and may run beside others.
 
+mod agents;
+
 use std::ffi::OsStr;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,6 +17,7 @@ use std::{env, fs};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
+pub use self::agents::Agents;
 use crate::guard::Guard;
 use crate::wait;
 
@@ -97,6 +100,19 @@ impl Cluster {
         written.context("write to kubectl")
     }
 
+    /// Annotates the namespace.
+    ///
+    /// # Errors
+    ///
+    /// Fails with what `kubectl` says.
+    pub fn annotate(&self, annotations: &Value) -> Result<()> {
+        self.apply(&json!({
+            "apiVersion": "v1",
+            "kind": "Namespace",
+            "metadata": {"name": self.namespace, "annotations": annotations},
+        }))
+    }
+
     /// One object, or a list of them.
     ///
     /// # Errors
@@ -135,7 +151,16 @@ impl Cluster {
     /// # Errors
     ///
     /// Fails with what `kubectl` says.
-    pub fn start(&self, name: &str, node: &str, mut spec: Value) -> Result<()> {
+    pub fn start(&self, name: &str, node: &str, spec: Value) -> Result<()> {
+        self.start_as(name, name, node, spec)
+    }
+
+    /// The same with the label `app: <app>`.
+    ///
+    /// # Errors
+    ///
+    /// Fails with what `kubectl` says.
+    pub fn start_as(&self, name: &str, app: &str, node: &str, mut spec: Value) -> Result<()> {
         spec["nodeName"] = json!(node);
         // Nothing that a test runs needs to be asked twice to end.
         spec["terminationGracePeriodSeconds"] = json!(1);
@@ -148,7 +173,7 @@ impl Cluster {
         self.apply(&json!({
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": name, "labels": {"app": name}},
+            "metadata": {"name": name, "labels": {"app": app}},
             "spec": spec,
         }))
     }
@@ -206,10 +231,7 @@ impl Cluster {
         let mut make = xtask()?;
         make.args(["image", "--program", program, "--out"]).arg(&archive);
         let said = read(&mut make)?;
-        let name = said.lines().find_map(|line| {
-            line.strip_prefix("image: ")?.strip_suffix(&format!(" in {}", archive.display()))
-        });
-        let name = name.context("xtask does not say what the image is called")?.to_owned();
+        let name = image_name(&said, &archive)?;
         let put = load_archive(archive.as_os_str());
         fs::remove_file(&archive).context("remove the archive")?;
         put?;
@@ -247,6 +269,14 @@ pub fn xtask() -> Result<Command> {
     let this = env::current_exe().context("find this program")?;
     let target = this.ancestors().nth(2).context("no target directory")?;
     Ok(Command::new(target.join("xtask")))
+}
+
+/// What xtask says that the image in `archive` is called.
+fn image_name(said: &str, archive: &Path) -> Result<String> {
+    let name = said.lines().find_map(|line| {
+        line.strip_prefix("image: ")?.strip_suffix(&format!(" in {}", archive.display()))
+    });
+    Ok(name.context("xtask does not say what the image is called")?.to_owned())
 }
 
 fn load_archive(archive: &OsStr) -> Result<()> {

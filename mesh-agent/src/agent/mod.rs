@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! control thread                                 worker threads
-//! manifests ─► snapshot ─► pods ─► capture       pod listeners ─► outbound, inbound
+//! source    ─► snapshot ─► pods ─► capture       pod listeners ─► outbound, inbound
 //! CA ─► identities                               tunnel port   ─► inbound
 //! metrics, probes, admin socket, signals
 //! ```
@@ -11,9 +11,11 @@
 
 mod connections;
 mod direct;
+mod namespaces;
 mod pods;
 mod redirects;
 mod shortfall;
+mod source;
 mod views;
 
 use std::collections::{HashMap, HashSet};
@@ -41,12 +43,11 @@ use tracing::{debug, error, info, warn};
 use self::connections::Connections;
 use self::direct::{Verdicts, WISHES};
 use self::pods::Pods;
+use self::source::Source;
 use self::views::Views;
 use crate::admin::{self, AdminSocket};
 use crate::capture::{Capture, CaptureConfig};
 use crate::cli::Run;
-use crate::discovery::Problem;
-use crate::discovery::file::{FileSource, Settings};
 use crate::identity::store::{Identities, Issuer, Lifetimes};
 use crate::identity::verify::verify_peer;
 use crate::identity::{bundle, ca};
@@ -135,7 +136,8 @@ impl Agent {
         let mut control = JoinSet::new();
 
         let identities = start_identities(&options, &mut control)?;
-        let (source, snapshots, problems) = open_manifests(&options)?;
+        let (source, snapshots) = Source::open(&options).await?;
+        let namespaces = source.namespaces(&options)?;
         let capture = Arc::new(Capture::start(&CaptureConfig {
             cgroup: options.cgroup.clone(),
             bpffs: options.bpffs.clone(),
@@ -180,12 +182,16 @@ impl Agent {
         let mut tunnels = JoinSet::new();
         serve_tunnels(&options, &workers, &contexts, &node, &mut tunnels)?;
 
-        let pods = Pods::new(Arc::clone(&workers), contexts.clone(), Arc::clone(&identities));
+        let pods =
+            Pods::new(Arc::clone(&workers), contexts.clone(), Arc::clone(&identities), namespaces);
         let redirects = watch::Sender::default();
         let redirected = redirects.subscribe();
         if options.redirect_peer.is_on() {
             control.spawn(redirects::survey(Arc::clone(&node), pods.shortfall(), redirects));
-            control.spawn(redirects::warn_of_policies(source.network_policies()));
+            match source.network_policies() {
+                Some(policies) => drop(control.spawn(redirects::warn_of_policies(policies))),
+                None => redirects::warn_of_any_policy(),
+            }
         }
         let nothing = Snapshot::empty(options.node.as_str().into(), options.trust_domain.clone());
         let views = Arc::new(Views {
@@ -195,7 +201,8 @@ impl Agent {
             identities,
             contexts: contexts.clone(),
             stats,
-            problems,
+            problems: source.problems(),
+            confirmed: source.confirmed(),
             shortfall: pods.shortfall(),
             redirected,
             applied: ArcSwap::from_pointee(nothing),
@@ -241,7 +248,10 @@ impl Agent {
         let mut interrupt = signal(SignalKind::interrupt())?;
         'run: loop {
             let snapshot = Arc::clone(&self.snapshots.borrow_and_update());
-            self.apply(snapshot).await;
+            // Nothing is known before the first one: what an earlier agent left in the kernel stays.
+            if snapshot.generation > 0 {
+                self.apply(snapshot).await;
+            }
             let pods = &self.pods;
             let mut due = pin!(pods.due());
             loop {
@@ -251,7 +261,7 @@ impl Agent {
                     _ = interrupt.recv() => break 'run,
                     changed = self.snapshots.changed() => {
                         if changed.is_err() {
-                            bail!("the manifests are not followed any more");
+                            bail!("the state of the mesh is not followed any more");
                         }
                         break;
                     }
@@ -358,19 +368,6 @@ fn start_identities(options: &Run, control: &mut JoinSet<()>) -> Result<Arc<Iden
         }
     });
     Ok(identities)
-}
-
-type Manifests = (FileSource, watch::Receiver<Arc<Snapshot>>, watch::Receiver<Arc<[Problem]>>);
-
-fn open_manifests(options: &Run) -> Result<Manifests> {
-    let settings = Settings {
-        node: options.node.as_str().into(),
-        trust_domain: options.trust_domain.clone(),
-        tunnel_port: options.tunnel_port.get(),
-    };
-    let (source, snapshots) = FileSource::open(&options.manifests, settings)?;
-    let problems = source.problems();
-    Ok((source, snapshots, problems))
 }
 
 /// Each worker's tunnels, made on that worker: its sockets belong to its runtime.

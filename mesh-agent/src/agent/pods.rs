@@ -7,8 +7,6 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,10 +18,10 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{error, info, warn};
 
+use super::namespaces::Namespaces;
 use super::shortfall::{EnrolError, NotEnrolled, Shortfall};
 use crate::capture::{Capture, CaptureError, Destinations, Listeners, PodCapture};
 use crate::identity::store::Identities;
-use crate::net::Netns;
 use crate::node::{LocalPod, Worker};
 use crate::workers::Workers;
 use crate::{inbound, outbound, serve};
@@ -32,9 +30,6 @@ use crate::{inbound, outbound, serve};
 const LINGER: Duration = Duration::from_secs(1);
 /// After which what is neither enrolling nor leaving a pod is tried again.
 const RETRY: Duration = Duration::from_secs(1);
-/// How often namespaces are compared with what their paths lead to: one that is made anew under the
-/// same name changes no manifest. A microsecond a pod.
-const AUDIT: Duration = Duration::from_secs(1);
 /// Between looks at whether the last connection that needs a namespace's routes has ended: the first,
 /// and in the end.
 const RETIRE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -53,6 +48,7 @@ pub(super) struct Pods {
     workers: Arc<Workers>,
     contexts: Vec<Arc<Worker>>,
     identities: Arc<Identities>,
+    namespaces: Namespaces,
     enrolled: HashMap<WorkloadUid, Enrolled>,
     /// What could not be enrolled.
     failing: HashMap<WorkloadUid, NotEnrolled>,
@@ -65,8 +61,9 @@ pub(super) struct Pods {
 #[derive(Debug)]
 struct Enrolled {
     ips: Vec<IpAddr>,
-    netns: Arc<str>,
-    /// The namespace that was at that path. It is held open, so no other gets this number.
+    /// As the manifest has it.
+    netns: Option<Arc<str>>,
+    /// The namespace that it had then. It is held open, so no other gets this number.
     inode: u64,
     settings: Settings,
     stop: watch::Sender<bool>,
@@ -74,28 +71,18 @@ struct Enrolled {
     is_stuck: bool,
 }
 
-impl Enrolled {
-    /// Whether the path leads to another namespace by now. One that leads nowhere proves nothing: the
-    /// pod may be alive, and its name just not to be seen from here.
-    fn is_replaced(&self) -> bool {
-        inode(&self.netns).is_some_and(|found| found != self.inode)
-    }
-}
-
-fn inode(path: &str) -> Option<u64> {
-    std::fs::metadata(path).ok().map(|found| found.ino())
-}
-
 impl Pods {
     pub(super) fn new(
         workers: Arc<Workers>,
         contexts: Vec<Arc<Worker>>,
         identities: Arc<Identities>,
+        namespaces: Namespaces,
     ) -> Self {
         Self {
             workers,
             contexts,
             identities,
+            namespaces,
             enrolled: HashMap::new(),
             failing: HashMap::new(),
             uncaptured: None,
@@ -118,9 +105,10 @@ impl Pods {
             }
         };
         let replaced = async {
-            let is_replaced = |pod: &Enrolled| !pod.is_stuck && pod.is_replaced();
-            while !self.enrolled.values().any(is_replaced) {
-                sleep(AUDIT).await;
+            let is_replaced =
+                |(uid, pod): (&WorkloadUid, &Enrolled)| !pod.is_stuck && self.is_replaced(uid, pod);
+            while !self.enrolled.iter().any(is_replaced) {
+                sleep(self.namespaces.audit()).await;
             }
         };
         let retire = async {
@@ -136,6 +124,11 @@ impl Pods {
             () = replaced => {}
             () = retire => {}
         }
+    }
+
+    /// Whether the pod has another namespace by now: one that is made anew changes no manifest.
+    fn is_replaced(&self, uid: &str, pod: &Enrolled) -> bool {
+        self.namespaces.is_replaced(uid, pod.netns.as_deref(), pod.inode)
     }
 
     /// What is not as it should be.
@@ -191,9 +184,7 @@ impl Pods {
         node.pods.store(Arc::new(pods));
         let uids = wanted.keys().map(|uid| uid.to_string()).collect();
         let failing = wanted.iter().filter(|(uid, _)| self.failing.contains_key(*uid));
-        let open = |(_, workload): (_, &Arc<Workload>)| {
-            Netns::open(Path::new(&**workload.netns.as_ref()?)).ok()
-        };
+        let open = |(_, workload): (_, &Arc<Workload>)| self.namespaces.open(workload).ok();
         let namespaces = failing.filter_map(open).map(|netns| netns.cookie()).collect();
         if let Err(error) = node.capture.retain(&uids, &namespaces) {
             warn!(error = %crate::telemetry::chain(&error), stage = "capture", "leftovers not removed");
@@ -236,10 +227,10 @@ impl Pods {
     ) -> (bool, HashMap<u64, (WorkloadUid, Enrolled)>) {
         let stays = |(uid, enrolled): &(&WorkloadUid, &Enrolled)| {
             let is_same = |workload: &Arc<Workload>| {
-                workload.ips == enrolled.ips && workload.netns.as_ref() == Some(&enrolled.netns)
+                workload.ips == enrolled.ips && workload.netns == enrolled.netns
             };
             let is_wanted = wanted.get(*uid).is_some_and(is_same);
-            is_wanted && !enrolled.is_stuck && !enrolled.is_replaced()
+            is_wanted && !enrolled.is_stuck && !self.is_replaced(uid, enrolled)
         };
         let leaving: Vec<WorkloadUid> = self
             .enrolled
@@ -255,7 +246,7 @@ impl Pods {
         let successors: HashSet<u64> = wanted
             .iter()
             .filter(|(uid, _)| is_new(uid))
-            .filter_map(|(_, workload)| inode(workload.netns.as_deref()?))
+            .filter_map(|(_, workload)| self.namespaces.named_inode(workload))
             .collect();
         let mut released = false;
         for uid in leaving {
@@ -307,9 +298,7 @@ impl Pods {
             }
             return Ok(());
         }
-        let path = workload.netns.clone().ok_or(EnrolError::NoNetns)?;
-        let netns = Netns::open(Path::new(&*path))
-            .map_err(|source| EnrolError::Netns { path: Arc::clone(&path), source })?;
+        let netns = self.namespaces.open(workload)?;
         let pod = Arc::new(LocalPod { uid: Arc::clone(&workload.uid), netns });
         // Known before captured: its first connection may come at once.
         let mut pods = HashMap::clone(&node.pods.load());
@@ -332,7 +321,7 @@ impl Pods {
         let stop = self.serve(&pod, listeners, workload.ips.len().max(1));
         let enrolled = Enrolled {
             ips: workload.ips.clone(),
-            netns: path,
+            netns: workload.netns.clone(),
             inode: pod.netns.inode(),
             settings: workload.settings.clone(),
             stop,

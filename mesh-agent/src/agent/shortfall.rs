@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use crate::admin::view::ProblemView;
 use crate::capture::CaptureError;
+use crate::processes::NotFound;
 
 /// Soon, since most of what fails is a namespace that is just being made ...
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -23,6 +24,8 @@ pub(super) enum EnrolError {
     NoNetns,
     #[error("open network namespace {path}")]
     Netns { path: Arc<str>, source: std::io::Error },
+    #[error("find its network namespace")]
+    NotFound(#[from] NotFound),
     #[error("capture")]
     Capture(#[from] CaptureError),
 }
@@ -33,6 +36,7 @@ impl EnrolError {
         match self {
             Self::NoNetns => "no_netns",
             Self::Netns { .. } => "netns",
+            Self::NotFound(error) => error.reason(),
             Self::Capture(error) => error.reason(),
         }
     }
@@ -42,7 +46,7 @@ impl EnrolError {
         match self {
             Self::NoNetns | Self::Netns { .. } => "annotation malla.dev/netns",
             Self::Capture(CaptureError::Full { .. }) => "--max-pods",
-            Self::Capture(_) => "",
+            Self::NotFound(_) | Self::Capture(_) => "",
         }
     }
 }

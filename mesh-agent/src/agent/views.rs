@@ -31,6 +31,7 @@ pub(super) struct Views {
     pub(super) contexts: Vec<Arc<Worker>>,
     pub(super) stats: Arc<TunnelStats>,
     pub(super) problems: watch::Receiver<Arc<[Problem]>>,
+    pub(super) confirmed: Option<watch::Receiver<Option<tokio::time::Instant>>>,
     pub(super) shortfall: watch::Receiver<Shortfall>,
     pub(super) redirected: watch::Receiver<Redirected>,
     /// What kernel and listeners follow. `node.snapshot` is ahead of it while pods are being enrolled.
@@ -115,7 +116,11 @@ impl Views {
             return Err("draining".into());
         }
         if !self.is_applied.load(Ordering::Acquire) {
-            return Err("the manifests have not taken effect yet".into());
+            return Err(match self.confirmed {
+                None => "the manifests have not taken effect yet",
+                Some(_) => "the state of the cluster is not known yet",
+            }
+            .into());
         }
         if !self.identities.ready(SystemTime::now()) {
             return Err("a workload has no certificate".into());
@@ -189,7 +194,12 @@ impl Views {
         view::workloads(&self.applied.load(), failing)
     }
 
+    /// Of files: how long it has been in force. Of the API: how long nobody has confirmed it.
     fn snapshot_age(&self) -> std::time::Duration {
+        if let Some(confirmed) = &self.confirmed {
+            let since = confirmed.borrow().map_or(self.started, tokio::time::Instant::into_std);
+            return since.elapsed();
+        }
         self.applied_at.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
 
@@ -268,6 +278,7 @@ impl Views {
         json!({
             "node": options.node,
             "manifests": options.manifests,
+            "kubeconfig": options.kubeconfig,
             "ca_dir": options.ca_dir,
             "trust_domain": options.trust_domain.as_str(),
             "cgroup": options.cgroup,

@@ -37,8 +37,8 @@ impl Run {
             let problem = format!("`{}` is not the name of a Kubernetes node", self.node);
             note("--node", problem, "lower-case letters, digits, - and ., 253 characters at most");
         }
-        if !self.manifests.is_dir() {
-            let problem = format!("{} is not a directory", self.manifests.display());
+        if let Some(dir) = self.manifests.as_ref().filter(|dir| !dir.is_dir()) {
+            let problem = format!("{} is not a directory", dir.display());
             note("--manifests", problem, "create it; it may be empty");
         }
         if let Err(error) = fs::metadata(self.ca_dir.join("root.pem")) {

@@ -28,13 +28,20 @@ pub(crate) struct Image {
     /// Not optimised, and built sooner.
     #[arg(long, conflicts_with = "program")]
     debug: bool,
+
+    /// Of this program, built already, together with the libraries that it wants.
+    #[arg(long, conflicts_with_all = ["program", "debug"], hide = true)]
+    of: Option<PathBuf>,
 }
 
 impl Image {
     /// Makes the image, and says what it is called.
     pub(crate) fn run(&self) -> Result<()> {
         let Some(program) = &self.program else {
-            let name = agent::write(&self.out, self.debug)?;
+            let name = match &self.of {
+                Some(agent) => agent::write_of(agent, &self.out)?,
+                None => agent::write(&self.out, self.debug)?,
+            };
             say(&format!("image: {name} in {}", self.out.display()));
             return Ok(());
         };

@@ -1,15 +1,6 @@
 //! The Kubernetes cluster that tests run on is a real one: pods on every node, services by address and
 //! name across nodes, images loaded, and nothing left when it is gone.
 
-use std::fs;
-use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
-
-use anyhow::{Context as _, Result, ensure};
-use harness::{Cluster, wait, xtask};
-use serde_json::{Value, json};
-
 /// Skips the test where there is no cluster, loudly and counted.
 macro_rules! require_cluster {
     () => {
@@ -18,6 +9,17 @@ macro_rules! require_cluster {
         }
     };
 }
+
+mod agents;
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+use harness::{Cluster, wait, xtask};
+use serde_json::{Value, json};
 
 fn service(name: &str, port: u16) -> Value {
     json!({

@@ -1,0 +1,172 @@
+//! Agents in a real cluster: they learn from its API who takes part, find the pods' namespaces from the
+//! node's processes, and carry.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context as _, Result, ensure};
+use harness::{Agents, Cluster, wait};
+use serde_json::{Value, json};
+
+use crate::service;
+
+/// A server on either node behind a Service and a headless one, and a client on the first.
+struct Shop {
+    cluster: Cluster,
+    nodes: [String; 2],
+}
+
+impl Shop {
+    fn open(annotations: &Value) -> Result<Self> {
+        let cluster = Cluster::namespace()?;
+        let image = Cluster::load("nginx")?;
+        let nodes = cluster.two_nodes()?;
+        cluster.annotate(annotations)?;
+        cluster.apply(&service("web", 80))?;
+        let mut headless = service("web", 80);
+        headless["metadata"]["name"] = json!("headless");
+        headless["spec"]["clusterIP"] = json!("None");
+        cluster.apply(&headless)?;
+        for (node, name) in nodes.iter().zip(SERVERS) {
+            // A headless service gives its pods names, such as `near.headless`.
+            let spec = json!({
+                "hostname": name,
+                "subdomain": "headless",
+                "containers": [{"image": image}],
+            });
+            cluster.start_as(name, "web", node, spec)?;
+        }
+        cluster.client("client", &nodes[0])?;
+        for name in SERVERS {
+            cluster.ready(name)?;
+        }
+        Ok(Self { cluster, nodes })
+    }
+
+    fn wait_until_enrolled(&self, agents: &Agents, is_so: bool) -> Result<()> {
+        for (pod, home) in [("client", 0), (SERVERS[0], 0), (SERVERS[1], 1)] {
+            for node in &self.nodes {
+                agents.wait_until_enrolled(node, self.cluster.name(), pod, is_so)?;
+            }
+            if is_so {
+                self.wait_until_carried(agents, &self.nodes[home], pod)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What should be enrolled is: `enrolled` alone is what was asked for.
+    fn wait_until_carried(&self, agents: &Agents, node: &str, pod: &str) -> Result<()> {
+        let line = format!("namespace={} name={pod} netns=", self.cluster.name());
+        wait::until(wait::SOON, "", || agents.log(node).contains(&line))
+            .with_context(|| format!("{pod} is not enrolled\n{}", agents.log(node)))
+    }
+
+    /// Asks `hosts` until both servers have answered.
+    fn hear_both(&self, hosts: &[impl AsRef<str> + std::fmt::Debug]) -> Result<()> {
+        let mut heard = BTreeSet::new();
+        wait::until(wait::SOON, &format!("both behind {hosts:?}"), || {
+            heard.extend(hosts.iter().filter_map(|host| self.fetch(host.as_ref())));
+            heard.len() == SERVERS.len()
+        })?;
+        ensure!(heard.iter().map(|name| name.trim()).eq(SERVERS), "{heard:?}");
+        Ok(())
+    }
+
+    fn fetch(&self, host: &str) -> Option<String> {
+        let url = format!("http://{host}/");
+        let ask = ["curl", "--silent", "--fail", "--max-time", "3", &url];
+        self.cluster.exec("client", &ask).ok()
+    }
+}
+
+const SERVERS: [&str; 2] = ["near", "other"];
+
+fn enabled() -> Value {
+    json!({"malla.dev/mesh": "enabled"})
+}
+
+#[test]
+fn annotated_namespace_is_carried_between_nodes_and_on_one_until_it_leaves() -> Result<()> {
+    require_cluster!();
+    let agents = Agents::deployed()?;
+    let shop = Shop::open(&enabled())?;
+    let [here, there] = &shop.nodes;
+    shop.wait_until_enrolled(&agents, true)?;
+    shop.hear_both(&["web"])?;
+    shop.hear_both(&SERVERS.map(|name| format!("{name}.headless")))?;
+    let namespace = shop.cluster.name();
+    let identity = format!("spiffe://cluster.local/ns/{namespace}/sa/default");
+    let common = [
+        ("src.workload", "client"),
+        ("src.identity", &identity),
+        ("dst.identity", &identity),
+        ("response_flags", "-"),
+    ];
+    let by_service = format!("web.{namespace}.svc.cluster.local");
+    for service in [by_service.as_str(), ""] {
+        let [far, near] = [there, here].map(|node| server_on(&shop, node));
+        let texts = [("direction", "outbound"), ("dst.service", service)];
+        let tunnel = [("dst.workload", &*far), ("way", "tunnel"), ("peer.node", there)];
+        agents.wait_for_record(here, &[&common[..], &texts, &tunnel].concat())?;
+        let local = [("dst.workload", &*near), ("carrier", "local")];
+        agents.wait_for_record(here, &[&common[..], &texts, &local].concat())?;
+    }
+    let inbound = [("direction", "inbound"), ("way", "tunnel"), ("peer.node", here)];
+    agents.wait_for_record(there, &[&common[..], &inbound].concat())?;
+
+    shop.cluster.annotate(&json!({"malla.dev/mesh": "disabled"}))?;
+    shop.wait_until_enrolled(&agents, false)?;
+    let of_client = |node: &str| {
+        let records = agents.records(node);
+        records.iter().filter(|record| record.text("src.namespace") == namespace).count()
+    };
+    // Direct connections are told of when they have ended; none is open.
+    let before = [of_client(here), of_client(there)];
+    shop.hear_both(&["web"])?;
+    assert_eq!([of_client(here), of_client(there)], before, "nobody carries it any more");
+    Ok(())
+}
+
+fn server_on(shop: &Shop, node: &str) -> String {
+    let index = usize::from(shop.nodes[1] == *node);
+    SERVERS[index].to_owned()
+}
+
+#[test]
+fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
+    require_cluster!();
+    let agents = Agents::deployed()?;
+    let cluster = Cluster::namespace()?;
+    cluster.annotate(&enabled())?;
+    let nodes = cluster.two_nodes()?;
+    let image = Cluster::load("busybox")?;
+    let sleep = |seconds: &str| json!([{"image": image, "command": ["sleep", seconds]}]);
+    let on_host = json!({"hostNetwork": true, "containers": sleep("3600")});
+    cluster.start("on-host", &nodes[0], on_host)?;
+    let ends = json!({"restartPolicy": "Never", "containers": sleep("0")});
+    cluster.start("ends", &nodes[0], ends)?;
+    cluster.start("alone", &nodes[0], json!({"containers": sleep("3600")}))?;
+    cluster.kubectl(&["annotate", "pod", "alone", "malla.dev/mesh=disabled"])?;
+    cluster.start("member", &nodes[0], json!({"containers": sleep("3600")}))?;
+    for (pod, reason) in [
+        ("on-host", "shares the node's network"),
+        ("ends", "completed"),
+        ("alone", "disabled"),
+        ("member", ""),
+    ] {
+        let is_so = || {
+            let found = agents.workload(&nodes[0], cluster.name(), pod);
+            found.is_ok_and(|found| {
+                found["reason"].as_str().unwrap_or_default() == reason
+                    && found["enrolled"] == reason.is_empty()
+            })
+        };
+        wait::until(wait::SOON, "", is_so).with_context(|| {
+            let found = agents.workload(&nodes[0], cluster.name(), pod);
+            format!("{pod} is not `{reason}`: {found:?}\n{}", agents.log(&nodes[0]))
+        })?;
+    }
+    let status = agents.ask(&nodes[0], &["status"])?;
+    assert_eq!(status["ready"], true, "{status}");
+    Ok(())
+}
