@@ -3,20 +3,28 @@
 //! Nothing here decides: a connection reads the snapshot once, and finds through this the pods'
 //! namespaces, the loads that balancing shares, and its worker's tunnels.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use mesh_core::addr::OrigDst;
 use mesh_core::balance::{Loads, Policy};
-use mesh_core::snapshot::{Snapshot, WorkloadUid};
-use tokio::sync::{Semaphore, mpsc, watch};
+use mesh_core::snapshot::{Snapshot, Workload, WorkloadUid};
+use mesh_core::spiffe::SpiffeId;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::time::timeout;
 
 use crate::capture::{Capture, OrigDstTable};
+use crate::discovery::Demand;
 use crate::net::Netns;
 use crate::telemetry::Telemetry;
 use crate::tunnel::Tunnels;
+
+/// How long a connection waits until somebody has read what it needs to know. An API server that takes
+/// longer is down, and what it could not tell is refused.
+const READ_LIMIT: Duration = Duration::from_secs(3);
 
 /// How connections are treated, fixed at start.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +64,10 @@ pub struct Node {
     pub draining: watch::Receiver<bool>,
     /// To whoever writes verdicts of the direct way. A full queue means later.
     pub wishes: mpsc::Sender<Wish>,
+    /// To a source that reads pods of other nodes when they are needed, if it is one that does.
+    pub demands: Option<mpsc::Sender<Demand>>,
+    /// The generation of [`Self::snapshot`], to wait for.
+    pub stored: watch::Sender<u64>,
 }
 
 /// A connection was carried that the kernel could let through by itself the next time.
@@ -84,6 +96,8 @@ pub struct Worker {
     /// Its tunnels: no other worker touches them, so no flow changes threads.
     pub tunnels: Arc<Tunnels>,
     orig_dst: Mutex<OrigDstTable>,
+    /// Pods of other nodes that it had to do with lately. Nobody else touches it but once a minute.
+    used: Mutex<HashSet<WorkloadUid>>,
 }
 
 impl Node {
@@ -97,6 +111,31 @@ impl Node {
         self.pods.load().get(uid).cloned()
     }
 
+    /// A snapshot in which `is_known` holds of `ip`, from where `caller` has called, or if that cannot be had in time, the present one.
+    ///
+    /// Cancel-safe.
+    pub async fn knowing(
+        &self,
+        ip: IpAddr,
+        caller: Option<&SpiffeId>,
+        is_known: impl Fn(&Snapshot) -> bool,
+    ) -> Arc<Snapshot> {
+        let snapshot = self.snapshot.load_full();
+        let Some(demands) = self.demands.as_ref().filter(|_| !is_known(&snapshot)) else {
+            return snapshot;
+        };
+        let asked = async {
+            let (done, answer) = oneshot::channel();
+            demands.send(Demand::Know { ip, caller: caller.cloned(), done }).await.ok()?;
+            let generation = answer.await.ok()?;
+            let mut stored = self.stored.subscribe();
+            stored.wait_for(|stored| *stored >= generation).await.ok().map(|stored| *stored)
+        };
+        // In vain or not: what is known by then decides.
+        timeout(READ_LIMIT, asked).await.ok();
+        self.snapshot.load_full()
+    }
+
     /// Whether the agent takes no new connections any more.
     pub fn is_draining(&self) -> bool {
         *self.draining.borrow()
@@ -107,7 +146,22 @@ impl Worker {
     /// A worker's own part of `node`.
     pub fn new(node: Arc<Node>, tunnels: Arc<Tunnels>) -> Self {
         let orig_dst = Mutex::new(node.capture.orig_dst_table());
-        Self { node, tunnels, orig_dst }
+        Self { node, tunnels, orig_dst, used: Mutex::default() }
+    }
+
+    /// A connection to or from a pod of another node begins: what is known of it is kept.
+    pub fn uses(&self, workload: &Workload) {
+        if self.node.demands.is_some() {
+            let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+            if !used.contains(&workload.uid) {
+                used.insert(Arc::clone(&workload.uid));
+            }
+        }
+    }
+
+    /// The pods for which that was said since the last time.
+    pub fn take_used(&self) -> HashSet<WorkloadUid> {
+        std::mem::take(&mut *self.used.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The table of original destinations. Never contended: the lock only tells the compiler what

@@ -67,6 +67,7 @@ pub(crate) fn snapshot(
     services: Vec<Arc<Service>>,
     nodes: Vec<(Arc<str>, Node)>,
 ) -> Snapshot {
-    let parts = Parts { workloads, services, nodes: nodes.into_iter().collect::<HashMap<_, _>>() };
+    let nodes = nodes.into_iter().collect::<HashMap<_, _>>();
+    let parts = Parts { workloads, services, nodes, ..Parts::default() };
     Snapshot::new(1, "node-1".into(), domain(), parts)
 }

@@ -56,6 +56,8 @@ pub enum RouteRefusal {
     NoEndpoints,
     /// The service has no TCP port of this number.
     NoSuchPort,
+    /// Nobody could tell yet whether it is in the mesh, so it is not reached in plain text either.
+    Unread,
 }
 
 impl RouteRefusal {
@@ -64,6 +66,7 @@ impl RouteRefusal {
         match self {
             Self::NoEndpoints => "no_endpoints",
             Self::NoSuchPort => "no_such_port",
+            Self::Unread => "unread",
         }
     }
 }
@@ -92,6 +95,9 @@ pub enum Way {
 /// What `dst` means in `snapshot`.
 pub fn route(snapshot: &Snapshot, dst: OrigDst) -> Route {
     let ip = dst.0.ip().to_canonical();
+    if snapshot.is_unread(ip) {
+        return Route::Refuse(RouteRefusal::Unread);
+    }
     if let Some(service) = snapshot.service_at(ip) {
         let Some(port) = service.ports.iter().find(|port| port.port == dst.0.port()) else {
             return Route::Refuse(RouteRefusal::NoSuchPort);
@@ -142,6 +148,7 @@ fn candidates(endpoints: &Arc<[Endpoint]>, dialled: IpAddr) -> Option<Candidates
 mod tests {
     use super::*;
     use crate::fixtures::{endpoint, node, service, snapshot, workload};
+    use crate::snapshot::Parts;
 
     fn dst(text: &str) -> OrigDst {
         OrigDst(text.parse().unwrap())
@@ -202,6 +209,24 @@ mod tests {
         };
         assert_eq!((workload, addr.to_string()), (pod, "10.0.1.1:5432".to_owned()));
         assert_eq!(route(&snapshot, dst("203.0.113.1:443")), Route::Passthrough);
+    }
+
+    #[test]
+    fn what_nobody_has_read_yet_is_refused_whatever_else_is_known_of_it() {
+        let known = workload("web", "node-1", &["10.0.1.5"]);
+        let unread = ["10.96.0.10", "10.0.1.5"].map(|ip| ip.parse().unwrap());
+        let trust_domain = known.identity.trust_domain().clone();
+        let parts = Parts {
+            workloads: vec![known],
+            services: vec![service("web", &["10.96.0.10"], 80, vec![])],
+            unread: unread.into(),
+            ..Parts::default()
+        };
+        let snapshot = Snapshot::new(1, "node-1".into(), trust_domain, parts);
+        for to in ["10.96.0.10:80", "10.0.1.5:80", "[::ffff:10.0.1.5]:80"] {
+            let found = route(&snapshot, dst(to));
+            assert_eq!(found, Route::Refuse(RouteRefusal::Unread), "{to}");
+        }
     }
 
     #[test]

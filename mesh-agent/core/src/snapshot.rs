@@ -29,6 +29,7 @@ pub struct Snapshot {
     services: HashMap<(Arc<str>, Arc<str>), Arc<Service>>,
     by_vip: HashMap<IpAddr, Arc<Service>>,
     nodes: HashMap<Arc<str>, Node>,
+    unread: HashSet<IpAddr>,
 }
 
 /// A pod, in the mesh or not.
@@ -136,6 +137,8 @@ pub struct Parts {
     pub services: Vec<Arc<Service>>,
     /// Every node by name.
     pub nodes: HashMap<Arc<str>, Node>,
+    /// Addresses of services and pods of which nobody has read yet whether they are in the mesh.
+    pub unread: HashSet<IpAddr>,
 }
 
 impl Snapshot {
@@ -168,6 +171,7 @@ impl Snapshot {
             services,
             by_vip,
             nodes: parts.nodes,
+            unread: parts.unread,
         }
     }
 
@@ -226,19 +230,26 @@ impl Snapshot {
         self.nodes.iter()
     }
 
+    /// Whether it has still to be read if this address is in the mesh, and where: until then nothing may
+    /// be sent there.
+    pub fn is_unread(&self, ip: IpAddr) -> bool {
+        self.unread.contains(&ip.to_canonical())
+    }
+
     /// The destinations that belong to the mesh, for the kernel to capture. Anything else stays on
     /// its own path, at no cost.
     ///
     /// - Addresses of enrolled pods, on any node.
     /// - Addresses of services with an enrolled endpoint, and of services that select pods and have
     ///   no endpoint: their clients are to be refused at once, with a reason.
+    /// - Addresses that may turn out to be one of these ([`Self::is_unread`]).
     /// - Never the API server's: the mesh must not stand between a pod and what it is configured
     ///   from.
     pub fn captured_destinations(&self) -> HashSet<IpAddr> {
         let pods = self.workloads.values().filter(|w| w.is_enrolled()).flat_map(|w| &w.ips);
         let services = self.services.values().filter(|s| s.is_captured()).flat_map(|s| &s.vips);
         let api_server = self.service("default", "kubernetes").map(|s| s.vips.as_slice());
-        let mut all: HashSet<_> = pods.chain(services).copied().collect();
+        let mut all: HashSet<_> = pods.chain(services).chain(&self.unread).copied().collect();
         for vip in api_server.unwrap_or_default() {
             all.remove(vip);
         }
@@ -255,6 +266,7 @@ impl Snapshot {
             && self.services == other.services
             && self.by_vip == other.by_vip
             && self.nodes == other.nodes
+            && self.unread == other.unread
     }
 }
 
@@ -322,7 +334,7 @@ mod tests {
 
     fn snapshot(workloads: &[&Arc<Workload>], services: Vec<Arc<Service>>) -> Snapshot {
         let workloads = workloads.iter().map(|w| Arc::clone(w)).collect();
-        let parts = Parts { workloads, services, nodes: HashMap::new() };
+        let parts = Parts { workloads, services, ..Parts::default() };
         Snapshot::new(1, "a".into(), TrustDomain::new("cluster.local").unwrap(), parts)
     }
 
@@ -340,6 +352,19 @@ mod tests {
         let captured = snapshot(&[&enrolled, &outside], services).captured_destinations();
         let expected = ["10.0.0.1", "10.1.0.1", "10.1.0.3"].map(|ip| ip.parse().unwrap());
         assert_eq!(captured, HashSet::from(expected));
+    }
+
+    #[test]
+    fn what_is_not_read_yet_is_captured_but_for_the_api_server() {
+        let api_server = service("kubernetes", "10.1.0.5", false, &[]);
+        let unread = ["10.1.0.5", "10.1.0.6", "10.0.0.7"].map(|ip| ip.parse().unwrap());
+        let parts = Parts { services: vec![api_server], unread: unread.into(), ..Parts::default() };
+        let trust_domain = TrustDomain::new("cluster.local").unwrap();
+        let snapshot = Snapshot::new(1, "a".into(), trust_domain.clone(), parts);
+        assert_eq!(snapshot.captured_destinations(), HashSet::from([unread[1], unread[2]]));
+        assert!(snapshot.is_unread("::ffff:10.0.0.7".parse().unwrap()));
+        let read = Snapshot::new(1, "a".into(), trust_domain, Parts::default());
+        assert!(!read.is_unread(unread[1]) && !read.same_state(&snapshot));
     }
 
     #[test]

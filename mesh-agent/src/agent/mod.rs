@@ -172,6 +172,8 @@ impl Agent {
             connections: Arc::new(Semaphore::new(options.max_connections.get())),
             draining,
             wishes,
+            demands: source.demands(),
+            stored: watch::Sender::new(0),
         });
 
         let count = options.workers.map_or_else(available_cores, NonZeroUsize::get);
@@ -212,6 +214,9 @@ impl Agent {
         });
         telemetry.set_sources(Arc::clone(&views).telemetry_sources());
         serve_http(&options, &telemetry, &views, log, &mut control).await?;
+        if let Some(demands) = source.demands() {
+            control.spawn(source::tell_used(contexts.clone(), demands));
+        }
         control.spawn(source.run());
         let heart = Heart::start(capture).context("start the heartbeat")?;
         if let Err(error) = net::give_back_memory() {
@@ -278,6 +283,7 @@ impl Agent {
         // First of all: what the kernel lets through by itself must not outlive what it was decided from.
         self.verdicts.follow(&snapshot);
         self.node.snapshot.store(Arc::clone(&snapshot));
+        self.node.stored.send_replace(snapshot.generation);
         if let Some(connections) = &self.connections {
             connections.judge(&snapshot);
         }

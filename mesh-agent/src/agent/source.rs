@@ -1,19 +1,37 @@
 //! Where the state of the mesh comes from: a directory of manifests, or the Kubernetes API. Nothing of
 //! the one that is not asked for is started.
 
+use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use mesh_core::snapshot::Snapshot;
-use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep};
 
 use super::namespaces::Namespaces;
 use crate::cli::Run;
-use crate::discovery::Problem;
 use crate::discovery::client::client;
 use crate::discovery::cluster::ClusterSource;
 use crate::discovery::file::{FileSource, Settings};
+use crate::discovery::{Demand, Problem};
+use crate::node::Worker;
+
+/// How often it is told which pods of other nodes connections use.
+const TELL_USED: Duration = Duration::from_secs(60);
+
+/// Tells a source which pods of other nodes are used, for ever.
+pub(super) async fn tell_used(workers: Vec<Arc<Worker>>, demands: mpsc::Sender<Demand>) {
+    loop {
+        sleep(TELL_USED).await;
+        let used: HashSet<_> = workers.iter().flat_map(|worker| worker.take_used()).collect();
+        let told = demands.send(Demand::Used(used.into_iter().collect())).await;
+        if told.is_err() {
+            return; // The source has ended, and with it the agent.
+        }
+    }
+}
 
 /// What is followed.
 pub(super) enum Source {
@@ -64,6 +82,14 @@ impl Source {
         match self {
             Self::Manifests(_) => None,
             Self::Cluster(source) => Some(source.confirmed()),
+        }
+    }
+
+    /// Where to say what connections need to know, if that is not all known anyway.
+    pub(super) fn demands(&self) -> Option<mpsc::Sender<Demand>> {
+        match self {
+            Self::Manifests(_) => None,
+            Self::Cluster(source) => Some(source.demands()),
         }
     }
 

@@ -249,6 +249,8 @@ pub struct Endpoint {
     pub addresses: Vec<String>,
     /// Whether it may be used.
     pub conditions: Option<EndpointConditions>,
+    /// Where it is.
+    pub node_name: Option<String>,
     /// The pod that it is.
     pub target_ref: Option<ObjectReference>,
 }

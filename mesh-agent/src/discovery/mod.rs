@@ -40,8 +40,30 @@ mod services;
 pub mod translate;
 
 use std::fmt;
+use std::net::IpAddr;
+
+use mesh_core::snapshot::WorkloadUid;
+use mesh_core::spiffe::SpiffeId;
+use tokio::sync::oneshot;
 
 pub use directory::network_policies;
+
+/// What carries connections says what it needs to know, or still uses: a source that reads the pods of
+/// other nodes only then is told by this.
+#[derive(Debug)]
+pub enum Demand {
+    /// Whether something of the mesh is at this address, and what.
+    Know {
+        /// Which.
+        ip: IpAddr,
+        /// As whom a pod there has called, if one has.
+        caller: Option<SpiffeId>,
+        /// Told, when as much as can be known is, from which generation of snapshots on.
+        done: oneshot::Sender<u64>,
+    },
+    /// Connections of these pods of other nodes began since this was last said.
+    Used(Vec<WorkloadUid>),
+}
 
 /// Something in a manifest that does not mean what its author wanted.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

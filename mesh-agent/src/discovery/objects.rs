@@ -1,6 +1,6 @@
 //! The objects that a snapshot is made from, by kind and name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -114,9 +114,33 @@ pub struct Objects {
     all: BTreeMap<ObjectKey, Object>,
     /// Where there may be more, which could not be read.
     unread: Vec<String>,
+    /// Set if pods of other nodes are read when somebody needs them: what was looked for and does not
+    /// exist, by UID or address.
+    absent: Option<HashSet<String>>,
 }
 
 impl Objects {
+    /// Without pods of other nodes, which come when they are needed.
+    pub fn on_demand() -> Self {
+        Self { absent: Some(HashSet::new()), ..Self::default() }
+    }
+
+    /// What was looked for and does not exist, by UID or address; `None` if what is not here does not
+    /// exist.
+    pub fn absent(&self) -> Option<&HashSet<String>> {
+        self.absent.as_ref()
+    }
+
+    /// The same, to change it.
+    pub fn absent_mut(&mut self) -> Option<&mut HashSet<String>> {
+        self.absent.as_mut()
+    }
+
+    /// The object of this key.
+    pub fn get(&self, key: &ObjectKey) -> Option<&Object> {
+        self.all.get(key)
+    }
+
     /// Adds `object`, and gives back the one of the same key that it replaces.
     pub fn insert(&mut self, object: Object) -> Option<Object> {
         self.all.insert(object.key(), object)
@@ -169,6 +193,6 @@ impl Objects {
 impl FromIterator<Object> for Objects {
     fn from_iter<T: IntoIterator<Item = Object>>(objects: T) -> Self {
         let all = objects.into_iter().map(|object| (object.key(), object)).collect();
-        Self { all, unread: Vec::new() }
+        Self { all, ..Self::default() }
     }
 }

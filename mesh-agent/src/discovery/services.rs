@@ -1,6 +1,6 @@
 //! Services and their EndpointSlices into services with endpoints.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::translate::missing;
 use super::{Problem, Report, shown};
 
 /// Says which service a slice is of.
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
+pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 const WRITE_THE_NAME: &str = "write the name of the Service that these endpoints are of";
 
@@ -23,6 +23,7 @@ const WRITE_THE_NAME: &str = "write the name of the Service that these endpoints
 struct Candidate {
     addr: EndpointAddr,
     workload: Option<Arc<Workload>>,
+    is_unread: bool,
     ready: bool,
     /// Not ready, but still served while the pod terminates.
     leaving: bool,
@@ -31,14 +32,34 @@ struct Candidate {
 /// Candidates by namespace, service and port name.
 type Candidates<'a> = BTreeMap<(&'a str, &'a str, &'a str), Vec<Candidate>>;
 
+/// Services, and what is not known of them yet.
+#[derive(Debug)]
+pub(super) struct Services {
+    pub(super) services: Vec<Arc<Service>>,
+    /// Addresses of those, and of their endpoints, whose pods nobody has read yet.
+    pub(super) unread: HashSet<IpAddr>,
+}
+
+/// What is behind an endpoint.
+enum Behind {
+    Pod(Arc<Workload>),
+    /// No pod, or not the one that is meant.
+    Outside,
+    /// A pod that is to be read first.
+    Unread,
+    /// A pod that does not exist any more.
+    Gone,
+}
+
 /// Makes services of `services`, with the endpoints of `slices` behind them.
 pub(super) fn translate<'a>(
     services: impl Iterator<Item = (&'a ObjectKey, &'a KubeService)>,
     slices: impl Iterator<Item = (&'a ObjectKey, &'a EndpointSlice)>,
     pods: &Pods,
-    unread: &[String],
+    (unread, absent): (&[String], Option<&HashSet<String>>),
     problems: &mut Vec<Problem>,
-) -> Vec<Arc<Service>> {
+) -> Services {
+    let mut unread_addresses = HashSet::new();
     let services: BTreeMap<_, _> =
         services.map(|(key, service)| ((&*key.namespace, &*key.name), (key, service))).collect();
     let mut candidates = Candidates::new();
@@ -60,7 +81,11 @@ pub(super) fn translate<'a>(
             );
             continue;
         };
-        read_slice(slice, &key.namespace, (namespace, name), pods, &mut candidates, &mut report);
+        let of = (*namespace, *name);
+        let pods = (pods, absent);
+        for ip in read_slice(slice, &key.namespace, of, pods, &mut candidates, &mut report) {
+            unread_addresses.insert(ip);
+        }
     }
     let mut owners = HashMap::new();
     let translated = services.values().filter_map(|(key, service)| {
@@ -72,28 +97,35 @@ pub(super) fn translate<'a>(
         let mut report = Report::of(key.to_string(), problems);
         let mut vips = vips(spec, &mut report);
         vips.retain(|vip| claim(*vip, key, &mut owners, pods, &mut report));
+        let (ports, is_unread) = ports(key, spec, &candidates, &mut report);
+        if is_unread {
+            unread_addresses.extend(&vips);
+        }
         Some(Arc::new(Service {
             namespace: key.namespace.as_str().into(),
             name: key.name.as_str().into(),
             host: format!("{}.{}.svc.cluster.local", key.name, key.namespace).into(),
             vips,
-            ports: ports(key, spec, &candidates, &mut report),
+            ports,
             selector: spec.selector.as_ref().is_some_and(|selector| !selector.is_empty()),
         }))
     });
-    translated.collect()
+    let services = translated.collect();
+    Services { services, unread: unread_addresses }
 }
 
+/// Returns the addresses whose pods are not read yet.
 fn read_slice<'a>(
     slice: &'a EndpointSlice,
     namespace: &str,
     (of_namespace, of_name): (&'a str, &'a str),
-    pods: &Pods,
+    (pods, absent): (&Pods, Option<&HashSet<String>>),
     candidates: &mut Candidates<'a>,
     report: &mut Report<'_>,
-) {
+) -> Vec<IpAddr> {
+    let mut unread = Vec::new();
     if slice.address_type == "FQDN" {
-        return; // Names of elsewhere: nothing to carry.
+        return unread; // Names of elsewhere: nothing to carry.
     }
     for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
         // The API says of more than the first: "consumers should only use the first".
@@ -108,7 +140,16 @@ fn read_slice<'a>(
             continue;
         };
         let ip = ip.to_canonical();
-        let workload = behind(endpoint, ip, namespace, &field, pods, report);
+        let (workload, is_unread) =
+            match behind(endpoint, ip, namespace, &field, (pods, absent), report) {
+                Behind::Pod(workload) => (Some(workload), false),
+                Behind::Outside => (None, false),
+                Behind::Unread => (None, true),
+                Behind::Gone => continue,
+            };
+        if is_unread {
+            unread.push(ip);
+        }
         let conditions = endpoint.conditions.as_ref();
         let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
         let serving = conditions.and_then(|c| c.serving).unwrap_or(ready);
@@ -119,11 +160,13 @@ fn read_slice<'a>(
             candidates.entry((of_namespace, of_name, name)).or_default().push(Candidate {
                 addr: EndpointAddr((ip, number).into()),
                 workload: workload.clone(),
+                is_unread,
                 ready,
                 leaving: serving && terminating,
             });
         }
     }
+    unread
 }
 
 /// The pod behind an endpoint: the one that it names, if that one has the address, and otherwise the
@@ -134,24 +177,40 @@ fn behind(
     ip: IpAddr,
     namespace: &str,
     field: &str,
-    pods: &Pods,
+    (pods, absent): (&Pods, Option<&HashSet<String>>),
     report: &mut Report<'_>,
-) -> Option<Arc<Workload>> {
+) -> Behind {
+    let unless_absent = |what: &str| match absent {
+        None => Behind::Outside,
+        Some(absent) if absent.contains(what) => Behind::Gone,
+        Some(_) => Behind::Unread,
+    };
     let target =
         endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
     let Some(target) = target else {
-        return pods.at(ip).map(|found| Arc::clone(&found.workload));
+        return match (pods.at(ip), unless_absent(&ip.to_string())) {
+            (Some(found), _) => Behind::Pod(Arc::clone(&found.workload)),
+            // Nothing says that it is a pod, and it is none.
+            (None, Behind::Gone) => Behind::Outside,
+            (None, other) => other,
+        };
     };
     let target_namespace = target.namespace.as_deref().unwrap_or(namespace);
-    let found = pods.named(target_namespace, target.name.as_deref().unwrap_or_default())?;
     let uid = target.uid.as_deref().filter(|uid| !uid.is_empty());
+    let Some(found) = pods.named(target_namespace, target.name.as_deref().unwrap_or_default())
+    else {
+        return unless_absent(uid.unwrap_or_default());
+    };
+    if absent.is_some() && uid.is_some_and(|uid| uid != &*found.workload.uid) {
+        return unless_absent(uid.unwrap_or_default());
+    }
     if uid.is_some_and(|uid| uid != &*found.workload.uid) {
         report.say(
             format!("{field}.targetRef.uid"),
             "is not the UID of the pod of that name; the endpoint counts as outside the mesh",
             "the slice or the pod is out of date: read both again",
         );
-        return None;
+        return Behind::Outside;
     }
     if !found.addresses.contains(&ip) {
         report.say(
@@ -162,15 +221,13 @@ fn behind(
             ),
             "correct the endpoint's address or the pod's status.podIPs",
         );
-        return None;
+        return Behind::Outside;
     }
-    Some(Arc::clone(&found.workload))
+    Behind::Pod(Arc::clone(&found.workload))
 }
 
 fn vips(spec: &ServiceSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
-    let many = spec.cluster_ips.iter().flatten().map(String::as_str);
-    let texts: Vec<_> =
-        many.chain(spec.cluster_ip.as_deref()).filter(|ip| !ip.is_empty()).collect();
+    let texts: Vec<_> = addresses(spec).collect();
     if texts.is_empty() {
         report.say(
             "spec.clusterIP",
@@ -191,6 +248,12 @@ fn vips(spec: &ServiceSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
         }
     }
     vips
+}
+
+/// Its own addresses as they are written, or `None`, the text.
+pub(super) fn addresses(spec: &ServiceSpec) -> impl Iterator<Item = &str> {
+    let many = spec.cluster_ips.iter().flatten().map(String::as_str);
+    many.chain(spec.cluster_ip.as_deref()).filter(|ip| !ip.is_empty())
 }
 
 /// Whether the service may have this address: the first by name has it alone, and goes before a pod.
@@ -220,7 +283,8 @@ fn ports(
     spec: &ServiceSpec,
     candidates: &Candidates<'_>,
     report: &mut Report<'_>,
-) -> Vec<ServicePort> {
+) -> (Vec<ServicePort>, bool) {
+    let mut is_unread = false;
     let not_ready_too = spec.publish_not_ready_addresses.unwrap_or(false);
     let mut ports = Vec::new();
     for (index, port) in spec.ports.iter().flatten().enumerate() {
@@ -238,21 +302,25 @@ fn ports(
         let name = port.name.as_deref().unwrap_or_default();
         // The slice's own port number is the answer to `targetPort`, by name or by number.
         let of_port = candidates.get(&(&*key.namespace, &*key.name, name));
-        let endpoints = choose(of_port.map_or(&[], Vec::as_slice), not_ready_too);
+        let (endpoints, some_unread) = choose(of_port.map_or(&[], Vec::as_slice), not_ready_too);
+        is_unread |= some_unread;
         ports.push(ServicePort { port: number, name: name.into(), endpoints });
     }
-    ports
+    (ports, is_unread)
 }
 
 /// Ready ones; where there is none, those that still serve while they terminate (as kube-proxy does,
 /// KEP-1669). In address order, each address once: a pod may be in two slices while one is replaced.
-fn choose(candidates: &[Candidate], not_ready_too: bool) -> Arc<[Endpoint]> {
+///
+/// And whether one of them is of a pod that is not read yet.
+fn choose(candidates: &[Candidate], not_ready_too: bool) -> (Arc<[Endpoint]>, bool) {
     let among = |usable: &dyn Fn(&Candidate) -> bool| {
         let mut chosen = BTreeMap::new();
         for candidate in candidates.iter().filter(|candidate| usable(candidate)) {
-            let workload = chosen.entry(candidate.addr).or_insert(None);
+            let (workload, is_unread) = chosen.entry(candidate.addr).or_insert((None, false));
             // Whichever of them knows the pod: the order of slices must not matter.
             *workload = workload.take().or_else(|| candidate.workload.clone());
+            *is_unread |= candidate.is_unread;
         }
         chosen
     };
@@ -260,7 +328,9 @@ fn choose(candidates: &[Candidate], not_ready_too: bool) -> Arc<[Endpoint]> {
     if chosen.is_empty() {
         chosen = among(&|candidate| candidate.leaving);
     }
-    chosen.into_iter().map(|(addr, workload)| Endpoint { addr, workload }).collect()
+    let is_unread = chosen.values().any(|(_, is_unread)| *is_unread);
+    let endpoints = chosen.into_iter().map(|(addr, (workload, _))| Endpoint { addr, workload });
+    (endpoints.collect(), is_unread)
 }
 
 fn is_tcp(protocol: Option<&str>) -> bool {

@@ -73,17 +73,17 @@ pub fn translate(
     let pods =
         pods::translate(kube_pods.into_iter(), &namespaces, &accounts, context, &mut problems);
     let unread = objects.unread();
-    let services = services::translate(
+    let services::Services { services, unread: unread_addresses } = services::translate(
         kube_services.into_iter(),
         slices.into_iter(),
         &pods,
-        unread,
+        (unread, objects.absent()),
         &mut problems,
     );
     let workloads = pods.workloads();
     unreachable_pods(&workloads, &nodes, context, unread, &mut problems);
     problems.sort();
-    let parts = Parts { workloads, services, nodes };
+    let parts = Parts { workloads, services, nodes, unread: unread_addresses };
     let (node, trust_domain) = (Arc::clone(&context.node), context.trust_domain.clone());
     (Snapshot::new(generation, node, trust_domain, parts), problems)
 }

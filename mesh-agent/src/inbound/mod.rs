@@ -87,12 +87,16 @@ async fn admit_request(
     request: tunnel::Request,
     has_place: bool,
 ) -> Option<(TcpStream, Flow, Tracked)> {
-    let snapshot = worker.node.snapshot.load_full();
     let client = canonical(request.open.source);
+    let is_known = |snapshot: &Snapshot| snapshot.workload_at(client.ip()).is_some();
     let caller = request.caller.clone();
+    let snapshot = worker.node.knowing(client.ip(), Some(&caller), is_known).await;
     let served_as = request.served_as.clone();
     // The workload is shown beside the caller only where the certificate agrees with the address.
     let known = snapshot.workload_at(client.ip()).filter(|known| known.identity == caller);
+    if let Some(known) = known {
+        worker.uses(known);
+    }
     let arrival = Arrival {
         to: request.open.destination,
         client,

@@ -110,16 +110,16 @@ async fn reach(
     let node = &worker.node;
     let client = mesh_core::addr::canonical(client);
     let snapshot = node.snapshot.load_full();
-    let source = snapshot.workload(&pod.uid);
-    let party = match source {
+    let source = snapshot.workload(&pod.uid).cloned();
+    let party = match &source {
         Some(workload) => Party::proven(client, workload),
         None => Party::unproven(client, None),
     };
     let mut tracked = node.telemetry.open(ConnectionFacts::new(Direction::Outbound, party));
     // Whatever goes wrong with `app`, a killed agent included, is a reset and never a clean end: it has
     // that from its listener.
-    let connection = Connection { worker, pod, snapshot: &snapshot, app: &app, client, listener };
-    match connection.reach(source, &mut tracked).await {
+    let connection = Connection { worker, pod, snapshot, app: &app, client, listener };
+    match connection.reach(source.as_ref(), &mut tracked).await {
         Ok(carried) => Some((app, carried, tracked)),
         Err(error) => {
             drop(app);
@@ -133,7 +133,7 @@ async fn reach(
 struct Connection<'a> {
     worker: &'a Worker,
     pod: &'a Arc<LocalPod>,
-    snapshot: &'a Snapshot,
+    snapshot: Arc<Snapshot>,
     app: &'a TcpStream,
     client: SocketAddr,
     listener: u16,
@@ -157,7 +157,7 @@ impl Targets {
 impl Connection<'_> {
     /// All stages up to a flow that an endpoint has accepted.
     async fn reach(
-        &self,
+        mut self,
         source: Option<&Arc<Workload>>,
         tracked: &mut Tracked,
     ) -> Result<Carried, OutboundError> {
@@ -166,6 +166,11 @@ impl Connection<'_> {
         tracked.lap(Stage::OrigDst);
 
         let source = source.ok_or(OutboundError::UnknownSource)?;
+        let ip = dst.0.ip();
+        if self.snapshot.is_unread(ip) {
+            let node = &self.worker.node;
+            self.snapshot = node.knowing(ip, None, |snapshot| !snapshot.is_unread(ip)).await;
+        }
         let targets = self.route(dst, tracked)?;
         tracked.lap(Stage::Route);
 
@@ -311,7 +316,7 @@ impl Connection<'_> {
     }
 
     fn route(&self, dst: OrigDst, tracked: &Tracked) -> Result<Targets, OutboundError> {
-        match route::route(self.snapshot, dst) {
+        match route::route(&self.snapshot, dst) {
             Route::Service { service, candidates } => {
                 tracked.update(|facts| facts.service = Some(service));
                 Ok(Targets::Service(candidates))
@@ -336,8 +341,9 @@ impl Connection<'_> {
         tracked: &mut Tracked,
     ) -> Result<(Flow, Option<Tracked>), OutboundError> {
         let to = endpoint.addr;
-        match route::way(self.snapshot, endpoint.workload.as_ref()) {
+        match route::way(&self.snapshot, endpoint.workload.as_ref()) {
             route::Way::Tunnel { workload, peers } => {
+                self.worker.uses(&workload);
                 let trace = fastrand::u128(..);
                 tracked.update(|facts| {
                     facts.way = Some(Way::Tunnel);
@@ -372,7 +378,8 @@ impl Connection<'_> {
                     trace_id: 0,
                 };
                 let admitted =
-                    inbound::admit_local(self.worker, self.snapshot, arrival, tracked.live()).await;
+                    inbound::admit_local(self.worker, &self.snapshot, arrival, tracked.live())
+                        .await;
                 let (stream, arrival) = admitted.map_err(OutboundError::Local)?;
                 tracked.lap(Stage::Deliver);
                 Ok((Flow::Local(stream), Some(arrival)))

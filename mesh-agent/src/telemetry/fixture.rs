@@ -107,7 +107,8 @@ pub(crate) fn snapshot(workloads: Vec<Arc<Workload>>, services: Vec<Arc<Service>
         ("node-2".into(), peer("192.0.2.2:15019")),
     ]);
     let trust_domain = TrustDomain::new("cluster.local").unwrap();
-    Snapshot::new(1, "node-1".into(), trust_domain, Parts { workloads, services, nodes })
+    let parts = Parts { workloads, services, nodes, ..Parts::default() };
+    Snapshot::new(1, "node-1".into(), trust_domain, parts)
 }
 
 /// A log level that no subscriber uses. Its filter lives as long as the process, as in production.

@@ -44,11 +44,10 @@ impl Shop {
 
     fn wait_until_enrolled(&self, agents: &Agents, is_so: bool) -> Result<()> {
         for (pod, home) in [("client", 0), (SERVERS[0], 0), (SERVERS[1], 1)] {
-            for node in &self.nodes {
-                agents.wait_until_enrolled(node, self.cluster.name(), pod, is_so)?;
-            }
+            let node = &self.nodes[home];
+            agents.wait_until_enrolled(node, self.cluster.name(), pod, is_so)?;
             if is_so {
-                self.wait_until_carried(agents, &self.nodes[home], pod)?;
+                self.wait_until_carried(agents, node, pod)?;
             }
         }
         Ok(())
@@ -92,7 +91,12 @@ fn annotated_namespace_is_carried_between_nodes_and_on_one_until_it_leaves() -> 
     let shop = Shop::open(&enabled())?;
     let [here, there] = &shop.nodes;
     shop.wait_until_enrolled(&agents, true)?;
+    // Nobody here has asked for a pod of the other node yet, so nothing of it is known here.
+    let unknown = agents.workload(here, shop.cluster.name(), SERVERS[1])?;
+    ensure!(unknown.is_null(), "{unknown}");
     shop.hear_both(&["web"])?;
+    let known = agents.workload(here, shop.cluster.name(), SERVERS[1])?;
+    assert_eq!(known["way"], "tunnel", "{known}");
     shop.hear_both(&SERVERS.map(|name| format!("{name}.headless")))?;
     let namespace = shop.cluster.name();
     let identity = format!("spiffe://cluster.local/ns/{namespace}/sa/default");

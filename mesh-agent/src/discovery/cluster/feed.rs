@@ -37,6 +37,8 @@ const WATCH_S: u64 = 240;
 const SILENCE: Duration = Duration::from_secs(180);
 /// A page that takes longer is not coming.
 const LIST_LIMIT: Duration = Duration::from_secs(60);
+/// One object that a connection waits for.
+const READ_LIMIT: Duration = Duration::from_secs(3);
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
@@ -129,7 +131,11 @@ enum Ended {
 }
 
 /// Follows all objects of a kind that `selector` (such as `fieldSelector=…`) lets through, for ever.
-pub(super) async fn follow<T: Followed>(client: Client, selector: &str, news: mpsc::Sender<News>) {
+pub(super) async fn follow<T: Followed>(
+    client: Client,
+    selector: String,
+    news: mpsc::Sender<News>,
+) {
     let mut feed = Feed { client, selector, news, version: None };
     let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
     loop {
@@ -165,15 +171,15 @@ pub(super) async fn follow<T: Followed>(client: Client, selector: &str, news: mp
     }
 }
 
-struct Feed<'a> {
+struct Feed {
     client: Client,
-    selector: &'a str,
+    selector: String,
     news: mpsc::Sender<News>,
     /// Where to go on from; `None` to list first.
     version: Option<String>,
 }
 
-impl Feed<'_> {
+impl Feed {
     async fn go_on<T: Followed>(&mut self) -> Ended {
         let version = match self.version.take() {
             Some(version) => version,
@@ -275,6 +281,35 @@ impl Feed<'_> {
     }
 }
 
+/// The object at `path`, if there is one.
+pub(super) async fn read<T: Followed>(
+    client: &Client,
+    path: &str,
+) -> Result<Option<Object>, String> {
+    match request::<T>(client, path.to_owned()).await {
+        Ok(item) => Ok(Some(taken(item).0)),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+        Err(error) => Err(crate::telemetry::chain(&error)),
+    }
+}
+
+/// The few objects at `path` that `selector` lets through.
+pub(super) async fn list<T: Followed>(
+    client: &Client,
+    path: &str,
+    selector: &str,
+) -> Result<Vec<Object>, String> {
+    let list = request::<List<T>>(client, format!("{path}?{selector}")).await;
+    let list = list.map_err(|error| crate::telemetry::chain(&error))?;
+    Ok(list.items.into_iter().map(|item| taken(item).0).collect())
+}
+
+async fn request<T: DeserializeOwned>(client: &Client, uri: String) -> Result<T, kube::Error> {
+    let request = http::Request::get(uri).body(Vec::new()).map_err(kube::Error::HttpError)?;
+    let asked = timeout(READ_LIMIT, client.request::<T>(request)).await;
+    asked.unwrap_or_else(|_elapsed| Err(kube::Error::Service("no answer in time".into())))
+}
+
 /// The object, and its version: which does not stay with it, or every heartbeat were a change.
 fn taken<T: Followed>(mut item: T) -> (Object, Option<String>) {
     let version = item.meta().resource_version.take();
@@ -289,7 +324,7 @@ fn ended(error: kube::Error) -> Ended {
 }
 
 /// A value of a query (RFC 3986 section 2.1).
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for byte in text.bytes() {
         match byte {

@@ -1,9 +1,13 @@
 //! The source inside a cluster: the Kubernetes API, followed.
 //!
 //! ```text
-//! feed × kind ──► News ──► Objects ──► translate ──► Snapshot
-//!  list, watch     queue    in memory    pure         watch channel
+//! feed × kind ──► News ──┐
+//!  list, watch     queue  ├─► Objects ──► translate ──► Snapshot
+//! read × demand ──────────┘   in memory    pure         watch channel
 //! ```
+//!
+//! Pods of this node are followed; those of other nodes are read when a connection needs them
+//! ([`demand`]).
 //!
 //! # Guarantees
 //!
@@ -11,9 +15,12 @@
 //!   would take the other half for gone.
 //! - An API server that is slow, down, restarted or overloaded changes nothing: the last state holds, its
 //!   age is told, and a problem says since when and why.
+//! - What was not read yet is marked as such in the snapshot, and so is captured and never taken for a
+//!   place outside the mesh.
 //! - What objects say beyond what a snapshot is made from is dropped on arrival, and a change of it makes
 //!   no snapshot.
 
+mod demand;
 mod feed;
 #[cfg(test)]
 mod tests;
@@ -25,22 +32,30 @@ use std::time::Duration;
 
 use kube::Client;
 use mesh_core::snapshot::Snapshot;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout_at};
-use tracing::info;
+use tokio::time::{Instant, interval, timeout_at};
+use tracing::{info, warn};
 
-use self::feed::{News, What, follow};
-use super::Problem;
+use self::demand::{Found, Remote, Wanted, has};
+use self::feed::{Followed as _, News, What, escaped, follow, list, read};
 use super::file::Settings;
 use super::kube::{EndpointSlice, Namespace, Node, Pod, Service};
-use super::objects::{Kind, Objects};
+use super::objects::{Kind, Object, Objects};
 use super::translate::{Context, NetnsFrom, translate};
+use super::{Demand, Problem};
 
 /// News that wait to be read: then the feeds wait, and after them the server's buffers.
 const QUEUE: usize = 1024;
 /// A rollout changes hundreds of objects within moments: one snapshot for all that come meanwhile.
 const BURST: Duration = Duration::from_millis(20);
+
+/// Demands that wait to be read: then connections wait.
+const DEMANDS: usize = 1024;
+/// Reads at once: a first connection to a large service must not take the API server for itself.
+const READS: usize = 32;
+/// How often what is kept is looked through.
+const TIDY: Duration = Duration::from_secs(30);
 
 /// The kinds that a snapshot is made from.
 const KINDS: [Kind; 5] =
@@ -50,6 +65,7 @@ const KINDS: [Kind; 5] =
 pub struct ClusterSource {
     client: Client,
     state: State,
+    demands: (mpsc::Sender<Demand>, mpsc::Receiver<Demand>),
     snapshots: watch::Sender<Arc<Snapshot>>,
     problems: watch::Sender<Arc<[Problem]>>,
     confirmed: watch::Sender<Option<Instant>>,
@@ -71,12 +87,18 @@ impl ClusterSource {
         let state = State::new(context);
         let problems = watch::Sender::new([].into());
         let confirmed = watch::Sender::new(None);
-        (Self { client, state, snapshots, problems, confirmed }, receiver)
+        let demands = mpsc::channel(DEMANDS);
+        (Self { client, state, demands, snapshots, problems, confirmed }, receiver)
     }
 
     /// What is wrong at present: for `status` and metrics.
     pub fn problems(&self) -> watch::Receiver<Arc<[Problem]>> {
         self.problems.subscribe()
+    }
+
+    /// Where to say what connections need to know.
+    pub fn demands(&self) -> mpsc::Sender<Demand> {
+        self.demands.0.clone()
     }
 
     /// Until when it is certain that the snapshot is what the API says; `None` before the first one.
@@ -86,26 +108,92 @@ impl ClusterSource {
 
     /// Follows the cluster, for ever.
     pub async fn run(self) {
-        let Self { client, mut state, snapshots, problems, confirmed } = self;
+        let Self { client, mut state, demands, snapshots, problems, confirmed } = self;
         let (sender, mut news) = mpsc::channel(QUEUE);
         let mut feeds = JoinSet::new();
-        feeds.spawn(follow::<Namespace>(client.clone(), "", sender.clone()));
-        feeds.spawn(follow::<Node>(client.clone(), "", sender.clone()));
-        feeds.spawn(follow::<Pod>(client.clone(), "", sender.clone()));
-        feeds.spawn(follow::<Service>(client.clone(), "", sender.clone()));
-        feeds.spawn(follow::<EndpointSlice>(client, "", sender));
-        while let Some(first) = news.recv().await {
-            state.take(first, Instant::now());
-            let until = Instant::now() + BURST;
-            while let Ok(Some(next)) = timeout_at(until, news.recv()).await {
-                state.take(next, Instant::now());
-            }
+        let own = format!("fieldSelector=spec.nodeName%3D{}", escaped(&state.context.node));
+        feeds.spawn(follow::<Namespace>(client.clone(), String::new(), sender.clone()));
+        feeds.spawn(follow::<Node>(client.clone(), String::new(), sender.clone()));
+        feeds.spawn(follow::<Pod>(client.clone(), own, sender.clone()));
+        feeds.spawn(follow::<Service>(client.clone(), String::new(), sender.clone()));
+        feeds.spawn(follow::<EndpointSlice>(client.clone(), String::new(), sender));
+        let (_kept, mut demands) = demands;
+        let places = Arc::new(Semaphore::new(READS));
+        let mut reads = JoinSet::new();
+        let mut tidy = interval(TIDY);
+        loop {
+            let mut to_read = tokio::select! {
+                Some(first) = news.recv() => {
+                    state.take(first, Instant::now());
+                    // Who waits for what was read does not wait for a burst too.
+                    let until = Instant::now() + BURST;
+                    while reads.is_empty() && let Ok(Some(next)) = timeout_at(until, news.recv()).await {
+                        state.take(next, Instant::now());
+                    }
+                    Vec::new()
+                }
+                Some(demand) = demands.recv() => state.demand(demand, Instant::now()),
+                Some(read) = reads.join_next() => {
+                    // A read that panicked is as good as one that failed, and its waiters time out.
+                    if let Ok((wanted, found)) = read {
+                        state.read(wanted, found, Instant::now());
+                    }
+                    Vec::new()
+                }
+                _ = tidy.tick() => state.tidy(Instant::now()),
+            };
             confirmed.send_replace(state.confirmed());
             if let Some(found) = state.problems_if_changed() {
                 problems.send_replace(found);
             }
             if let Some(snapshot) = state.snapshot_if_changed() {
+                to_read.extend(state.prefetch(Instant::now()));
                 snapshots.send_replace(snapshot);
+            }
+            state.answer();
+            for wanted in to_read {
+                let (client, places) = (client.clone(), Arc::clone(&places));
+                reads.spawn(async move {
+                    let _place = places.acquire_owned().await;
+                    let found = find(&client, &wanted).await;
+                    (wanted, found)
+                });
+            }
+        }
+    }
+}
+
+/// Reads what is wanted.
+async fn find(client: &Client, wanted: &Wanted) -> Found {
+    match wanted {
+        Wanted::Pod { namespace, name, uid } => {
+            let path = format!("/api/v1/namespaces/{}/pods/{}", escaped(namespace), escaped(name));
+            match read::<Pod>(client, &path).await {
+                Ok(Some(Object::Pod(pod)))
+                    if uid.is_some() && pod.metadata.uid.as_ref() != uid.as_ref() =>
+                {
+                    Found::None
+                }
+                Ok(Some(pod)) => Found::Pods(vec![pod]),
+                Ok(None) => Found::None,
+                Err(why) => Found::Failed(why),
+            }
+        }
+        Wanted::Address { ip, account } => {
+            let selector = format!("fieldSelector=status.podIP%3D{}", escaped(&ip.to_string()));
+            let mut pods = list::<Pod>(client, Pod::PATH, &selector).await;
+            // By that only the first address of a pod is found.
+            if let (Ok([]), Some((namespace, name))) = (pods.as_deref(), account) {
+                let path = format!("/api/v1/namespaces/{}/pods", escaped(namespace));
+                let selector = format!("fieldSelector=spec.serviceAccountName%3D{}", escaped(name));
+                pods = list::<Pod>(client, &path, &selector).await;
+            }
+            match pods {
+                Ok(mut pods) => {
+                    pods.retain(|pod| has(pod, *ip));
+                    if pods.is_empty() { Found::None } else { Found::Pods(pods) }
+                }
+                Err(why) => Found::Failed(why),
             }
         }
     }
@@ -116,6 +204,7 @@ impl ClusterSource {
 struct State {
     context: Context,
     objects: Objects,
+    remote: Remote,
     kinds: BTreeMap<Kind, KindState>,
     /// Something came that may make another snapshot.
     is_stale: bool,
@@ -139,7 +228,8 @@ impl State {
         let kinds = KINDS.map(|kind| (kind, KindState { confirmed: None, failing: None }));
         Self {
             context,
-            objects: Objects::default(),
+            objects: Objects::on_demand(),
+            remote: Remote::default(),
             kinds: BTreeMap::from(kinds),
             is_stale: false,
             snapshot: Arc::new(nothing),
@@ -164,14 +254,72 @@ impl State {
         let is_first = kind.confirmed.replace(now).is_none();
         self.is_stale |= is_first
             | match news.what {
-                What::All(objects) => self.objects.replace_all(news.kind, objects),
+                What::All(mut objects) => {
+                    if news.kind == Kind::Pod {
+                        let kept = self.objects.iter().filter(|(key, _)| self.remote.keeps(key));
+                        let kept: Vec<_> = kept.map(|(_, object)| object.clone()).collect();
+                        objects.splice(0..0, kept);
+                    }
+                    self.objects.replace_all(news.kind, objects)
+                }
                 What::Is(object) => {
+                    self.remote.forget(&object.key());
                     let before = self.objects.insert(object.clone());
                     before.as_ref() != Some(&object)
                 }
+                // One of that name may be on another node by now.
+                What::Gone(key) if self.remote.keeps(&key) => false,
                 What::Gone(key) => self.objects.remove(&key).is_some(),
                 What::Current | What::Answered | What::Failing(_) => false,
             };
+    }
+
+    /// Returns what is to be read for it.
+    fn demand(&mut self, demand: Demand, now: Instant) -> Vec<Wanted> {
+        match demand {
+            Demand::Know { done, .. } if self.is_failing() => {
+                // What is not known now will not be in time, and a queue helps nobody.
+                done.send(self.snapshot.generation).ok();
+                Vec::new()
+            }
+            Demand::Know { ip, caller, done } => {
+                let at = (ip.to_canonical(), caller.as_ref());
+                self.remote.need(&self.objects, &self.context.node, at, done, now)
+            }
+            Demand::Used(uids) => {
+                self.remote.used(&self.objects, &uids, now);
+                Vec::new()
+            }
+        }
+    }
+
+    fn read(&mut self, wanted: Wanted, found: Found, now: Instant) {
+        if let Found::Failed(why) = &found {
+            warn!(?wanted, error = why, "a pod of another node cannot be read");
+        }
+        let node = Arc::clone(&self.context.node);
+        self.is_stale |= self.remote.take(&mut self.objects, &node, wanted, found, now);
+    }
+
+    /// Not while the server cannot be asked: what is dropped could not be had again.
+    fn tidy(&mut self, now: Instant) -> Vec<Wanted> {
+        if self.is_failing() {
+            return Vec::new();
+        }
+        self.is_stale |= self.remote.expire(&mut self.objects, now);
+        self.prefetch(now)
+    }
+
+    fn prefetch(&mut self, now: Instant) -> Vec<Wanted> {
+        self.remote.prefetch(&self.objects, &self.context.node, now)
+    }
+
+    fn answer(&mut self) {
+        self.remote.answer(self.snapshot.generation);
+    }
+
+    fn is_failing(&self) -> bool {
+        self.kinds.values().any(|kind| kind.failing.is_some())
     }
 
     /// The state of the kind of which the server has been silent for longest.

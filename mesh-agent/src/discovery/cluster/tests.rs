@@ -16,16 +16,17 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use kube::Config;
 use mesh_core::snapshot::Snapshot;
+use mesh_core::spiffe::SpiffeId;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::ClusterSource;
-use crate::discovery::Problem;
 use crate::discovery::client::by_config;
 use crate::discovery::file::Settings;
+use crate::discovery::{Demand, Problem};
 use crate::identity::testing::cluster_local;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -43,6 +44,8 @@ struct Held {
     down: Option<StatusCode>,
     /// Kinds that are not answered.
     silent: Vec<String>,
+    /// Pods that are only read, by path.
+    elsewhere: HashMap<String, Value>,
 }
 
 #[derive(Clone)]
@@ -109,6 +112,27 @@ impl Api {
             let never = stream::pending::<Result<Frame<Bytes>, Infallible>>();
             return Response::new(BodyExt::boxed(StreamBody::new(never)));
         }
+        if let Some(at) = query.get("fieldSelector").and_then(|s| s.strip_prefix("status.podIP%3D"))
+        {
+            let is_at = |pod: &&Value| pod["status"]["podIPs"][0]["ip"] == *at;
+            let found: Vec<_> = held.elsewhere.values().filter(is_at).collect();
+            let list = json!({"metadata": {}, "items": found});
+            return Response::new(BodyExt::boxed(Full::from(list.to_string())));
+        }
+        let of =
+            query.get("fieldSelector").and_then(|s| s.strip_prefix("spec.serviceAccountName%3D"));
+        if let Some(account) = of {
+            let is_of = |pod: &&Value| pod["spec"]["serviceAccountName"] == *account;
+            let found: Vec<_> = held.elsewhere.values().filter(is_of).collect();
+            let list = json!({"metadata": {}, "items": found});
+            return Response::new(BodyExt::boxed(Full::from(list.to_string())));
+        }
+        if path.starts_with("/api/v1/namespaces/") {
+            return match held.elsewhere.get(&path) {
+                Some(pod) => Response::new(BodyExt::boxed(Full::from(pod.to_string()))),
+                None => refuse(StatusCode::NOT_FOUND),
+            };
+        }
         if what == "watch" {
             let (sender, events) = mpsc::unbounded_channel();
             held.watches.entry(path).or_default().push(sender);
@@ -163,7 +187,8 @@ impl Api {
             Settings { node: "a".into(), trust_domain: cluster_local(), tunnel_port: 15019 };
         let (source, snapshots) = ClusterSource::new(client, settings);
         let (problems, confirmed) = (source.problems(), source.confirmed());
-        Followed { snapshots, problems, confirmed, task: tokio::spawn(source.run()) }
+        let demands = source.demands();
+        Followed { snapshots, problems, confirmed, demands, task: tokio::spawn(source.run()) }
     }
 }
 
@@ -181,6 +206,7 @@ struct Followed {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     problems: watch::Receiver<Arc<[Problem]>>,
     confirmed: watch::Receiver<Option<tokio::time::Instant>>,
+    demands: mpsc::Sender<Demand>,
     task: JoinHandle<()>,
 }
 
@@ -199,6 +225,21 @@ impl Followed {
         };
         let waited = timeout(SOON, self.snapshots.wait_for(is_so)).await;
         Arc::clone(&waited.unwrap_or_else(|_| panic!("never {names:?}")).unwrap())
+    }
+
+    /// As a connection does; returns what is known then.
+    async fn know(&mut self, ip: &str) -> Arc<Snapshot> {
+        self.know_caller(ip, None).await
+    }
+
+    async fn know_caller(&mut self, at: &str, caller: Option<&str>) -> Arc<Snapshot> {
+        let (done, answer) = oneshot::channel();
+        let caller =
+            caller.map(|account| SpiffeId::new(cluster_local(), "default", account).unwrap());
+        self.demands.send(Demand::Know { ip: ip(at), caller, done }).await.unwrap();
+        let generation = timeout(SOON, answer).await.expect("an answer").unwrap();
+        let is_it = |snapshot: &Arc<Snapshot>| snapshot.generation >= generation;
+        Arc::clone(&timeout(SOON, self.snapshots.wait_for(is_it)).await.unwrap().unwrap())
     }
 
     async fn until_problems(&mut self, is_so: impl Fn(&[Problem]) -> bool) -> Arc<[Problem]> {
@@ -317,4 +358,128 @@ async fn long_list_comes_in_pages() {
     let names: Vec<_> = names.iter().map(String::as_str).collect();
     followed.until_pods(&names).await;
     assert_eq!(api.asked("list pods"), 3);
+}
+
+const VIP: &str = "10.96.0.10";
+
+/// A service with two pods of another node and one of this.
+fn shop(api: &Api) {
+    let remote = |name: &str, ip: &str| {
+        let mut pod = pod(name, ip);
+        pod["spec"]["nodeName"] = json!("b");
+        pod["metadata"]["annotations"] = json!({"malla.dev/mesh": "enabled"});
+        pod
+    };
+    let endpoint = |name: &str, ip: &str, node: &str| {
+        json!({
+            "addresses": [ip], "nodeName": node,
+            "targetRef": {"kind": "Pod", "name": name, "uid": format!("uid-{name}")},
+        })
+    };
+    api.has(PODS, vec![pod("here", "10.0.0.1")]);
+    let spec = json!({"clusterIP": VIP, "ports": [{"port": 80}], "selector": {"app": "web"}});
+    let service = json!({"metadata": {"name": "web", "namespace": "default"}, "spec": spec});
+    api.has("/api/v1/services", vec![service]);
+    let slice = json!({
+        "metadata": {
+            "name": "web-1", "namespace": "default",
+            "labels": {"kubernetes.io/service-name": "web"},
+        },
+        "addressType": "IPv4",
+        "ports": [{"port": 8080}],
+        "endpoints": [
+            endpoint("here", "10.0.0.1", "a"),
+            endpoint("there", "10.0.1.1", "b"),
+            endpoint("gone", "10.0.1.2", "b"),
+        ],
+    });
+    api.has("/apis/discovery.k8s.io/v1/endpointslices", vec![slice]);
+    let mut held = api.held.lock().unwrap();
+    let there = remote("there", "10.0.1.1");
+    held.elsewhere.insert("/api/v1/namespaces/default/pods/there".into(), there);
+    let mut bare = remote("bare", "10.0.1.9");
+    bare["spec"]["serviceAccountName"] = json!("lonely");
+    bare["status"]["podIPs"].as_array_mut().unwrap().push(json!({"ip": "fd00::9"}));
+    held.elsewhere.insert("elsewhere".into(), bare);
+}
+
+fn ip(text: &str) -> std::net::IpAddr {
+    text.parse().unwrap()
+}
+
+#[tokio::test]
+async fn pods_of_other_nodes_are_read_when_they_are_needed_and_captured_before() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut followed = api.follow();
+    let before = followed.until_pods(&["here"]).await;
+    for unread in [VIP, "10.0.1.1", "10.0.1.2"] {
+        assert!(before.is_unread(ip(unread)), "{unread}");
+        assert!(before.captured_destinations().contains(&ip(unread)), "{unread}");
+    }
+    assert!(!before.is_unread(ip("10.0.0.1")));
+    assert_eq!(api.asked("list there"), 0);
+
+    let after = followed.know(VIP).await;
+    let there = after.workload("uid-there").unwrap();
+    assert!(there.is_enrolled() && &*there.node == "b");
+    let service = after.service("default", "web").unwrap();
+    let endpoints: Vec<_> = service.ports[0].endpoints.iter().map(|e| e.addr.0.ip()).collect();
+    assert_eq!(endpoints, [ip("10.0.0.1"), ip("10.0.1.1")], "the pod that is gone is left out");
+    for read in [VIP, "10.0.1.1", "10.0.1.2"] {
+        assert!(!after.is_unread(ip(read)), "{read}");
+    }
+    followed.know(VIP).await;
+    assert_eq!(api.asked("list there"), 1, "once for all");
+    assert_eq!(api.asked("list gone"), 1, "also in vain");
+}
+
+#[tokio::test]
+async fn client_that_is_behind_no_service_is_found_by_its_address() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    let after = followed.know("10.0.1.9").await;
+    assert_eq!(&*after.workload_at(ip("10.0.1.9")).unwrap().name, "bare");
+    // The API finds a pod by its first address only.
+    let mut other = api.follow();
+    other.until_pods(&["here"]).await;
+    assert!(other.know("fd00::9").await.workload_at(ip("fd00::9")).is_none());
+    let after = other.know_caller("fd00::9", Some("lonely")).await;
+    assert_eq!(&*after.workload_at(ip("fd00::9")).unwrap().name, "bare");
+    let nobody = followed.know("10.0.1.77").await;
+    assert!(nobody.workload_at(ip("10.0.1.77")).is_none());
+    let asked = api.asked("list pods");
+    followed.know("10.0.1.77").await;
+    assert_eq!(api.asked("list pods"), asked, "not again at once");
+}
+
+#[tokio::test]
+async fn list_of_this_nodes_pods_leaves_those_of_others() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    until("a watch", || api.asked("watch pods") == 1).await;
+    followed.know(VIP).await;
+    api.has(PODS, vec![pod("here", "10.0.0.1"), pod("new", "10.0.0.2")]);
+    api.event("ERROR", json!({"kind": "Status", "metadata": {}, "code": 410, "message": "too old", "reason": "Expired", "status": "Failure"}));
+    followed.until_pods(&["here", "new", "there"]).await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_is_answered_at_once_and_stays_unread() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    until("a watch", || api.asked("watch pods") == 1).await;
+    api.set_down(Some(StatusCode::SERVICE_UNAVAILABLE));
+    followed.until_problems(|all| all.len() == PATHS.len()).await;
+    assert!(followed.know(VIP).await.is_unread(ip(VIP)));
+    assert_eq!(api.asked("list there"), 0, "a server that is down is not asked by connections too");
+    api.set_down(None);
+    followed.until_problems(|all| all.is_empty()).await;
+    assert!(!followed.know(VIP).await.is_unread(ip(VIP)));
 }

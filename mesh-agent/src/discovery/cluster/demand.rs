@@ -1,0 +1,443 @@
+//! Pods of other nodes: read when somebody needs them, kept while they are used.
+//!
+//! An EndpointSlice names the pods behind a service; whether they are in the mesh, and as whom, only the
+//! pods say. Watching all of them costs what the cluster has; this costs what the node talks to. No IO.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use mesh_core::snapshot::WorkloadUid;
+use mesh_core::spiffe::SpiffeId;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use crate::discovery::kube::{Endpoint, EndpointSlice};
+use crate::discovery::objects::{Kind, Object, ObjectKey, Objects};
+use crate::discovery::services::{SERVICE_NAME, addresses};
+
+/// A pod that no connection has used for so long is dropped.
+const UNUSED: Duration = Duration::from_secs(600);
+/// One that is used is read again: nobody tells when its annotations change.
+const REFRESH: Duration = Duration::from_secs(300);
+/// What was not there may come, or its address be another pod's.
+const ABSENT: Duration = Duration::from_secs(60);
+/// A server that failed is not asked for the same again before.
+const FAILED: Duration = Duration::from_secs(5);
+
+/// What is to be read.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Wanted {
+    /// A pod by name.
+    Pod {
+        namespace: String,
+        name: String,
+        /// Which one of that name, if the slice says so.
+        uid: Option<String>,
+    },
+    /// Whatever pod has this address.
+    Address {
+        ip: IpAddr,
+        /// The namespace and service account of one that has called from there.
+        account: Option<(String, String)>,
+    },
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(super) enum Found {
+    Pods(Vec<Object>),
+    /// There is none, or it is another one by now.
+    None,
+    Failed(String),
+}
+
+/// What was read of other nodes, and who waits for more.
+#[derive(Debug, Default)]
+pub(super) struct Remote {
+    kept: BTreeMap<ObjectKey, Kept>,
+    pending: BTreeSet<Wanted>,
+    absent: BTreeMap<Wanted, Instant>,
+    failed: BTreeMap<Wanted, Instant>,
+    waiting: Vec<Waiting>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    wanted: Wanted,
+    used: Instant,
+    read: Instant,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    wanted: Vec<Wanted>,
+    done: oneshot::Sender<u64>,
+}
+
+impl Remote {
+    /// Somebody wants to know what is at `ip`: returns what is to be read for it now.
+    pub(super) fn need(
+        &mut self,
+        objects: &Objects,
+        node: &str,
+        (ip, caller): (IpAddr, Option<&SpiffeId>),
+        done: oneshot::Sender<u64>,
+        now: Instant,
+    ) -> Vec<Wanted> {
+        let mut wanted: Vec<Wanted> = behind(objects, node, ip);
+        if wanted.is_empty() && !knows(objects, ip) {
+            let account = |id: &SpiffeId| (id.namespace().into(), id.service_account().into());
+            wanted.push(Wanted::Address { ip, account: caller.map(account) });
+        }
+        let to_read = self.begin(wanted.iter().cloned(), now);
+        wanted.retain(|wanted| self.pending.contains(wanted));
+        self.waiting.push(Waiting { wanted, done });
+        to_read
+    }
+
+    /// Those of `wanted` that are not being read, and have not just been asked for in vain.
+    fn begin(&mut self, wanted: impl Iterator<Item = Wanted>, now: Instant) -> Vec<Wanted> {
+        self.failed.retain(|_, since| now.duration_since(*since) < FAILED);
+        wanted
+            .filter(|wanted| {
+                !self.absent.contains_key(wanted)
+                    && !self.failed.contains_key(wanted)
+                    && self.pending.insert(wanted.clone())
+            })
+            .collect()
+    }
+
+    /// Takes what was read into `objects`, and says whether that changes anything.
+    pub(super) fn take(
+        &mut self,
+        objects: &mut Objects,
+        node: &str,
+        wanted: Wanted,
+        found: Found,
+        now: Instant,
+    ) -> bool {
+        self.pending.remove(&wanted);
+        match found {
+            Found::Failed(_why) => {
+                self.failed.insert(wanted, now);
+                false
+            }
+            Found::None => {
+                self.absent.insert(wanted.clone(), now);
+                let key = self.kept.iter().find(|(_, kept)| kept.wanted == wanted);
+                let key = key.map(|(key, _)| key.clone());
+                let was_there = key.is_some_and(|key| {
+                    self.kept.remove(&key);
+                    objects.remove(&key).is_some()
+                });
+                was_there | self.tell_absent(objects)
+            }
+            Found::Pods(pods) => {
+                let mut changed = self.absent.remove(&wanted).is_some();
+                for pod in pods {
+                    let key = pod.key();
+                    // Those of this node are followed, and what that tells is newer.
+                    if is_on(&pod, node) {
+                        continue;
+                    }
+                    let used = self.kept.get(&key).map_or(now, |kept| kept.used);
+                    self.kept.insert(key, Kept { wanted: wanted.clone(), used, read: now });
+                    changed |= objects.insert(pod.clone()).as_ref() != Some(&pod);
+                }
+                changed | self.tell_absent(objects)
+            }
+        }
+    }
+
+    fn tell_absent(&self, objects: &mut Objects) -> bool {
+        let absent: HashSet<String> = self
+            .absent
+            .keys()
+            .filter_map(|wanted| match wanted {
+                Wanted::Pod { uid, .. } => uid.clone(),
+                Wanted::Address { ip, .. } => Some(ip.to_string()),
+            })
+            .collect();
+        let Some(before) = objects.absent_mut() else { return false };
+        let changed = *before != absent;
+        *before = absent;
+        changed
+    }
+
+    /// Answers those who have waited for nothing that is still being read, now that `generation` says
+    /// what there is.
+    pub(super) fn answer(&mut self, generation: u64) {
+        for waiting in self.waiting.extract_if(.., |waiting| {
+            !waiting.wanted.iter().any(|wanted| self.pending.contains(wanted))
+        }) {
+            // Gone, and with it the need.
+            waiting.done.send(generation).ok();
+        }
+    }
+
+    /// These are used.
+    pub(super) fn used(&mut self, objects: &Objects, uids: &[WorkloadUid], now: Instant) {
+        let uids: HashSet<&str> = uids.iter().map(|uid| &**uid).collect();
+        for (key, kept) in &mut self.kept {
+            if uid_of(objects, key).is_some_and(|uid| uids.contains(uid)) {
+                kept.used = now;
+            }
+        }
+    }
+
+    /// Drops what is not used any more, and says whether that changes anything.
+    pub(super) fn expire(&mut self, objects: &mut Objects, now: Instant) -> bool {
+        let unused = |_: &ObjectKey, kept: &mut Kept| now.duration_since(kept.used) >= UNUSED;
+        let mut changed = false;
+        for (key, _) in self.kept.extract_if(.., unused) {
+            changed |= objects.remove(&key).is_some();
+        }
+        let before = self.absent.len();
+        self.absent.retain(|_, since| now.duration_since(*since) < ABSENT);
+        if self.absent.len() != before {
+            changed |= self.tell_absent(objects);
+        }
+        changed
+    }
+
+    /// What is to be read although nobody waits for it: again what is used, and what has come to a
+    /// service of which something is used.
+    pub(super) fn prefetch(&mut self, objects: &Objects, node: &str, now: Instant) -> Vec<Wanted> {
+        let old = self.kept.values().filter(|kept| now.duration_since(kept.read) >= REFRESH);
+        let mut wanted: Vec<Wanted> = old.map(|kept| kept.wanted.clone()).collect();
+        let is_kept = |endpoint: &Endpoint, namespace: &str| {
+            pod_key(endpoint, namespace).is_some_and(|key| self.kept.contains_key(&key))
+        };
+        let used: BTreeSet<_> = slices(objects)
+            .filter(|(key, slice)| {
+                let mut endpoints = slice.endpoints.iter().flatten();
+                endpoints.any(|endpoint| is_kept(endpoint, &key.namespace))
+            })
+            .filter_map(|(key, slice)| Some((&*key.namespace, service_of(slice)?)))
+            .collect();
+        for (key, slice) in slices(objects) {
+            if service_of(slice).is_some_and(|name| used.contains(&(&*key.namespace, name))) {
+                let endpoints = slice.endpoints.iter().flatten();
+                wanted.extend(
+                    endpoints.filter_map(|one| missing(objects, node, &key.namespace, one)),
+                );
+            }
+        }
+        self.begin(wanted.into_iter(), now)
+    }
+
+    /// Whether this pod is one that was read.
+    pub(super) fn keeps(&self, key: &ObjectKey) -> bool {
+        self.kept.contains_key(key)
+    }
+
+    /// It is followed from now on, or was replaced.
+    pub(super) fn forget(&mut self, key: &ObjectKey) {
+        self.kept.remove(key);
+    }
+}
+
+/// What has to be read to know what is at `ip`: the pods behind a service's address, or the one behind
+/// an endpoint's.
+fn behind(objects: &Objects, node: &str, ip: IpAddr) -> Vec<Wanted> {
+    let is_ip = |text: &str| text.parse().is_ok_and(|other: IpAddr| other.to_canonical() == ip);
+    let mut services = BTreeSet::new();
+    for (key, object) in objects.iter() {
+        if let Object::Service(service) = object
+            && service.spec.as_ref().is_some_and(|spec| addresses(spec).any(is_ip))
+        {
+            services.insert((&*key.namespace, &*key.name));
+        }
+    }
+    let mut wanted = BTreeSet::new();
+    for (key, slice) in slices(objects) {
+        let of = service_of(slice).map(|name| (&*key.namespace, name));
+        let is_of = of.is_some_and(|of| services.contains(&of));
+        for endpoint in slice.endpoints.iter().flatten() {
+            if is_of || endpoint.addresses.first().is_some_and(|address| is_ip(address)) {
+                wanted.extend(missing(objects, node, &key.namespace, endpoint));
+            }
+        }
+    }
+    wanted.into_iter().collect()
+}
+
+/// The pod of an endpoint, if it is not read; those of this node are followed.
+fn missing(objects: &Objects, node: &str, namespace: &str, endpoint: &Endpoint) -> Option<Wanted> {
+    if endpoint.node_name.as_deref() == Some(node) {
+        return None;
+    }
+    let Some(key) = pod_key(endpoint, namespace) else {
+        let ip: IpAddr = endpoint.addresses.first()?.parse().ok()?;
+        let wanted = Wanted::Address { ip: ip.to_canonical(), account: None };
+        return (!knows(objects, ip.to_canonical())).then_some(wanted);
+    };
+    let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.clone());
+    let known = uid_of(objects, &key);
+    let is_it = known.is_some() && (uid.is_none() || uid.as_deref() == known);
+    (!is_it).then_some(Wanted::Pod { namespace: key.namespace, name: key.name, uid })
+}
+
+/// Whether a pod with this address was read.
+fn knows(objects: &Objects, ip: IpAddr) -> bool {
+    objects.iter().any(|(_, object)| has(object, ip))
+}
+
+/// Whether this is a pod with this address.
+pub(super) fn has(object: &Object, ip: IpAddr) -> bool {
+    let is_ip = |text: &str| text.parse().is_ok_and(|other: IpAddr| other.to_canonical() == ip);
+    let Object::Pod(pod) = object else { return false };
+    let mut ips = pod.status.iter().flat_map(|status| status.pod_ips.iter().flatten());
+    ips.any(|pod_ip| is_ip(&pod_ip.ip))
+}
+
+fn slices(objects: &Objects) -> impl Iterator<Item = (&ObjectKey, &EndpointSlice)> {
+    objects.iter().filter_map(|(key, object)| match object {
+        Object::EndpointSlice(slice) => Some((key, &**slice)),
+        _ => None,
+    })
+}
+
+fn service_of(slice: &EndpointSlice) -> Option<&str> {
+    slice.metadata.labels.as_ref()?.get(SERVICE_NAME).map(String::as_str)
+}
+
+fn pod_key(endpoint: &Endpoint, namespace: &str) -> Option<ObjectKey> {
+    let target = endpoint.target_ref.as_ref()?;
+    let name = target.name.clone().filter(|_| target.kind.as_deref() == Some("Pod"))?;
+    let namespace = target.namespace.clone().unwrap_or_else(|| namespace.to_owned());
+    Some(ObjectKey { kind: Kind::Pod, namespace, name })
+}
+
+fn uid_of<'a>(objects: &'a Objects, key: &ObjectKey) -> Option<&'a str> {
+    match objects.get(key)? {
+        Object::Pod(pod) => pod.metadata.uid.as_deref(),
+        _ => None,
+    }
+}
+
+/// Whether a pod is on this node.
+pub(super) fn is_on(object: &Object, node: &str) -> bool {
+    let Object::Pod(pod) = object else { return false };
+    pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn slice(names: &[&str]) -> Object {
+        let endpoint = |name: &&str| {
+            json!({
+                "addresses": ["10.0.1.1"], "nodeName": "b",
+                "targetRef": {"kind": "Pod", "name": name, "uid": format!("uid-{name}")},
+            })
+        };
+        let endpoints: Vec<Value> = names.iter().map(endpoint).collect();
+        let slice = json!({
+            "metadata": {"name": "web-1", "labels": {SERVICE_NAME: "web"}},
+            "endpoints": endpoints,
+        });
+        Object::EndpointSlice(Arc::new(serde_json::from_value(slice).unwrap()))
+    }
+
+    fn pod(name: &str) -> Object {
+        let meta = json!({"name": name, "uid": format!("uid-{name}")});
+        let pod = json!({"metadata": meta, "spec": {"nodeName": "b"}});
+        Object::Pod(Arc::new(serde_json::from_value(pod).unwrap()))
+    }
+
+    fn wanted(name: &str) -> Wanted {
+        let uid = Some(format!("uid-{name}"));
+        Wanted::Pod { namespace: "default".into(), name: name.into(), uid }
+    }
+
+    struct World {
+        remote: Remote,
+        objects: Objects,
+        now: Instant,
+    }
+
+    impl World {
+        fn with(names: &[&str]) -> Self {
+            let mut objects = Objects::on_demand();
+            objects.insert(slice(names));
+            Self { remote: Remote::default(), objects, now: Instant::now() }
+        }
+
+        fn read(&mut self, name: &str) {
+            let found = Found::Pods(vec![pod(name)]);
+            self.remote.pending.insert(wanted(name));
+            assert!(self.remote.take(&mut self.objects, "a", wanted(name), found, self.now));
+        }
+
+        fn prefetch(&mut self) -> Vec<Wanted> {
+            self.remote.prefetch(&self.objects, "a", self.now)
+        }
+
+        fn has(&self, name: &str) -> bool {
+            self.objects.contains(&pod(name).key())
+        }
+    }
+
+    #[test]
+    fn what_comes_to_a_used_service_is_read_before_anybody_needs_it() {
+        let mut world = World::with(&["one", "two"]);
+        assert_eq!(world.prefetch(), [], "nobody uses the service");
+        world.read("one");
+        assert_eq!(world.prefetch(), [wanted("two")]);
+        assert_eq!(world.prefetch(), [], "it is being read");
+    }
+
+    #[tokio::test]
+    async fn used_pod_is_read_again_and_unused_one_is_dropped() {
+        let mut world = World::with(&["one", "two"]);
+        world.read("one");
+        world.read("two");
+        world.now += UNUSED / 2;
+        world.remote.used(&world.objects, &["uid-one".into()], world.now);
+        assert!(!world.remote.expire(&mut world.objects, world.now));
+        assert_eq!(world.prefetch(), [wanted("one"), wanted("two")], "older than {REFRESH:?}");
+        world.now += UNUSED / 2;
+        assert!(world.remote.expire(&mut world.objects, world.now));
+        assert!(world.has("one") && !world.has("two"));
+    }
+
+    #[tokio::test]
+    async fn pod_that_was_replaced_is_read_and_the_old_one_never_meant() {
+        let mut world = World::with(&["one"]);
+        world.read("one");
+        let mut newer = slice(&["one"]);
+        if let Object::EndpointSlice(slice) = &mut newer {
+            let slice = Arc::make_mut(slice);
+            let target = &mut slice.endpoints.as_mut().unwrap()[0].target_ref;
+            target.as_mut().unwrap().uid = Some("uid-newer".into());
+        }
+        world.objects.insert(newer);
+        let ip = "10.0.1.1".parse().unwrap();
+        let (done, mut answer) = oneshot::channel();
+        let asked = world.remote.need(&world.objects, "a", (ip, None), done, world.now);
+        assert_eq!(asked.len(), 1);
+        world.remote.answer(1);
+        assert!(answer.try_recv().is_err(), "not before it was read");
+        let gone = asked[0].clone();
+        world.remote.take(&mut world.objects, "a", gone, Found::None, world.now);
+        world.remote.answer(2);
+        assert_eq!(answer.try_recv(), Ok(2));
+        assert!(world.objects.absent().unwrap().contains("uid-newer"));
+    }
+
+    #[test]
+    fn pod_of_this_node_is_not_taken_from_a_list() {
+        let mut world = World::with(&[]);
+        let ip = Wanted::Address { ip: "10.0.1.1".parse().unwrap(), account: None };
+        let found = Found::Pods(vec![pod("one")]);
+        world.remote.take(&mut world.objects, "b", ip, found, world.now);
+        assert!(!world.has("one"));
+    }
+}
