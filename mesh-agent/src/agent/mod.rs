@@ -217,7 +217,7 @@ impl Agent {
         if let Some(demands) = source.demands() {
             control.spawn(source::tell_used(contexts.clone(), demands));
         }
-        control.spawn(source.run());
+        control.spawn(source.run(pods.outcomes()));
         let heart = Heart::start(capture).context("start the heartbeat")?;
         if let Err(error) = net::give_back_memory() {
             debug!(%error, "what starting needed stays in memory");

@@ -21,6 +21,7 @@ use tracing::{error, info, warn};
 use super::namespaces::Namespaces;
 use super::shortfall::{EnrolError, NotEnrolled, Shortfall};
 use crate::capture::{Capture, CaptureError, Destinations, Listeners, PodCapture};
+use crate::discovery::{Outcome, Outcomes};
 use crate::identity::store::Identities;
 use crate::node::{LocalPod, Worker};
 use crate::workers::Workers;
@@ -55,6 +56,7 @@ pub(super) struct Pods {
     uncaptured: Option<String>,
     everything: Option<String>,
     published: watch::Sender<Shortfall>,
+    outcomes: watch::Sender<Arc<Outcomes>>,
     serving: JoinSet<()>,
 }
 
@@ -88,6 +90,7 @@ impl Pods {
             uncaptured: None,
             everything: None,
             published: watch::Sender::default(),
+            outcomes: watch::Sender::default(),
             serving: JoinSet::new(),
         }
     }
@@ -136,6 +139,27 @@ impl Pods {
         self.published.subscribe()
     }
 
+    /// What became of each pod that is to take part.
+    pub(super) fn outcomes(&self) -> watch::Receiver<Arc<Outcomes>> {
+        self.outcomes.subscribe()
+    }
+
+    fn publish_outcomes(&self) {
+        let failing = self
+            .failing
+            .iter()
+            .map(|(uid, failed)| (Arc::clone(uid), Outcome::Failing(failed.why.clone())));
+        let enrolled = self.enrolled.keys().map(|uid| (Arc::clone(uid), Outcome::Enrolled));
+        let outcomes: Outcomes = enrolled.chain(failing).collect();
+        self.outcomes.send_if_modified(|before| {
+            let changed = **before != outcomes;
+            if changed {
+                *before = Arc::new(outcomes);
+            }
+            changed
+        });
+    }
+
     /// Brings kernel and listeners in line with `snapshot`.
     pub(super) async fn follow(&mut self, snapshot: &Snapshot) {
         while self.serving.try_join_next().is_some() {}
@@ -177,6 +201,7 @@ impl Pods {
             uncaptured: self.uncaptured.clone(),
             everything: self.everything.clone(),
         });
+        self.publish_outcomes();
         // A pod that has left stays reachable while it exists: peers hear of it later than we do.
         let known: HashSet<_> = snapshot.workloads().map(|w| Arc::clone(&w.uid)).collect();
         let mut pods = HashMap::clone(&node.pods.load());

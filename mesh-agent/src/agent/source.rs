@@ -15,7 +15,7 @@ use crate::cli::Run;
 use crate::discovery::client::client;
 use crate::discovery::cluster::ClusterSource;
 use crate::discovery::file::{FileSource, Settings};
-use crate::discovery::{Demand, Problem};
+use crate::discovery::{Demand, Outcomes, Problem};
 use crate::node::Worker;
 
 /// How often it is told which pods of other nodes connections use.
@@ -101,11 +101,11 @@ impl Source {
         }
     }
 
-    /// Follows it, for ever.
-    pub(super) async fn run(self) {
+    /// Follows it, for ever, and writes into the API what became of this node's pods.
+    pub(super) async fn run(self, outcomes: watch::Receiver<Arc<Outcomes>>) {
         match self {
             Self::Manifests(source) => source.run().await,
-            Self::Cluster(source) => source.run().await,
+            Self::Cluster(source) => source.run(outcomes).await,
         }
     }
 }

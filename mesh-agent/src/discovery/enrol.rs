@@ -35,6 +35,9 @@ pub const NETNS: &str = "malla.dev/netns";
 /// On a node: the port of its agent, if not everybody's.
 pub const TUNNEL_PORT: &str = "malla.dev/tunnel-port";
 
+/// On a pod, written by its agent: how taking part went.
+pub const REDIRECTION: &str = "malla.dev/redirection";
+
 const PREFIX: &str = "malla.dev/";
 
 const OF_NAMESPACE: &[&str] = &[
@@ -103,7 +106,7 @@ impl Wishes {
 
     fn read(meta: &ObjectMeta, also: &[&str], report: &mut Report<'_>) -> Self {
         // What the agent itself writes to say how enrolling went is no wish.
-        let ours = |key: &&String| key.starts_with(PREFIX) && *key != "malla.dev/redirection";
+        let ours = |key: &&String| key.starts_with(PREFIX) && *key != REDIRECTION;
         let keys = meta.annotations.iter().flat_map(|map| map.keys()).filter(ours);
         for key in keys {
             if !OF_NAMESPACE.contains(&key.as_str()) && !also.contains(&key.as_str()) {

@@ -39,6 +39,7 @@ mod pods;
 mod services;
 pub mod translate;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -64,6 +65,18 @@ pub enum Demand {
     /// Connections of these pods of other nodes began since this was last said.
     Used(Vec<WorkloadUid>),
 }
+
+/// What became of a pod of this node that takes part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Its traffic is carried.
+    Enrolled,
+    /// It could not be enrolled, for this reason, and is tried again.
+    Failing(String),
+}
+
+/// What became of the pods of this node that take part.
+pub type Outcomes = BTreeMap<WorkloadUid, Outcome>;
 
 /// Something in a manifest that does not mean what its author wanted.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

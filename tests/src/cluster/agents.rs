@@ -265,6 +265,8 @@ fn access(namespace: &str) -> [Value; 3] {
                     "resources": ["namespaces", "nodes", "pods", "services"],
                     "verbs": ["get", "list", "watch"],
                 },
+                {"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]},
+                {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
                 {
                     "apiGroups": ["discovery.k8s.io"],
                     "resources": ["endpointslices"],

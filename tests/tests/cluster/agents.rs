@@ -170,7 +170,27 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
             format!("{pod} is not `{reason}`: {found:?}\n{}", agents.log(&nodes[0]))
         })?;
     }
-    let status = agents.ask(&nodes[0], &["status"])?;
-    assert_eq!(status["ready"], true, "{status}");
+    for (pod, says) in
+        [("on-host", "refused: shares the node's network"), ("alone", ""), ("member", "enabled")]
+    {
+        let said = || {
+            let found = cluster.get(&["pod", pod]).unwrap_or_default();
+            let found = &found["metadata"]["annotations"]["malla.dev/redirection"];
+            found.as_str().unwrap_or_default() == says
+        };
+        wait::until(wait::SOON, &format!("{pod} to say `{says}`"), said)?;
+    }
+    cluster.kubectl(&["annotate", "pod", "member", "malla.dev/mode=hard"])?;
+    wait::until(wait::SOON, "an event on the pod", || {
+        let about = "involvedObject.name=member,reason=NotUnderstood";
+        let events = cluster.get(&["events", "--field-selector", about]).unwrap_or_default();
+        let message = &events["items"][0]["message"];
+        message.as_str().is_some_and(|message| message.contains("`hard` is not understood"))
+    })?;
+    cluster.kubectl(&["annotate", "pod", "member", "malla.dev/mode-"])?;
+    wait::until(wait::SOON, "a status without problems", || {
+        let status = agents.ask(&nodes[0], &["status"]);
+        status.is_ok_and(|status| status["ready"] == true)
+    })?;
     Ok(())
 }

@@ -22,6 +22,7 @@
 
 mod demand;
 mod feed;
+mod report;
 #[cfg(test)]
 mod tests;
 
@@ -34,16 +35,17 @@ use kube::Client;
 use mesh_core::snapshot::Snapshot;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, interval, timeout_at};
+use tokio::time::{Instant, interval, timeout, timeout_at};
 use tracing::{info, warn};
 
 use self::demand::{Found, Remote, Wanted, has};
 use self::feed::{Followed as _, News, What, escaped, follow, list, read};
+use self::report::{Known, Reports, Write};
 use super::file::Settings;
 use super::kube::{EndpointSlice, Namespace, Node, Pod, Service};
 use super::objects::{Kind, Object, Objects};
 use super::translate::{Context, NetnsFrom, translate};
-use super::{Demand, Problem};
+use super::{Demand, Outcomes, Problem};
 
 /// News that wait to be read: then the feeds wait, and after them the server's buffers.
 const QUEUE: usize = 1024;
@@ -54,6 +56,8 @@ const BURST: Duration = Duration::from_millis(20);
 const DEMANDS: usize = 1024;
 /// Reads at once: a first connection to a large service must not take the API server for itself.
 const READS: usize = 32;
+/// Nobody waits for what is written.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// How often what is kept is looked through.
 const TIDY: Duration = Duration::from_secs(30);
 
@@ -106,8 +110,8 @@ impl ClusterSource {
         self.confirmed.subscribe()
     }
 
-    /// Follows the cluster, for ever.
-    pub async fn run(self) {
+    /// Follows the cluster, for ever, and writes into it what became of the node's pods.
+    pub async fn run(self, mut outcomes: watch::Receiver<Arc<Outcomes>>) {
         let Self { client, mut state, demands, snapshots, problems, confirmed } = self;
         let (sender, mut news) = mpsc::channel(QUEUE);
         let mut feeds = JoinSet::new();
@@ -119,7 +123,7 @@ impl ClusterSource {
         feeds.spawn(follow::<EndpointSlice>(client.clone(), String::new(), sender));
         let (_kept, mut demands) = demands;
         let places = Arc::new(Semaphore::new(READS));
-        let mut reads = JoinSet::new();
+        let (mut reads, mut writes) = (JoinSet::new(), JoinSet::new());
         let mut tidy = interval(TIDY);
         loop {
             let mut to_read = tokio::select! {
@@ -140,6 +144,16 @@ impl ClusterSource {
                     }
                     Vec::new()
                 }
+                Some(written) = writes.join_next() => {
+                    if let Ok((key, Err(why))) = written {
+                        state.not_written(key, why, Instant::now());
+                    }
+                    Vec::new()
+                }
+                Ok(()) = outcomes.changed() => {
+                    state.is_reportable = true;
+                    Vec::new()
+                }
                 _ = tidy.tick() => state.tidy(Instant::now()),
             };
             confirmed.send_replace(state.confirmed());
@@ -151,6 +165,14 @@ impl ClusterSource {
                 snapshots.send_replace(snapshot);
             }
             state.answer();
+            for write in state.reports(&outcomes.borrow(), Instant::now()) {
+                let (client, places) = (client.clone(), Arc::clone(&places));
+                writes.spawn(async move {
+                    let _place = places.acquire_owned().await;
+                    let key = write.key.clone();
+                    (key, put(&client, write).await)
+                });
+            }
             for wanted in to_read {
                 let (client, places) = (client.clone(), Arc::clone(&places));
                 reads.spawn(async move {
@@ -160,6 +182,24 @@ impl ClusterSource {
                 });
             }
         }
+    }
+}
+
+/// Writes it; that the same is there already is as good.
+async fn put(client: &Client, write: Write) -> Result<(), String> {
+    let Write { key: _, method, path, content_type, body } = write;
+    let request = http::Request::builder()
+        .method(method)
+        .uri(path)
+        .header(http::header::CONTENT_TYPE, content_type)
+        .body(body.to_string().into_bytes())
+        .map_err(|error| error.to_string())?;
+    match timeout(WRITE_LIMIT, client.request_text(request)).await {
+        Ok(Ok(_now)) => Ok(()),
+        // The pod is gone, or another one has its name.
+        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => Ok(()),
+        Ok(Err(error)) => Err(crate::telemetry::chain(&error)),
+        Err(_elapsed) => Err("no answer in time".into()),
     }
 }
 
@@ -205,6 +245,11 @@ struct State {
     context: Context,
     objects: Objects,
     remote: Remote,
+    reports: Reports,
+    /// Something came that may have to be written into the API.
+    is_reportable: bool,
+    /// That something cannot be written was said.
+    is_write_told: bool,
     kinds: BTreeMap<Kind, KindState>,
     /// Something came that may make another snapshot.
     is_stale: bool,
@@ -230,6 +275,9 @@ impl State {
             context,
             objects: Objects::on_demand(),
             remote: Remote::default(),
+            reports: Reports::default(),
+            is_reportable: false,
+            is_write_told: false,
             kinds: BTreeMap::from(kinds),
             is_stale: false,
             snapshot: Arc::new(nothing),
@@ -307,11 +355,33 @@ impl State {
             return Vec::new();
         }
         self.is_stale |= self.remote.expire(&mut self.objects, now);
+        self.is_reportable = true;
         self.prefetch(now)
     }
 
     fn prefetch(&mut self, now: Instant) -> Vec<Wanted> {
         self.remote.prefetch(&self.objects, &self.context.node, now)
+    }
+
+    /// What is to be written into the API now.
+    fn reports(&mut self, outcomes: &Outcomes, now: Instant) -> Vec<Write> {
+        if !std::mem::take(&mut self.is_reportable) || self.is_failing() {
+            return Vec::new();
+        }
+        let known = Known {
+            objects: &self.objects,
+            snapshot: &self.snapshot,
+            outcomes,
+            problems: &self.found,
+        };
+        self.reports.due(known, now)
+    }
+
+    fn not_written(&mut self, key: String, why: String, now: Instant) {
+        if !std::mem::replace(&mut self.is_write_told, true) {
+            warn!(what = key, error = why, "not written into the API; tried again every minute");
+        }
+        self.reports.failed(key, now);
     }
 
     fn answer(&mut self) {
@@ -333,6 +403,7 @@ impl State {
             return None;
         }
         self.is_stale = false;
+        self.is_reportable = true;
         let generation = self.snapshot.generation + 1;
         let (snapshot, found) = translate(&self.objects, &self.context, generation);
         self.found = found;

@@ -1,0 +1,214 @@
+//! What the agent writes into the API: on each of its pods how taking part went, and an Event where
+//! somebody asked for what cannot be done. No IO.
+//!
+//! A pod that never asked is never written to. Nothing here is needed by anybody but people: what cannot
+//! be written is tried again a minute later, and nothing waits for it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::time::Duration;
+
+use mesh_core::snapshot::{Enrolment, Snapshot, Workload};
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio::time::Instant;
+
+use super::feed::escaped;
+use crate::discovery::enrol::{REDIRECTION, left_alone};
+use crate::discovery::objects::{Kind, Object, ObjectKey, Objects};
+use crate::discovery::{Outcome, Outcomes, Problem, shown_long};
+
+/// After a write that failed.
+const AGAIN: Duration = Duration::from_secs(60);
+
+/// One request.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Write {
+    /// What it is about: at most one at a time.
+    pub(super) key: String,
+    pub(super) method: http::Method,
+    pub(super) path: String,
+    pub(super) content_type: &'static str,
+    pub(super) body: Value,
+}
+
+/// What was written, and what could not be.
+#[derive(Debug, Default)]
+pub(super) struct Reports {
+    /// By key: what the API was told last.
+    told: HashMap<String, String>,
+    failed: HashMap<String, Instant>,
+}
+
+/// What is known when something is to be written.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Known<'a> {
+    pub(super) objects: &'a Objects,
+    pub(super) snapshot: &'a Snapshot,
+    pub(super) outcomes: &'a Outcomes,
+    pub(super) problems: &'a [Problem],
+}
+
+impl Reports {
+    /// What is to be written now.
+    pub(super) fn due(&mut self, known: Known<'_>, now: Instant) -> Vec<Write> {
+        self.failed.retain(|_, since| now.duration_since(*since) < AGAIN);
+        let mut writes = Vec::new();
+        let local = known.snapshot.workloads().filter(|pod| pod.node == known.snapshot.node);
+        let mut events = BTreeMap::new();
+        for pod in local {
+            let Some(wanted) = state(pod, known.outcomes) else { continue };
+            if let Some(write) = self.annotation(known.objects, pod, wanted.as_deref()) {
+                writes.push(write);
+            }
+            if let Some(Outcome::Failing(why)) = known.outcomes.get(&pod.uid) {
+                let message = format!("not enrolled: {why}; it is tried again");
+                let key = pod_key(pod);
+                events.extend(event(known, &key, "NotEnrolled", &message));
+            }
+        }
+        for problem in known.problems {
+            if let Some(key) = whose(known, problem) {
+                let message = format!("{}: {}; {}", problem.field, problem.message, problem.remedy);
+                events.extend(event(known, &key, "NotUnderstood", &message));
+            }
+        }
+        // What is over may come again, and is told again then.
+        self.told.retain(|key, _| !key.starts_with(EVENT) || events.contains_key(key));
+        for (key, write) in events {
+            if !self.failed.contains_key(&key) && self.told.insert(key, String::new()).is_none() {
+                writes.push(write);
+            }
+        }
+        writes
+    }
+
+    fn annotation(
+        &mut self,
+        objects: &Objects,
+        pod: &Workload,
+        wanted: Option<&str>,
+    ) -> Option<Write> {
+        let key = format!("annotation {}", pod.uid);
+        let Some(Object::Pod(object)) = objects.get(&pod_key(pod)) else { return None };
+        let annotations = object.metadata.annotations.as_ref();
+        let present = annotations.and_then(|all| all.get(REDIRECTION)).map(String::as_str);
+        if present == wanted {
+            self.told.remove(&key);
+            return None;
+        }
+        let text = wanted.unwrap_or_default();
+        let is_told = self.told.get(&key).is_some_and(|told| told == text);
+        if is_told || self.failed.contains_key(&key) {
+            return None;
+        }
+        self.told.insert(key.clone(), text.to_owned());
+        let (namespace, name) = (escaped(&pod.namespace), escaped(&pod.name));
+        Some(Write {
+            key,
+            method: http::Method::PATCH,
+            path: format!("/api/v1/namespaces/{namespace}/pods/{name}"),
+            content_type: "application/merge-patch+json",
+            // Another pod of the name refuses it by the UID.
+            body: json!({"metadata": {"uid": *pod.uid, "annotations": {REDIRECTION: wanted}}}),
+        })
+    }
+
+    /// It could not be written.
+    pub(super) fn failed(&mut self, key: String, now: Instant) {
+        self.told.remove(&key);
+        self.failed.insert(key, now);
+    }
+}
+
+/// What a pod is to say of itself: `None` if that stays as it is, `Some(None)` if nothing.
+#[expect(clippy::option_option, reason = "not to be changed, to be removed, to be this")]
+fn state(pod: &Workload, outcomes: &Outcomes) -> Option<Option<String>> {
+    match (&pod.enrolment, outcomes.get(&pod.uid)) {
+        (Enrolment::Enrolled, Some(Outcome::Enrolled)) => Some(Some("enabled".into())),
+        (Enrolment::Enrolled, Some(Outcome::Failing(why))) => {
+            Some(Some(format!("failed: {}", shown_long(why))))
+        }
+        (Enrolment::Enrolled, None) => None,
+        (Enrolment::LeftAlone(left_alone::NOT_ENROLLED | left_alone::DISABLED), _) => Some(None),
+        // It has none yet, or needs none any more.
+        (Enrolment::LeftAlone(left_alone::NO_ADDRESS | left_alone::COMPLETED), _) => None,
+        (Enrolment::LeftAlone(reason), _) => Some(Some(format!("refused: {reason}"))),
+    }
+}
+
+const EVENT: &str = "event ";
+
+/// An Event on the object, by the key under which it is told.
+fn event(known: Known<'_>, of: &ObjectKey, reason: &str, message: &str) -> Option<(String, Write)> {
+    let (kind, uid) = match known.objects.get(of)? {
+        Object::Pod(pod) => ("Pod", pod.metadata.uid.clone()?),
+        Object::Namespace(namespace) => ("Namespace", namespace.metadata.uid.clone()?),
+        _ => return None,
+    };
+    // The same on every node and after every restart, so that it is there once: the API refuses a
+    // second one of the name.
+    let mut hasher = DefaultHasher::new();
+    (&uid, reason, message).hash(&mut hasher);
+    let name = format!("{}.malla.{:016x}", of.name, hasher.finish());
+    // Events of what is in no namespace are in this one.
+    let namespace = if of.namespace.is_empty() { "default" } else { &of.namespace };
+    let now = OffsetDateTime::now_utc().replace_nanosecond(0).ok()?.format(&Rfc3339).ok()?;
+    let mut involved = json!({"apiVersion": "v1", "kind": kind, "name": of.name, "uid": uid});
+    if !of.namespace.is_empty() {
+        involved["namespace"] = json!(of.namespace);
+    }
+    let node = &*known.snapshot.node;
+    let key = format!("{EVENT}{name}");
+    let write = Write {
+        key: key.clone(),
+        method: http::Method::POST,
+        path: format!("/api/v1/namespaces/{}/events", escaped(namespace)),
+        content_type: "application/json",
+        body: json!({
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": name, "namespace": namespace},
+            "involvedObject": involved,
+            "type": "Warning",
+            "reason": reason,
+            "message": message,
+            "count": 1,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "source": {"component": "malla", "host": node},
+            "reportingComponent": "malla.dev/agent",
+            "reportingInstance": node,
+        }),
+    };
+    Some((key, write))
+}
+
+/// The object that a problem is about, if it is for this agent to tell it: a pod of this node, or a
+/// namespace that has one, and something that they ask of the mesh.
+fn whose(known: Known<'_>, problem: &Problem) -> Option<ObjectKey> {
+    if !problem.field.contains("malla.dev/") {
+        return None;
+    }
+    let mut local = known.snapshot.workloads().filter(|pod| pod.node == known.snapshot.node);
+    let (kind, name) = problem.object.split_once(' ')?;
+    match kind {
+        "Pod" => {
+            let (namespace, name) = name.split_once('/')?;
+            let pod = local.find(|pod| &*pod.namespace == namespace && &*pod.name == name)?;
+            Some(pod_key(pod))
+        }
+        "Namespace" => local.any(|pod| &*pod.namespace == name).then(|| ObjectKey {
+            kind: Kind::Namespace,
+            namespace: String::new(),
+            name: name.to_owned(),
+        }),
+        _ => None,
+    }
+}
+
+fn pod_key(pod: &Workload) -> ObjectKey {
+    let (namespace, name) = (pod.namespace.to_string(), pod.name.to_string());
+    ObjectKey { kind: Kind::Pod, namespace, name }
+}
