@@ -151,6 +151,16 @@ pub struct Run {
     #[arg(long, env = "MESH_KUBECONFIG", value_name = "FILE", conflicts_with = "manifests")]
     pub kubeconfig: Option<PathBuf>,
 
+    /// What the cgroup of the node's kubelet is called. Its connections reach the applications of strict
+    /// pods too, which its probes need, and with it those of any other process in that cgroup.
+    #[arg(
+        long,
+        env = "MESH_KUBELET_CGROUP",
+        value_name = "NAME",
+        default_value = "kubelet.service"
+    )]
+    pub kubelet_cgroup: String,
+
     /// Directory of the certificate authority, made by `mesh-agent ca init`. Agents that do not
     /// share a root refuse each other.
     #[arg(long, env = "MESH_CA_DIR", value_name = "DIR")]

@@ -182,6 +182,53 @@ fn is_of(place: &Path, uid: &str) -> bool {
     cgroup.is_ok_and(|cgroup| pod_of_process(&cgroup).as_deref() == Some(uid))
 }
 
+/// Finds the kubelet by the name of its cgroup, and remembers where that was.
+#[derive(Debug)]
+pub struct Kubelet {
+    root: PathBuf,
+    name: String,
+    found: Option<PathBuf>,
+}
+
+impl Kubelet {
+    /// `root` is the root of the node's cgroup2 tree, `name` what the kubelet's cgroup is called.
+    pub fn new(root: &Path, name: &str) -> Self {
+        Self { root: root.into(), name: name.into(), found: None }
+    }
+
+    /// The ID of the cgroup of this node's kubelet, if it runs. A service that is restarted gets another.
+    pub fn cgroup(&mut self) -> Option<u64> {
+        if self.found.as_ref().is_none_or(|found| !is_inhabited(found)) {
+            self.found = self.look();
+        }
+        // The kernel's ID of a cgroup is its inode.
+        self.found.as_ref().and_then(|found| net::inode(found))
+    }
+
+    /// Not in pods: they name their cgroups as they like.
+    fn look(&self) -> Option<PathBuf> {
+        let mut places = vec![(self.root.clone(), 0)];
+        while let Some((place, depth)) = places.pop() {
+            for (name, path) in directories(&place).filter(|(name, _)| pod_of_name(name).is_none())
+            {
+                if name == self.name && is_inhabited(&path) {
+                    return Some(path);
+                }
+                if depth < DEEPEST {
+                    places.push((path, depth + 1));
+                }
+            }
+        }
+        None
+    }
+}
+
+/// Whether a process of this node is in it: 0 is one of another (cgroups(7)).
+fn is_inhabited(cgroup: &Path) -> bool {
+    let processes = fs::read_to_string(cgroup.join("cgroup.procs"));
+    processes.is_ok_and(|list| list.lines().any(|process| process != "0"))
+}
+
 /// The processes in a cgroup and below it.
 fn processes(cgroup: &Path) -> impl Iterator<Item = u32> {
     let mut places = vec![cgroup.to_owned()];
@@ -202,4 +249,33 @@ fn directories(path: &Path) -> impl Iterator<Item = (String, PathBuf)> {
     let entries = fs::read_dir(path).into_iter().flatten().flatten();
     let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
     directories.filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dirwatch::testing::TempDir;
+
+    #[test]
+    fn kubelet_is_the_service_of_this_node_and_no_pods() {
+        let dir = TempDir::new();
+        let place = |path: &str, processes: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("cgroup.procs"), processes).unwrap();
+            path
+        };
+        let mut kubelet = Kubelet::new(dir.path(), "kubelet.service");
+        assert_eq!(kubelet.cgroup(), None);
+        place("kubepods/podd5a5c9f2-90d5-43b4-b1b4-2a7a0a1b6c11/kubelet.service", "5\n");
+        place("another-node/kubelet.slice/kubelet.service", "0\n");
+        assert_eq!(kubelet.cgroup(), None);
+        let own = place("node/kubelet.slice/kubelet.service", "7\n");
+        assert_eq!(kubelet.cgroup(), net::inode(&own));
+        // A restart: systemd removes the cgroup and makes it again, perhaps elsewhere.
+        fs::remove_dir_all(&own).unwrap();
+        assert_eq!(kubelet.cgroup(), None);
+        let next = place("system.slice/kubelet.service", "9\n");
+        assert_eq!(kubelet.cgroup(), net::inode(&next));
+    }
 }

@@ -50,6 +50,8 @@ counters! {
     ConnectNoListener = "connect_no_listener",
     /// `connect`: refused; the kernel had no memory to remember the destination.
     ConnectNoStorage = "connect_no_storage",
+    /// `connect`: the kubelet's, to a pod that is enrolled.
+    ConnectKubelet = "connect_kubelet",
     /// `connect`: sent straight to an endpoint on this node.
     DirectTaken = "direct_taken",
     /// `connect`: a verdict chose an endpoint that the agent is to carry it to.

@@ -254,6 +254,10 @@ map_struct! {
     pub struct Control {
         /// `CLOCK_BOOTTIME` when the agent last said that it lives.
         pub heartbeat_ns: u64,
+        /// Cookie of the node's own namespace.
+        pub node_netns: u64,
+        /// ID of the cgroup of the node's kubelet; 0 if it is not known.
+        pub kubelet_cgroup: u64,
     }
 }
 

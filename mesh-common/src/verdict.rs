@@ -5,7 +5,8 @@
 use crate::addr::{WireAddr, WireIp, is_v4};
 use crate::counter::Counter;
 use crate::maps::{
-    FAIL_OPEN, HAS_SKIP_CIDRS, MAX_PORTS, OUTBOUND_ALL, PodInbound, PodOutbound, STRICT, has_port,
+    Control, FAIL_OPEN, HAS_SKIP_CIDRS, MAX_PORTS, OUTBOUND_ALL, PodInbound, PodOutbound, STRICT,
+    has_port,
 };
 
 /// A silent agent is bypassed by pods that fail open after this long: five missed heartbeats.
@@ -39,6 +40,14 @@ impl Agent {
             Self::Alive
         }
     }
+}
+
+/// Whether it is the node's kubelet that connects. By its cgroup, which no other process is in: its
+/// address is also that of every process that shares the node's network, and of what the node
+/// masquerades.
+#[inline(always)]
+pub fn is_kubelet(control: &Control, netns: u64, cgroup: impl FnOnce() -> u64) -> bool {
+    control.kubelet_cgroup != 0 && control.node_netns == netns && cgroup() == control.kubelet_cgroup
 }
 
 /// What becomes of a `connect()`.
@@ -404,6 +413,16 @@ mod tests {
             0 => Lookup::Drop(Counter::LookupListenerGone),
             n => Lookup::Steer { shard: u32::from(remote.port()) % n },
         }
+    }
+
+    #[test]
+    fn kubelet_is_its_cgroup_in_the_nodes_namespace() {
+        let control = Control { heartbeat_ns: 1, node_netns: 3, kubelet_cgroup: 77 };
+        assert!(is_kubelet(&control, 3, || 77));
+        assert!(!is_kubelet(&control, 3, || 78), "another process of the node");
+        assert!(!is_kubelet(&control, 4, || panic!("not even asked")), "a pod");
+        let unknown = Control { kubelet_cgroup: 0, ..control };
+        assert!(!is_kubelet(&unknown, 3, || 0), "nobody knows which it is");
     }
 
     proptest! {

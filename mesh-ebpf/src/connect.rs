@@ -6,17 +6,21 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock_addr};
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_sk_storage_get, bpf_skc_to_mptcp_sock};
+use aya_ebpf::helpers::{
+    bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
+};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::maps::{ROLE_APP, ROLE_DIRECT, SkipCidr, SockMeta};
-use mesh_common::verdict::{Connect, decide_connect};
+use mesh_common::maps::{ROLE_APP, ROLE_DELIVER, ROLE_DIRECT, SkipCidr, SockMeta};
+use mesh_common::verdict::{Connect, decide_connect, is_kubelet};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
 use crate::direct::{Way, way};
-use crate::maps::{DESTINATIONS, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count, now_ns};
+use crate::maps::{
+    CONTROL, DESTINATIONS, POD_INBOUND, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count, now_ns,
+};
 
 const ALLOW: i32 = 1;
 /// `connect()` fails with `EPERM`.
@@ -63,6 +67,13 @@ fn capture(
     // SAFETY: the helper only reads the context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let Some(slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
+        let is_kubelets = CONTROL.get(0).is_some_and(|control| {
+            // SAFETY: the helper has no arguments; 0 is no kubelet's.
+            is_kubelet(control, netns, || unsafe { bpf_get_current_cgroup_id() })
+        });
+        if is_kubelets {
+            let_in(ctx, &dst(ctx.sock_addr));
+        }
         return ALLOW;
     };
     // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
@@ -123,6 +134,23 @@ fn capture(
             }
             ALLOW
         }
+    }
+}
+
+/// Has `sock_ops` announce the kubelet's connection to an enrolled pod as it does a delivery of the agent:
+/// a probe asks the application, in whatever mode the pod is, and costs the agent nothing.
+///
+/// Fails closed: at worst the pod takes it for plain text of a stranger.
+#[inline(always)]
+fn let_in(ctx: &SockAddrContext, dst: &WireAddr) {
+    if POD_INBOUND.get_ptr(dst.ip).is_none() {
+        return;
+    }
+    let mut meta = SockMeta::of(ROLE_DELIVER);
+    // SAFETY: as in `capture`; `meta` outlives the call, which copies it.
+    let stored = unsafe { SOCK_META.get_or_insert_ptr_mut(ctx, Some(&mut meta)) };
+    if !stored.is_null() {
+        count(Counter::ConnectKubelet);
     }
 }
 

@@ -11,6 +11,7 @@
 
 mod connections;
 mod direct;
+mod kubelet;
 mod namespaces;
 mod pods;
 mod redirects;
@@ -216,6 +217,11 @@ impl Agent {
         serve_http(&options, &telemetry, &views, log, &mut control).await?;
         if let Some(demands) = source.demands() {
             control.spawn(source::tell_used(contexts.clone(), demands));
+            control.spawn(kubelet::follow(
+                Arc::clone(&capture),
+                options.cgroup.clone(),
+                options.kubelet_cgroup.clone(),
+            ));
         }
         control.spawn(source.run(pods.outcomes()));
         let heart = Heart::start(capture).context("start the heartbeat")?;

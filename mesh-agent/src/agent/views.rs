@@ -279,6 +279,7 @@ impl Views {
             "node": options.node,
             "manifests": options.manifests,
             "kubeconfig": options.kubeconfig,
+            "kubelet_cgroup": options.kubelet_cgroup,
             "ca_dir": options.ca_dir,
             "trust_domain": options.trust_domain.as_str(),
             "cgroup": options.cgroup,

@@ -180,6 +180,8 @@ pub struct Capture {
     redirect: Option<Redirect>,
     pins: Pins,
     control: OwnedFd,
+    /// What the programs are told besides the heartbeat.
+    told: Mutex<Control>,
     sock_meta: OwnedFd,
     flows: Arc<OwnedFd>,
     log: Mutex<Option<KernelLog>>,
@@ -229,6 +231,7 @@ impl Capture {
             redirect,
             pins,
             control,
+            told: Mutex::new(Control { heartbeat_ns: 0, node_netns: 0, kubelet_cgroup: 0 }),
             sock_meta,
             flows,
             log,
@@ -379,9 +382,21 @@ impl Capture {
     /// Tells the programs that the agent lives. Once a second: after 5 s of silence pods that fail open
     /// bypass it, after a day all do.
     pub fn beat(&self) {
-        let control = Control { heartbeat_ns: sys::boot_ns() };
+        let mut told = lock(&self.told);
+        told.heartbeat_ns = sys::boot_ns();
         // Writing the one element of an array cannot fail; were it to, silence is what it means.
-        drop(sys::update(self.control.as_fd(), &0u32, &control));
+        drop(sys::update(self.control.as_fd(), &0u32, &*told));
+    }
+
+    /// From now on connections from the cgroup with this ID, made in the namespace `node`, reach the
+    /// applications of enrolled pods in any mode: they are the kubelet's. `None`: nobody's do.
+    pub fn let_kubelet_in(&self, node: &Netns, cgroup: Option<u64>) {
+        {
+            let mut told = lock(&self.told);
+            told.node_netns = node.cookie();
+            told.kubelet_cgroup = cgroup.unwrap_or_default();
+        }
+        self.beat();
     }
 
     /// What the programs counted since the maps were made, by reason. One that cannot be read is left

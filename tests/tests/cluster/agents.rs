@@ -180,17 +180,80 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
         };
         wait::until(wait::SOON, &format!("{pod} to say `{says}`"), said)?;
     }
-    cluster.kubectl(&["annotate", "pod", "member", "malla.dev/mode=hard"])?;
+    // On the other node: while there is a problem `status` ends with 1, and other tests ask for it here.
+    cluster.start("confused", &nodes[1], json!({"containers": sleep("3600")}))?;
+    cluster.kubectl(&["annotate", "pod", "confused", "malla.dev/mode=hard"])?;
     wait::until(wait::SOON, "an event on the pod", || {
-        let about = "involvedObject.name=member,reason=NotUnderstood";
+        let about = "involvedObject.name=confused,reason=NotUnderstood";
         let events = cluster.get(&["events", "--field-selector", about]).unwrap_or_default();
         let message = &events["items"][0]["message"];
         message.as_str().is_some_and(|message| message.contains("`hard` is not understood"))
     })?;
-    cluster.kubectl(&["annotate", "pod", "member", "malla.dev/mode-"])?;
-    wait::until(wait::SOON, "a status without problems", || {
-        let status = agents.ask(&nodes[0], &["status"]);
-        status.is_ok_and(|status| status["ready"] == true)
-    })?;
+    let status = agents.ask(&nodes[0], &["status"])?;
+    assert_eq!(status["ready"], true, "{status}");
     Ok(())
+}
+
+/// Probes reach a strict pod because they are the kubelet's, not because they come from the node.
+#[test]
+fn probes_reach_a_strict_pod_and_other_processes_of_the_node_do_not() -> Result<()> {
+    require_cluster!();
+    let agents = Agents::deployed()?;
+    let cluster = Cluster::namespace()?;
+    cluster.annotate(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
+    let nodes = cluster.two_nodes()?;
+    let (nginx, curl) = (Cluster::load("nginx")?, Cluster::load("curl")?);
+    let asked = |how: Value| {
+        let probe = json!({"periodSeconds": 1, "failureThreshold": 1});
+        let mut probe = probe.as_object().cloned().unwrap_or_default();
+        probe.extend(how.as_object().cloned().unwrap_or_default());
+        Value::from(probe)
+    };
+    for (name, probe) in [
+        ("http", asked(json!({"httpGet": {"port": 80, "path": "/"}}))),
+        ("tcp", asked(json!({"tcpSocket": {"port": 80}}))),
+        ("exec", asked(json!({"exec": {"command": ["true"]}}))),
+    ] {
+        let spec = json!({"containers": [{"image": nginx, "readinessProbe": probe}]});
+        cluster.start(name, &nodes[0], spec)?;
+    }
+    let sleep = json!([{"image": curl, "command": ["sleep", "3600"]}]);
+    cluster.start("stranger", &nodes[0], json!({"hostNetwork": true, "containers": sleep}))?;
+    cluster.client("member", &nodes[0])?;
+    cluster.ready("stranger")?;
+    for name in ["http", "tcp", "exec"] {
+        agents.wait_until_enrolled(&nodes[0], cluster.name(), name, true)?;
+        let line = format!("namespace={} name={name} netns=", cluster.name());
+        wait::until(wait::SOON, "", || agents.log(&nodes[0]).contains(&line))
+            .with_context(|| format!("{name} is not enrolled\n{}", agents.log(&nodes[0])))?;
+    }
+    // From here on all that asks these pods asks strict ones.
+    let before = kernel_counter(&agents, &nodes[0], "connect_kubelet")?;
+    let strict = kernel_counter(&agents, &nodes[0], "lookup_strict")?;
+    for name in ["http", "tcp", "exec"] {
+        cluster.ready(name)?;
+    }
+    wait::until(wait::SOON, "several probes of each", || {
+        kernel_counter(&agents, &nodes[0], "connect_kubelet").is_ok_and(|now| now >= before + 6)
+    })?;
+    assert_eq!(kernel_counter(&agents, &nodes[0], "lookup_strict")?, strict, "none was refused");
+    for name in ["http", "tcp"] {
+        let pod = cluster.get(&["pod", name])?;
+        let ready = &pod["status"]["conditions"].as_array().context("no conditions")?;
+        let ready = ready.iter().find(|condition| condition["type"] == "Ready");
+        assert_eq!(ready.context("not said")?["status"], "True", "{name} stays ready");
+
+        let ip = pod["status"]["podIP"].as_str().context("no address")?;
+        let ask = ["curl", "--silent", "--max-time", "3", &format!("http://{ip}/")];
+        assert!(cluster.exec("stranger", &ask).is_err(), "the node's address lets nobody in");
+        assert_eq!(cluster.exec("member", &ask)?.trim(), name);
+    }
+    let now = kernel_counter(&agents, &nodes[0], "lookup_strict")?;
+    ensure!(now >= strict + 2, "refused in the kernel: {strict}, then {now}");
+    Ok(())
+}
+
+fn kernel_counter(agents: &Agents, node: &str, name: &str) -> Result<u64> {
+    let status = agents.ask(node, &["status"])?;
+    status["kernel"][name].as_u64().with_context(|| format!("no {name} in {status}"))
 }
