@@ -115,6 +115,7 @@ fn every_flag_that_the_documents_name_exists() {
             "--quick",
             "--pin",
             "--json",
+            "--only",
             "--sides",
         ];
         let others = ["--file", "--kubeconfig", "--load-image", "--nodes", "--out", "--program"];
