@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::kube::{EndpointSlice, Namespace, Node, ObjectMeta, Pod, Service, ServiceAccount};
@@ -134,6 +135,16 @@ impl Objects {
     /// The same, to change it.
     pub fn absent_mut(&mut self) -> Option<&mut HashSet<String>> {
         self.absent.as_mut()
+    }
+
+    /// The addresses of all nodes.
+    pub fn node_ips(&self) -> HashSet<IpAddr> {
+        let nodes = self.all.values().filter_map(|object| match object {
+            Object::Node(node) => node.status.as_ref()?.addresses.as_ref(),
+            _ => None,
+        });
+        let ips = nodes.flatten().filter_map(|address| address.address.parse::<IpAddr>().ok());
+        ips.map(|ip| ip.to_canonical()).collect()
     }
 
     /// The object of this key.

@@ -40,6 +40,17 @@ pub(super) struct Services {
     pub(super) unread: HashSet<IpAddr>,
 }
 
+/// What there may be besides the objects at hand.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unread<'a> {
+    /// Files that could not be read.
+    pub(super) files: &'a [String],
+    /// Set if pods are read when they are needed: those that were looked for and do not exist.
+    pub(super) absent: Option<&'a HashSet<String>>,
+    /// Addresses of nodes.
+    pub(super) nodes: &'a HashSet<IpAddr>,
+}
+
 /// What is behind an endpoint.
 enum Behind {
     Pod(Arc<Workload>),
@@ -56,7 +67,7 @@ pub(super) fn translate<'a>(
     services: impl Iterator<Item = (&'a ObjectKey, &'a KubeService)>,
     slices: impl Iterator<Item = (&'a ObjectKey, &'a EndpointSlice)>,
     pods: &Pods,
-    (unread, absent): (&[String], Option<&HashSet<String>>),
+    unread: &Unread<'_>,
     problems: &mut Vec<Problem>,
 ) -> Services {
     let mut unread_addresses = HashSet::new();
@@ -75,14 +86,14 @@ pub(super) fn translate<'a>(
                     None => "is missing, so the slice belongs to no Service".into(),
                 },
                 match label {
-                    Some(_) => missing(unread, WRITE_THE_NAME),
+                    Some(_) => missing(unread.files, WRITE_THE_NAME),
                     None => WRITE_THE_NAME.to_owned(),
                 },
             );
             continue;
         };
         let of = (*namespace, *name);
-        let pods = (pods, absent);
+        let pods = (pods, unread);
         for ip in read_slice(slice, &key.namespace, of, pods, &mut candidates, &mut report) {
             unread_addresses.insert(ip);
         }
@@ -119,7 +130,7 @@ fn read_slice<'a>(
     slice: &'a EndpointSlice,
     namespace: &str,
     (of_namespace, of_name): (&'a str, &'a str),
-    (pods, absent): (&Pods, Option<&HashSet<String>>),
+    (pods, not_read): (&Pods, &Unread<'_>),
     candidates: &mut Candidates<'a>,
     report: &mut Report<'_>,
 ) -> Vec<IpAddr> {
@@ -141,7 +152,7 @@ fn read_slice<'a>(
         };
         let ip = ip.to_canonical();
         let (workload, is_unread) =
-            match behind(endpoint, ip, namespace, &field, (pods, absent), report) {
+            match behind(endpoint, ip, namespace, &field, (pods, not_read), report) {
                 Behind::Pod(workload) => (Some(workload), false),
                 Behind::Outside => (None, false),
                 Behind::Unread => (None, true),
@@ -177,11 +188,14 @@ fn behind(
     ip: IpAddr,
     namespace: &str,
     field: &str,
-    (pods, absent): (&Pods, Option<&HashSet<String>>),
+    (pods, not_read): (&Pods, &Unread<'_>),
     report: &mut Report<'_>,
 ) -> Behind {
+    let absent = not_read.absent;
     let unless_absent = |what: &str| match absent {
         None => Behind::Outside,
+        // A pod that shares its node's network, which is never in the mesh.
+        Some(_) if not_read.nodes.contains(&ip) => Behind::Outside,
         Some(absent) if absent.contains(what) => Behind::Gone,
         Some(_) => Behind::Unread,
     };

@@ -73,11 +73,12 @@ pub fn translate(
     let pods =
         pods::translate(kube_pods.into_iter(), &namespaces, &accounts, context, &mut problems);
     let unread = objects.unread();
+    let node_ips = objects.node_ips();
     let services::Services { services, unread: unread_addresses } = services::translate(
         kube_services.into_iter(),
         slices.into_iter(),
         &pods,
-        (unread, objects.absent()),
+        &services::Unread { files: unread, absent: objects.absent(), nodes: &node_ips },
         &mut problems,
     );
     let workloads = pods.workloads();

@@ -22,6 +22,9 @@ const UNUSED: Duration = Duration::from_secs(600);
 const REFRESH: Duration = Duration::from_secs(300);
 /// What was not there may come, or its address be another pod's.
 const ABSENT: Duration = Duration::from_secs(60);
+/// So many that do not exist are remembered; past it nothing more is looked for by address, since who
+/// sends many addresses is up to no good.
+const MOST_ABSENT: usize = 4096;
 /// A server that failed is not asked for the same again before.
 const FAILED: Duration = Duration::from_secs(5);
 
@@ -86,7 +89,8 @@ impl Remote {
         now: Instant,
     ) -> Vec<Wanted> {
         let mut wanted: Vec<Wanted> = behind(objects, node, ip);
-        if wanted.is_empty() && !knows(objects, ip) {
+        let has_place = self.absent.len() + self.pending.len() < MOST_ABSENT;
+        if wanted.is_empty() && has_place && !knows(objects, ip) {
             let account = |id: &SpiffeId| (id.namespace().into(), id.service_account().into());
             wanted.push(Wanted::Address { ip, account: caller.map(account) });
         }
@@ -209,6 +213,7 @@ impl Remote {
         let is_kept = |endpoint: &Endpoint, namespace: &str| {
             pod_key(endpoint, namespace).is_some_and(|key| self.kept.contains_key(&key))
         };
+        let nodes = objects.node_ips();
         let used: BTreeSet<_> = slices(objects)
             .filter(|(key, slice)| {
                 let mut endpoints = slice.endpoints.iter().flatten();
@@ -220,7 +225,8 @@ impl Remote {
             if service_of(slice).is_some_and(|name| used.contains(&(&*key.namespace, name))) {
                 let endpoints = slice.endpoints.iter().flatten();
                 wanted.extend(
-                    endpoints.filter_map(|one| missing(objects, node, &key.namespace, one)),
+                    endpoints
+                        .filter_map(|one| missing(objects, (node, &nodes), &key.namespace, one)),
                 );
             }
         }
@@ -250,28 +256,35 @@ fn behind(objects: &Objects, node: &str, ip: IpAddr) -> Vec<Wanted> {
             services.insert((&*key.namespace, &*key.name));
         }
     }
+    let nodes = objects.node_ips();
     let mut wanted = BTreeSet::new();
     for (key, slice) in slices(objects) {
         let of = service_of(slice).map(|name| (&*key.namespace, name));
         let is_of = of.is_some_and(|of| services.contains(&of));
         for endpoint in slice.endpoints.iter().flatten() {
             if is_of || endpoint.addresses.first().is_some_and(|address| is_ip(address)) {
-                wanted.extend(missing(objects, node, &key.namespace, endpoint));
+                wanted.extend(missing(objects, (node, &nodes), &key.namespace, endpoint));
             }
         }
     }
     wanted.into_iter().collect()
 }
 
-/// The pod of an endpoint, if it is not read; those of this node are followed.
-fn missing(objects: &Objects, node: &str, namespace: &str, endpoint: &Endpoint) -> Option<Wanted> {
-    if endpoint.node_name.as_deref() == Some(node) {
+/// The pod of an endpoint, if it is not read; those of this node are followed, and those that share
+/// their node's network are never in the mesh.
+fn missing(
+    objects: &Objects,
+    (node, nodes): (&str, &HashSet<IpAddr>),
+    namespace: &str,
+    endpoint: &Endpoint,
+) -> Option<Wanted> {
+    let ip = endpoint.addresses.first()?.parse::<IpAddr>().ok()?.to_canonical();
+    if endpoint.node_name.as_deref() == Some(node) || nodes.contains(&ip) {
         return None;
     }
     let Some(key) = pod_key(endpoint, namespace) else {
-        let ip: IpAddr = endpoint.addresses.first()?.parse().ok()?;
-        let wanted = Wanted::Address { ip: ip.to_canonical(), account: None };
-        return (!knows(objects, ip.to_canonical())).then_some(wanted);
+        let wanted = Wanted::Address { ip, account: None };
+        return (!knows(objects, ip)).then_some(wanted);
     };
     let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.clone());
     let known = uid_of(objects, &key);
@@ -430,6 +443,30 @@ mod tests {
         world.remote.answer(2);
         assert_eq!(answer.try_recv(), Ok(2));
         assert!(world.objects.absent().unwrap().contains("uid-newer"));
+    }
+
+    #[test]
+    fn pod_that_shares_its_nodes_network_is_never_read() {
+        let mut world = World::with(&["one", "two"]);
+        world.read("one");
+        let address = json!({"type": "InternalIP", "address": "10.0.1.1"});
+        let node = json!({"metadata": {"name": "b"}, "status": {"addresses": [address]}});
+        world.objects.insert(Object::Node(Arc::new(serde_json::from_value(node).unwrap())));
+        assert_eq!(world.prefetch(), []);
+        assert_eq!(behind(&world.objects, "a", "10.0.1.1".parse().unwrap()), []);
+    }
+
+    #[tokio::test]
+    async fn flood_of_addresses_is_not_passed_on_to_the_api() {
+        let mut world = World::with(&[]);
+        let mut asked = 0;
+        for n in 0..2 * u32::try_from(MOST_ABSENT).unwrap() {
+            let ip = std::net::Ipv4Addr::from_bits(n).into();
+            let (done, _answer) = oneshot::channel();
+            let wanted = world.remote.need(&world.objects, "a", (ip, None), done, world.now);
+            asked += wanted.len();
+        }
+        assert_eq!(asked, MOST_ABSENT);
     }
 
     #[test]

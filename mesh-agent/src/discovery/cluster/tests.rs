@@ -421,9 +421,14 @@ fn shop(api: &Api) {
             endpoint("here", "10.0.0.1", "a"),
             endpoint("there", "10.0.1.1", "b"),
             endpoint("gone", "10.0.1.2", "b"),
+            endpoint("exporter", "192.0.2.2", "b"),
         ],
     });
     api.has("/apis/discovery.k8s.io/v1/endpointslices", vec![slice]);
+    // The last one shares its node's network.
+    let address = json!({"type": "InternalIP", "address": "192.0.2.2"});
+    let node = json!({"metadata": {"name": "b"}, "status": {"addresses": [address]}});
+    api.has("/api/v1/nodes", vec![node]);
     let mut held = api.held.lock().unwrap();
     let there = remote("there", "10.0.1.1");
     held.elsewhere.insert("/api/v1/namespaces/default/pods/there".into(), there);
@@ -447,7 +452,9 @@ async fn pods_of_other_nodes_are_read_when_they_are_needed_and_captured_before()
         assert!(before.is_unread(ip(unread)), "{unread}");
         assert!(before.captured_destinations().contains(&ip(unread)), "{unread}");
     }
-    assert!(!before.is_unread(ip("10.0.0.1")));
+    for known in ["10.0.0.1", "192.0.2.2"] {
+        assert!(!before.is_unread(ip(known)), "{known}");
+    }
     assert_eq!(api.asked("list there"), 0);
 
     let after = followed.know(VIP).await;
@@ -455,7 +462,8 @@ async fn pods_of_other_nodes_are_read_when_they_are_needed_and_captured_before()
     assert!(there.is_enrolled() && &*there.node == "b");
     let service = after.service("default", "web").unwrap();
     let endpoints: Vec<_> = service.ports[0].endpoints.iter().map(|e| e.addr.0.ip()).collect();
-    assert_eq!(endpoints, [ip("10.0.0.1"), ip("10.0.1.1")], "the pod that is gone is left out");
+    let expected = [ip("10.0.0.1"), ip("10.0.1.1"), ip("192.0.2.2")];
+    assert_eq!(endpoints, expected, "the pod that is gone is left out");
     for read in [VIP, "10.0.1.1", "10.0.1.2"] {
         assert!(!after.is_unread(ip(read)), "{read}");
     }
