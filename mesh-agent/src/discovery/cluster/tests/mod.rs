@@ -1,5 +1,8 @@
 //! Against a server that speaks as much of the Kubernetes API as is asked for.
 
+mod demand;
+mod report;
+
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -26,7 +29,7 @@ use tokio::time::timeout;
 use super::ClusterSource;
 use crate::discovery::client::by_config;
 use crate::discovery::file::Settings;
-use crate::discovery::{Demand, Outcome, Outcomes, Problem};
+use crate::discovery::{Demand, Outcomes, Problem};
 use crate::identity::testing::cluster_local;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -287,6 +290,10 @@ async fn until(what: &str, is_so: impl Fn() -> bool) {
     timeout(SOON, waiting).await.unwrap_or_else(|_| panic!("never {what}"));
 }
 
+fn ip(text: &str) -> std::net::IpAddr {
+    text.parse().unwrap()
+}
+
 #[tokio::test]
 async fn snapshot_waits_for_every_kind_and_then_follows_events() {
     let api = Api::start().await;
@@ -388,222 +395,4 @@ async fn long_list_comes_in_pages() {
     let names: Vec<_> = names.iter().map(String::as_str).collect();
     followed.until_pods(&names).await;
     assert_eq!(api.asked("list pods"), 3);
-}
-
-const VIP: &str = "10.96.0.10";
-
-/// A service with two pods of another node and one of this.
-fn shop(api: &Api) {
-    let remote = |name: &str, ip: &str| {
-        let mut pod = pod(name, ip);
-        pod["spec"]["nodeName"] = json!("b");
-        pod["metadata"]["annotations"] = json!({"malla.dev/mesh": "enabled"});
-        pod
-    };
-    let endpoint = |name: &str, ip: &str, node: &str| {
-        json!({
-            "addresses": [ip], "nodeName": node,
-            "targetRef": {"kind": "Pod", "name": name, "uid": format!("uid-{name}")},
-        })
-    };
-    api.has(PODS, vec![pod("here", "10.0.0.1")]);
-    let spec = json!({"clusterIP": VIP, "ports": [{"port": 80}], "selector": {"app": "web"}});
-    let service = json!({"metadata": {"name": "web", "namespace": "default"}, "spec": spec});
-    api.has("/api/v1/services", vec![service]);
-    let slice = json!({
-        "metadata": {
-            "name": "web-1", "namespace": "default",
-            "labels": {"kubernetes.io/service-name": "web"},
-        },
-        "addressType": "IPv4",
-        "ports": [{"port": 8080}],
-        "endpoints": [
-            endpoint("here", "10.0.0.1", "a"),
-            endpoint("there", "10.0.1.1", "b"),
-            endpoint("gone", "10.0.1.2", "b"),
-            endpoint("exporter", "192.0.2.2", "b"),
-        ],
-    });
-    api.has("/apis/discovery.k8s.io/v1/endpointslices", vec![slice]);
-    // The last one shares its node's network.
-    let address = json!({"type": "InternalIP", "address": "192.0.2.2"});
-    let node = json!({"metadata": {"name": "b"}, "status": {"addresses": [address]}});
-    api.has("/api/v1/nodes", vec![node]);
-    let mut held = api.held.lock().unwrap();
-    let there = remote("there", "10.0.1.1");
-    held.elsewhere.insert("/api/v1/namespaces/default/pods/there".into(), there);
-    let mut bare = remote("bare", "10.0.1.9");
-    bare["spec"]["serviceAccountName"] = json!("lonely");
-    bare["status"]["podIPs"].as_array_mut().unwrap().push(json!({"ip": "fd00::9"}));
-    held.elsewhere.insert("elsewhere".into(), bare);
-}
-
-fn ip(text: &str) -> std::net::IpAddr {
-    text.parse().unwrap()
-}
-
-#[tokio::test]
-async fn pods_of_other_nodes_are_read_when_they_are_needed_and_captured_before() {
-    let api = Api::start().await;
-    shop(&api);
-    let mut followed = api.follow();
-    let before = followed.until_pods(&["here"]).await;
-    for unread in [VIP, "10.0.1.1", "10.0.1.2"] {
-        assert!(before.is_unread(ip(unread)), "{unread}");
-        assert!(before.captured_destinations().contains(&ip(unread)), "{unread}");
-    }
-    for known in ["10.0.0.1", "192.0.2.2"] {
-        assert!(!before.is_unread(ip(known)), "{known}");
-    }
-    assert_eq!(api.asked("list there"), 0);
-
-    let after = followed.know(VIP).await;
-    let there = after.workload("uid-there").unwrap();
-    assert!(there.is_enrolled() && &*there.node == "b");
-    let service = after.service("default", "web").unwrap();
-    let endpoints: Vec<_> = service.ports[0].endpoints.iter().map(|e| e.addr.0.ip()).collect();
-    let expected = [ip("10.0.0.1"), ip("10.0.1.1"), ip("192.0.2.2")];
-    assert_eq!(endpoints, expected, "the pod that is gone is left out");
-    for read in [VIP, "10.0.1.1", "10.0.1.2"] {
-        assert!(!after.is_unread(ip(read)), "{read}");
-    }
-    followed.know(VIP).await;
-    assert_eq!(api.asked("list there"), 1, "once for all");
-    assert_eq!(api.asked("list gone"), 1, "also in vain");
-}
-
-#[tokio::test]
-async fn client_that_is_behind_no_service_is_found_by_its_address() {
-    let api = Api::start().await;
-    shop(&api);
-    let mut followed = api.follow();
-    followed.until_pods(&["here"]).await;
-    let after = followed.know("10.0.1.9").await;
-    assert_eq!(&*after.workload_at(ip("10.0.1.9")).unwrap().name, "bare");
-    // The API finds a pod by its first address only.
-    let mut other = api.follow();
-    other.until_pods(&["here"]).await;
-    assert!(other.know("fd00::9").await.workload_at(ip("fd00::9")).is_none());
-    let after = other.know_caller("fd00::9", Some("lonely")).await;
-    assert_eq!(&*after.workload_at(ip("fd00::9")).unwrap().name, "bare");
-    let nobody = followed.know("10.0.1.77").await;
-    assert!(nobody.workload_at(ip("10.0.1.77")).is_none());
-    let asked = api.asked("list pods");
-    followed.know("10.0.1.77").await;
-    assert_eq!(api.asked("list pods"), asked, "not again at once");
-}
-
-#[tokio::test]
-async fn list_of_this_nodes_pods_leaves_those_of_others() {
-    let api = Api::start().await;
-    shop(&api);
-    let mut followed = api.follow();
-    followed.until_pods(&["here"]).await;
-    until("a watch", || api.asked("watch pods") == 1).await;
-    followed.know(VIP).await;
-    api.has(PODS, vec![pod("here", "10.0.0.1"), pod("new", "10.0.0.2")]);
-    api.event("ERROR", json!({"kind": "Status", "metadata": {}, "code": 410, "message": "too old", "reason": "Expired", "status": "Failure"}));
-    followed.until_pods(&["here", "new", "there"]).await;
-}
-
-#[tokio::test]
-async fn what_cannot_be_read_is_answered_at_once_and_stays_unread() {
-    let api = Api::start().await;
-    shop(&api);
-    let mut followed = api.follow();
-    followed.until_pods(&["here"]).await;
-    until("a watch", || api.asked("watch pods") == 1).await;
-    api.set_down(Some(StatusCode::SERVICE_UNAVAILABLE));
-    followed.until_problems(|all| all.len() == PATHS.len()).await;
-    assert!(followed.know(VIP).await.is_unread(ip(VIP)));
-    assert_eq!(api.asked("list there"), 0, "a server that is down is not asked by connections too");
-    api.set_down(None);
-    followed.until_problems(|all| all.is_empty()).await;
-    assert!(!followed.know(VIP).await.is_unread(ip(VIP)));
-}
-
-/// A pod that asks to take part.
-fn asking(name: &str, ip: &str) -> Value {
-    let mut pod = pod(name, ip);
-    pod["metadata"]["annotations"] = json!({"malla.dev/mesh": "enabled"});
-    pod
-}
-
-#[tokio::test]
-async fn what_became_of_a_pod_is_written_on_it_once() {
-    let api = Api::start().await;
-    let mut shared = asking("shared", "10.0.0.3");
-    shared["spec"]["hostNetwork"] = json!(true);
-    let mut left = pod("left", "10.0.0.4");
-    left["metadata"]["annotations"] = json!({"malla.dev/redirection": "enabled"});
-    let (one, two) = (asking("one", "10.0.0.1"), asking("two", "10.0.0.2"));
-    api.has(PODS, vec![one.clone(), two, shared, left, pod("never", "10.0.0.5")]);
-    let mut followed = api.follow();
-    followed.until_pods(&["left", "never", "one", "shared", "two"]).await;
-    until("a watch", || api.asked("watch pods") == 1).await;
-    let outcomes = Outcomes::from([
-        ("uid-one".into(), Outcome::Enrolled),
-        ("uid-two".into(), Outcome::Failing("no room".into())),
-    ]);
-    followed.outcomes.send_replace(Arc::new(outcomes.clone()));
-    until("four annotations", || api.written("PATCH").len() == 4).await;
-    let mut found: Vec<_> = api
-        .written("PATCH")
-        .into_iter()
-        .map(|(path, body)| {
-            let meta = &body["metadata"];
-            let name = path.strip_prefix("/api/v1/namespaces/default/pods/").unwrap().to_owned();
-            assert_eq!(meta["uid"], format!("uid-{name}"), "no other pod of the name");
-            (name, meta["annotations"]["malla.dev/redirection"].clone())
-        })
-        .collect();
-    found.sort_by(|(one, _), (other, _)| one.cmp(other));
-    let expected = [
-        ("left", json!(null)),
-        ("one", json!("enabled")),
-        ("shared", json!("refused: shares the node's network")),
-        ("two", json!("failed: no room")),
-    ];
-    assert_eq!(found, expected.map(|(name, value)| (name.to_owned(), value)));
-    until("an event", || !api.written("POST").is_empty()).await;
-    let (path, event) = api.written("POST").remove(0);
-    assert_eq!(path, "/api/v1/namespaces/default/events");
-    assert_eq!((&event["reason"], &event["type"]), (&json!("NotEnrolled"), &json!("Warning")));
-    assert_eq!(event["involvedObject"]["uid"], "uid-two");
-
-    // What is there already is not written; somebody who takes it away gets it back.
-    let mut annotated = one.clone();
-    annotated["metadata"]["annotations"]["malla.dev/redirection"] = json!("enabled");
-    api.event("MODIFIED", annotated);
-    api.event("ADDED", pod("later", "10.0.0.9"));
-    followed.until_pods(&["later", "left", "never", "one", "shared", "two"]).await;
-    assert_eq!(api.written("PATCH").len(), 4);
-    api.event("MODIFIED", one);
-    until("it to be written again", || api.written("PATCH").len() == 5).await;
-    assert_eq!(api.written("POST").len(), 1);
-}
-
-#[tokio::test]
-async fn value_that_is_not_understood_is_told_where_it_stands() {
-    let api = Api::start().await;
-    let mut confused = asking("one", "10.0.0.1");
-    confused["metadata"]["annotations"]["malla.dev/mode"] = json!("hard");
-    let namespace = |name: &str| {
-        let annotations = json!({"malla.dev/fail-open": "perhaps"});
-        json!({"metadata": {"name": name, "uid": format!("uid-{name}"), "annotations": annotations}})
-    };
-    api.has("/api/v1/namespaces", vec![namespace("default"), namespace("nobody-here")]);
-    api.has(PODS, vec![confused]);
-    let mut followed = api.follow();
-    followed.until_pods(&["one"]).await;
-    until("two events", || api.written("POST").len() == 2).await;
-    let events = api.written("POST");
-    let of = |kind: &str| events.iter().find(|(_, event)| event["involvedObject"]["kind"] == kind);
-    let (_, event) = of("Pod").unwrap();
-    let message = event["message"].as_str().unwrap();
-    assert!(message.contains("malla.dev/mode") && message.contains("`hard`"), "{message}");
-    let (path, event) = of("Namespace").unwrap();
-    assert_eq!(path, "/api/v1/namespaces/default/events");
-    assert_eq!(event["involvedObject"]["name"], "default", "that with a pod of this node");
-    assert!(event["involvedObject"].get("namespace").is_none());
 }

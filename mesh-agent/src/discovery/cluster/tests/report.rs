@@ -1,0 +1,94 @@
+//! What is written into the API.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::{Api, PODS, pod, until};
+use crate::discovery::{Outcome, Outcomes};
+
+/// A pod that asks to take part.
+fn asking(name: &str, ip: &str) -> Value {
+    let mut pod = pod(name, ip);
+    pod["metadata"]["annotations"] = json!({"malla.dev/mesh": "enabled"});
+    pod
+}
+
+#[tokio::test]
+async fn what_became_of_a_pod_is_written_on_it_once() {
+    let api = Api::start().await;
+    let mut shared = asking("shared", "10.0.0.3");
+    shared["spec"]["hostNetwork"] = json!(true);
+    let mut left = pod("left", "10.0.0.4");
+    left["metadata"]["annotations"] = json!({"malla.dev/redirection": "enabled"});
+    let (one, two) = (asking("one", "10.0.0.1"), asking("two", "10.0.0.2"));
+    api.has(PODS, vec![one.clone(), two, shared, left, pod("never", "10.0.0.5")]);
+    let mut followed = api.follow();
+    followed.until_pods(&["left", "never", "one", "shared", "two"]).await;
+    until("a watch", || api.asked("watch pods") == 1).await;
+    let outcomes = Outcomes::from([
+        ("uid-one".into(), Outcome::Enrolled),
+        ("uid-two".into(), Outcome::Failing("no room".into())),
+    ]);
+    followed.outcomes.send_replace(Arc::new(outcomes.clone()));
+    until("four annotations", || api.written("PATCH").len() == 4).await;
+    let mut found: Vec<_> = api
+        .written("PATCH")
+        .into_iter()
+        .map(|(path, body)| {
+            let meta = &body["metadata"];
+            let name = path.strip_prefix("/api/v1/namespaces/default/pods/").unwrap().to_owned();
+            assert_eq!(meta["uid"], format!("uid-{name}"), "no other pod of the name");
+            (name, meta["annotations"]["malla.dev/redirection"].clone())
+        })
+        .collect();
+    found.sort_by(|(one, _), (other, _)| one.cmp(other));
+    let expected = [
+        ("left", json!(null)),
+        ("one", json!("enabled")),
+        ("shared", json!("refused: shares the node's network")),
+        ("two", json!("failed: no room")),
+    ];
+    assert_eq!(found, expected.map(|(name, value)| (name.to_owned(), value)));
+    until("an event", || !api.written("POST").is_empty()).await;
+    let (path, event) = api.written("POST").remove(0);
+    assert_eq!(path, "/api/v1/namespaces/default/events");
+    assert_eq!((&event["reason"], &event["type"]), (&json!("NotEnrolled"), &json!("Warning")));
+    assert_eq!(event["involvedObject"]["uid"], "uid-two");
+
+    // What is there already is not written; somebody who takes it away gets it back.
+    let mut annotated = one.clone();
+    annotated["metadata"]["annotations"]["malla.dev/redirection"] = json!("enabled");
+    api.event("MODIFIED", annotated);
+    api.event("ADDED", pod("later", "10.0.0.9"));
+    followed.until_pods(&["later", "left", "never", "one", "shared", "two"]).await;
+    assert_eq!(api.written("PATCH").len(), 4);
+    api.event("MODIFIED", one);
+    until("it to be written again", || api.written("PATCH").len() == 5).await;
+    assert_eq!(api.written("POST").len(), 1);
+}
+
+#[tokio::test]
+async fn value_that_is_not_understood_is_told_where_it_stands() {
+    let api = Api::start().await;
+    let mut confused = asking("one", "10.0.0.1");
+    confused["metadata"]["annotations"]["malla.dev/mode"] = json!("hard");
+    let namespace = |name: &str| {
+        let annotations = json!({"malla.dev/fail-open": "perhaps"});
+        json!({"metadata": {"name": name, "uid": format!("uid-{name}"), "annotations": annotations}})
+    };
+    api.has("/api/v1/namespaces", vec![namespace("default"), namespace("nobody-here")]);
+    api.has(PODS, vec![confused]);
+    let mut followed = api.follow();
+    followed.until_pods(&["one"]).await;
+    until("two events", || api.written("POST").len() == 2).await;
+    let events = api.written("POST");
+    let of = |kind: &str| events.iter().find(|(_, event)| event["involvedObject"]["kind"] == kind);
+    let (_, event) = of("Pod").unwrap();
+    let message = event["message"].as_str().unwrap();
+    assert!(message.contains("malla.dev/mode") && message.contains("`hard`"), "{message}");
+    let (path, event) = of("Namespace").unwrap();
+    assert_eq!(path, "/api/v1/namespaces/default/events");
+    assert_eq!(event["involvedObject"]["name"], "default", "that with a pod of this node");
+    assert!(event["involvedObject"].get("namespace").is_none());
+}
