@@ -12,6 +12,7 @@
 //! | [`wire`] | tunnel: what two agents say to each other |
 //! | [`authorize`] | authorize: whether the destination's agent delivers |
 //! | [`cgroup`] | capture: which pod a process belongs to |
+//! | [`sign`] | no stage: whether the cluster's CA certifies a workload |
 //! | [`addr`], [`spiffe`], [`snapshot`], [`settings`], [`stage`] | the vocabulary of all of them |
 #![forbid(unsafe_code)]
 
@@ -27,6 +28,7 @@ pub mod generation;
 pub mod polling;
 pub mod route;
 pub mod settings;
+pub mod sign;
 pub mod snapshot;
 pub mod spiffe;
 pub mod stage;

@@ -1,4 +1,4 @@
-//! Bundles and certificate chains as the fuzzer makes them.
+//! Bundles, certificate chains and requests for certificates as the fuzzer makes them.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -46,6 +46,11 @@ pub fn chain(mut input: &[u8]) {
     }
 }
 
+/// Any bytes are a request for a certificate, or none.
+pub fn request(input: &[u8]) {
+    drop(super::request::read(input));
+}
+
 fn own() -> Option<TrustDomain> {
     TrustDomain::new("cluster.local").ok()
 }
@@ -64,6 +69,7 @@ mod tests {
     fn seeds_of_the_fuzzer_hold() {
         crate::fuzzing::replay("bundle", bundle);
         crate::fuzzing::replay("chain", chain);
+        crate::fuzzing::replay("request", request);
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! | [`ca`] | makes a root in a directory, and issues from it |
 //! | [`verify`] | decides whether a peer's chain proves an identity |
 //! | [`bundle`] | reads the trusted roots, and follows their file |
+//! | [`request`] | reads and makes requests for certificates |
 //! | [`store`] | holds, renews and looks up this node's certificates |
 //!
 //! # Guarantees
@@ -26,6 +27,7 @@ pub mod bundle;
 pub mod ca;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
+pub mod request;
 pub mod store;
 pub mod verify;
 
