@@ -101,6 +101,8 @@ pub struct Root {
     pub not_before: SystemTime,
     /// Valid until, exclusive.
     pub not_after: SystemTime,
+    /// Whether nothing is above it.
+    pub(super) is_self_signed: bool,
     /// The subject's public key, bare.
     pub(super) public_key: Vec<u8>,
 }
@@ -165,12 +167,8 @@ impl TrustBundles {
     }
 }
 
-/// Reads the certificates of a PEM file: at least one, each fit to be a root.
-pub(super) fn read_roots(path: &Path) -> Result<Vec<(CertificateDer<'static>, Root)>, BundleError> {
-    parse_roots(path, &read(path)?)
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
+/// The bytes of a file that is no larger than a bundle.
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
     let failed = |source| BundleError::Read { path: path.into(), source };
     if fs::metadata(path).map_err(failed)?.len() > MAX_BUNDLE_BYTES {
         return Err(BundleError::TooLarge { path: path.into() });
@@ -215,6 +213,7 @@ impl Root {
         Ok(Self {
             trust_domain,
             subject: cert.subject().to_string(),
+            is_self_signed: cert.subject().as_raw() == cert.issuer().as_raw(),
             serial: super::hex(cert.raw_serial()),
             fingerprint: super::hex(digest(&SHA256, der).as_ref()),
             not_before: system_time(cert.validity().not_before.timestamp()),

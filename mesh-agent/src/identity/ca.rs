@@ -17,20 +17,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use aws_lc_rs::rand;
 use mesh_core::spiffe::{SpiffeId, TrustDomain};
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
-};
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::crypto::aws_lc_rs::sign::any_ecdsa_type;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::sign::CertifiedKey;
 use thiserror::Error;
-use time::OffsetDateTime;
 use zeroize::{Zeroize as _, Zeroizing};
 
-use super::bundle::{BundleError, Root, TrustBundles, read_roots};
+use super::authority::{Authority, Signed, make_root};
+use super::bundle::{self, BundleError, Root, TrustBundles, parse_roots};
 
 #[cfg(test)]
 mod tests;
@@ -41,12 +37,6 @@ pub const ROOT_CERT: &str = "root.pem";
 pub const ROOT_KEY: &str = "root.key";
 /// The trusted roots.
 pub const BUNDLE: &str = "bundle.pem";
-
-const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
-
-/// Certificates begin this much before they are issued: a peer whose clock is behind must not
-/// refuse a fresh one. Two minutes is what hosts without working NTP drift in weeks.
-const BACKDATE: Duration = Duration::from_secs(120);
 
 /// Why the directory CA did not do as asked.
 #[derive(Debug, Error)]
@@ -158,7 +148,7 @@ pub fn init(dir: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<C
             return Err(CaError::Exists { path });
         }
     }
-    let (cert, mut key) = make_root(trust_domain, now, ROOT_LIFETIME)?;
+    let (cert, mut key) = make_root(trust_domain, now)?;
     let pem = Zeroizing::new(key.serialize_pem());
     key.zeroize();
     // The key first: a directory with a certificate and no key looks complete to `show`.
@@ -181,7 +171,8 @@ pub fn init(dir: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<C
 ///
 /// The file that is missing or wrong.
 pub fn show(dir: &Path) -> Result<CaView, CaError> {
-    let (_, root, trust_domain) = read_root(dir)?;
+    let (pem, trust_domain) = read_root(dir)?;
+    let (_, root) = parse_roots(&dir.join(ROOT_CERT), &pem)?.swap_remove(0);
     let bundle = TrustBundles::load(&dir.join(BUNDLE), &trust_domain)?;
     Ok(CaView { trust_domain, root, bundle: bundle.roots().cloned().collect() })
 }
@@ -200,7 +191,7 @@ impl DirectoryCa {
     ///
     /// The file that is missing or wrong.
     pub fn open(dir: &Path) -> Result<Self, CaError> {
-        let (_, _, trust_domain) = read_root(dir)?;
+        let (_, trust_domain) = read_root(dir)?;
         let ca = Self { dir: dir.into(), trust_domain };
         ca.signer()?;
         Ok(ca)
@@ -228,69 +219,35 @@ impl DirectoryCa {
         lifetime: Duration,
         now: SystemTime,
     ) -> Result<Issued, CaError> {
-        let (root, issuer) = self.signer()?;
+        let authority = self.signer()?;
         if *id.trust_domain() != self.trust_domain {
             return Err(CaError::ForeignTrustDomain {
                 ours: self.trust_domain.clone(),
                 asked: id.trust_domain().clone(),
             });
         }
-        if now < root.not_before || root.not_after <= now {
-            return Err(CaError::RootNotValid);
-        }
-        let not_before = whole_seconds(now - BACKDATE).max(root.not_before);
-        let not_after = whole_seconds(now + lifetime).min(root.not_after);
-
         let mut key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let serial = random_serial()?;
-        let mut leaf = CertificateParams::default();
-        // X509-SVID section 2 and RFC 5280 section 4.2.1.6: without a subject, the name is the URI
-        // alone and is critical.
-        leaf.distinguished_name = DistinguishedName::new();
-        leaf.subject_alt_names = vec![SanType::URI(id.to_string().as_str().try_into()?)];
-        leaf.serial_number = Some(SerialNumber::from_slice(&serial));
-        leaf.not_before = not_before.into();
-        leaf.not_after = not_after.into();
-        leaf.is_ca = IsCa::ExplicitNoCa;
-        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        leaf.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        leaf.use_authority_key_identifier_extension = true;
-        let cert = leaf.signed_by(&key, &issuer)?;
-
+        let signed = authority.sign(id, &key, lifetime, now);
         let pkcs8 = Zeroizing::new(key.serialize_der());
         key.zeroize();
-        Ok(Issued {
-            chain: vec![cert.der().clone()],
-            key: pkcs8,
-            serial: super::hex(&serial),
-            not_before,
-            not_after,
-        })
+        Ok(Issued::new(signed?, pkcs8))
     }
 
     /// The root, read anew, with its key.
-    fn signer(&self) -> Result<(Root, rcgen::Issuer<'static, WipedKey>), CaError> {
-        let (der, root, trust_domain) = read_root(&self.dir)?;
+    fn signer(&self) -> Result<Authority, CaError> {
+        let (cert_path, key_path) = (self.dir.join(ROOT_CERT), self.dir.join(ROOT_KEY));
+        let (pem, trust_domain) = read_root(&self.dir)?;
         if trust_domain != self.trust_domain {
             return Err(CaError::ForeignTrustDomain {
                 ours: trust_domain,
                 asked: self.trust_domain.clone(),
             });
         }
-        let path = self.dir.join(ROOT_KEY);
-        let pem = match fs::read_to_string(&path) {
-            Ok(pem) => Zeroizing::new(pem),
-            Err(source) => return Err(CaError::Read { path, source }),
+        let key = match fs::read_to_string(&key_path) {
+            Ok(key) => Zeroizing::new(key),
+            Err(source) => return Err(CaError::Read { path: key_path, source }),
         };
-        let key = match KeyPair::from_pem(&pem) {
-            Ok(key) => WipedKey(key),
-            Err(_not_a_key) => return Err(CaError::WrongKey { path }),
-        };
-        if rcgen::PublicKeyData::der_bytes(&key) != root.public_key {
-            return Err(CaError::WrongKey { path });
-        }
-        Ok((root, rcgen::Issuer::from_ca_cert_der(&der, key)?))
+        Authority::new(&cert_path, &pem, &key_path, &key)
     }
 }
 
@@ -320,6 +277,11 @@ impl std::fmt::Debug for Issued {
 }
 
 impl Issued {
+    pub(super) fn new(signed: Signed, key: Zeroizing<Vec<u8>>) -> Self {
+        let Signed { chain, serial, not_before, not_after } = signed;
+        Self { chain, key, serial, not_before, not_after }
+    }
+
     /// In the form that rustls signs with.
     ///
     /// # Errors
@@ -331,60 +293,13 @@ impl Issued {
     }
 }
 
-/// A root's key that is wiped when dropped.
-struct WipedKey(KeyPair);
-
-impl Drop for WipedKey {
-    fn drop(&mut self) {
-        self.0.zeroize();
-    }
-}
-
-impl rcgen::PublicKeyData for WipedKey {
-    fn der_bytes(&self) -> &[u8] {
-        self.0.der_bytes()
-    }
-
-    fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
-        rcgen::PublicKeyData::algorithm(&self.0)
-    }
-}
-
-impl rcgen::SigningKey for WipedKey {
-    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
-        self.0.sign(message)
-    }
-}
-
-fn make_root(
-    trust_domain: &TrustDomain,
-    now: SystemTime,
-    lifetime: Duration,
-) -> Result<(rcgen::Certificate, KeyPair), CaError> {
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-    let serial = random_serial()?;
-    let mut root = CertificateParams::default();
-    root.distinguished_name = DistinguishedName::new();
-    root.distinguished_name.push(DnType::OrganizationName, "Malla");
-    // Told apart in a bundle that holds an old and a new one.
-    let name = format!("{trust_domain} root {}", super::hex(serial.get(..4).unwrap_or_default()));
-    root.distinguished_name.push(DnType::CommonName, name);
-    let uri = format!("spiffe://{trust_domain}");
-    root.subject_alt_names = vec![SanType::URI(uri.as_str().try_into()?)];
-    root.serial_number = Some(SerialNumber::from_slice(&serial));
-    root.not_before = OffsetDateTime::from(whole_seconds(now - BACKDATE));
-    root.not_after = OffsetDateTime::from(whole_seconds(now + lifetime));
-    // No intermediates below: the key signs leaves.
-    root.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    Ok((root.self_signed(&key)?, key))
-}
-
-fn read_root(dir: &Path) -> Result<(CertificateDer<'static>, Root, TrustDomain), CaError> {
+/// The text of the root certificate, which is right, and the trust domain that it names.
+fn read_root(dir: &Path) -> Result<(Vec<u8>, TrustDomain), CaError> {
     let path = dir.join(ROOT_CERT);
-    let (der, root) = read_roots(&path)?.swap_remove(0);
-    match root.trust_domain.clone() {
-        Some(trust_domain) => Ok((der, root, trust_domain)),
+    let pem = bundle::read(&path)?;
+    let (_, root) = parse_roots(&path, &pem)?.swap_remove(0);
+    match root.trust_domain {
+        Some(trust_domain) => Ok((pem, trust_domain)),
         None => Err(CaError::NoTrustDomain { path }),
     }
 }
@@ -401,18 +316,4 @@ fn write_new(path: &Path, mode: u32, text: &str) -> Result<(), CaError> {
         drop(fs::remove_file(path));
         wrong(source)
     })
-}
-
-/// 127 random bits: RFC 5280 section 4.1.2.2 wants a positive number of at most 20 bytes.
-fn random_serial() -> Result<[u8; 16], CaError> {
-    let mut serial = [0; 16];
-    rand::fill(&mut serial).map_err(|_unspecified| CaError::NoRandomness)?;
-    serial[0] = serial[0] & 0x7f | 0x40; // Positive, and never shortened by leading zeros.
-    Ok(serial)
-}
-
-/// Certificates know seconds; rounding down keeps what we report equal to what they say.
-fn whole_seconds(at: SystemTime) -> SystemTime {
-    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    SystemTime::UNIX_EPOCH + Duration::from_secs(since.as_secs())
 }

@@ -6,6 +6,7 @@
 //!
 //! | file | what it does |
 //! |---|---|
+//! | `authority` | signs, with a CA's certificate and key |
 //! | [`ca`] | makes a root in a directory, and issues from it |
 //! | [`verify`] | decides whether a peer's chain proves an identity |
 //! | [`bundle`] | reads the trusted roots, and follows their file |
@@ -23,6 +24,7 @@
 //! Which identities a node needs (discovery says), the handshake (`tunnel`), and what an identity
 //! may do (`mesh_core::authorize`).
 
+mod authority;
 pub mod bundle;
 pub mod ca;
 #[cfg(any(fuzzing, test))]
