@@ -3,6 +3,7 @@
 //! Exit codes: 0 ok, 1 a problem was found, 2 wrong usage, 3 no agent answered.
 
 pub mod ask;
+mod authority;
 pub mod check;
 pub mod output;
 pub mod parts;
@@ -19,8 +20,11 @@ use clap_complete::Shell;
 use mesh_core::balance::Policy;
 use mesh_core::spiffe::TrustDomain;
 
+pub use self::authority::{Ca, CaRun};
 use self::output::Format;
 pub use self::problems::FlagProblem;
+use crate::identity::ca::BUNDLE;
+use crate::identity::kubernetes::SIGNER;
 use crate::telemetry::{AccessLogFormat, DEFAULT_SERIES_LIMIT, LabelGroup, LogFormat, parse_level};
 use crate::tunnel::CarrierChoice;
 
@@ -42,7 +46,7 @@ pub enum Command {
     Check(Check),
     /// Detach every program and remove pinned maps: the way out after a crash.
     Detach(Detach),
-    /// A certificate authority in a directory, for running without a cluster.
+    /// A certificate authority: of a cluster, or in a directory for running without one.
     #[command(subcommand)]
     Ca(Ca),
     /// Print the completion script of a shell.
@@ -148,7 +152,7 @@ pub struct Run {
     pub manifests: Option<PathBuf>,
 
     /// How to reach the Kubernetes API [default: as a pod does, by its service account].
-    #[arg(long, env = "MESH_KUBECONFIG", value_name = "FILE", conflicts_with = "manifests")]
+    #[arg(long, env = "MESH_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
 
     /// What the cgroup of the node's kubelet is called. Its connections reach the applications of strict
@@ -162,9 +166,19 @@ pub struct Run {
     pub kubelet_cgroup: String,
 
     /// Directory of the certificate authority, made by `mesh-agent ca init`. Agents that do not
-    /// share a root refuse each other.
+    /// share a root refuse each other. Without it certificates are asked for over the Kubernetes API.
     #[arg(long, env = "MESH_CA_DIR", value_name = "DIR")]
-    pub ca_dir: PathBuf,
+    pub ca_dir: Option<PathBuf>,
+
+    /// Who signs, when certificates are asked for over the Kubernetes API: `mesh-agent ca run`, or
+    /// somebody else who certifies SPIFFE URIs as they are asked for.
+    #[arg(long, env = "MESH_SIGNER", value_name = "NAME", default_value = SIGNER)]
+    pub signer: String,
+
+    /// Roots to trust, in PEM; changes are followed [default: bundle.pem of --ca-dir, or without that
+    /// /etc/malla/trust/bundle.pem]. Peers below other roots are refused.
+    #[arg(long, env = "MESH_TRUST_BUNDLE", value_name = "FILE")]
+    pub trust_bundle: Option<PathBuf>,
 
     /// Trust domain of this mesh. Must be the one that the CA was made for.
     #[arg(long, env = "MESH_TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local")]
@@ -289,6 +303,16 @@ pub struct Run {
     pub log: String,
 }
 
+impl Run {
+    /// Where the trusted roots are.
+    pub fn bundle(&self) -> PathBuf {
+        let own = || self.ca_dir.as_ref().map(|dir| dir.join(BUNDLE));
+        self.trust_bundle.clone().or_else(own).unwrap_or_else(|| DEFAULT_TRUST_BUNDLE.into())
+    }
+}
+
+/// Where the deployment mounts the ConfigMap `malla-trust`.
+const DEFAULT_TRUST_BUNDLE: &str = "/etc/malla/trust/bundle.pem";
 const DEFAULT_CGROUP: &str = "/sys/fs/cgroup";
 const DEFAULT_BPFFS: &str = "/sys/fs/bpf/malla";
 
@@ -389,34 +413,6 @@ pub struct Detach {
     pub output: Format,
 }
 
-/// `mesh-agent ca`.
-#[derive(Clone, Debug, Subcommand)]
-pub enum Ca {
-    /// Make a root certificate and its key. Never overwrites one.
-    Init {
-        /// Where to.
-        #[arg(long, env = "MESH_CA_DIR", value_name = "DIR")]
-        dir: PathBuf,
-        /// Which trust domain the root is for.
-        #[arg(
-            long,
-            env = "MESH_TRUST_DOMAIN",
-            value_name = "NAME",
-            default_value = "cluster.local"
-        )]
-        trust_domain: TrustDomain,
-    },
-    /// Show the root certificate and the trusted bundle.
-    Show {
-        /// Where from.
-        #[arg(long, env = "MESH_CA_DIR", value_name = "DIR")]
-        dir: PathBuf,
-        /// How to print it.
-        #[arg(long, short, value_enum, default_value_t)]
-        output: Format,
-    },
-}
-
 fn microseconds(text: &str) -> Result<Duration, std::num::ParseIntError> {
     text.parse().map(Duration::from_micros)
 }
@@ -470,6 +466,7 @@ mod tests {
         assert_eq!(run.connect_timeout, Duration::from_secs(5));
         assert_eq!(run.drain, Duration::from_secs(25));
         assert_eq!(run.cert_lifetime, Duration::from_secs(86_400));
+        assert_eq!(run.signer, "malla.dev/workload");
         assert_eq!(run.access_log, AccessLogFormat::Text);
         assert_eq!(run.log_format, LogFormat::Text);
         assert_eq!(run.log, "info");
@@ -479,7 +476,9 @@ mod tests {
     fn every_flag_of_run_can_be_set_in_the_environment() {
         let command = Cli::command();
         let run = command.find_subcommand("run").unwrap();
-        for arg in run.get_arguments().filter(|arg| arg.get_long() != Some("help")) {
+        let ca_run = command.find_subcommand("ca").unwrap().find_subcommand("run").unwrap();
+        let arguments = run.get_arguments().chain(ca_run.get_arguments());
+        for arg in arguments.filter(|arg| arg.get_long() != Some("help")) {
             let Some(long) = arg.get_long().filter(|long| *long != "version") else {
                 continue;
             };
@@ -487,6 +486,16 @@ mod tests {
             assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(&*expected), "--{long}");
             assert!(arg.get_help().is_some(), "--{long} has no help");
         }
+    }
+
+    #[test]
+    fn roots_are_beside_the_ca_or_where_the_deployment_puts_them() {
+        let bundle = |flags: &str| run(&format!("mesh-agent run --node n1 {flags}")).bundle();
+        let mounted = PathBuf::from("/etc/malla/trust/bundle.pem");
+        assert_eq!(bundle("--manifests /m"), mounted);
+        assert_eq!(bundle("--manifests /m --ca-dir /c"), PathBuf::from("/c/bundle.pem"));
+        let named = bundle("--manifests /m --ca-dir /c --trust-bundle /b.pem");
+        assert_eq!(named, PathBuf::from("/b.pem"));
     }
 
     #[test]

@@ -132,6 +132,7 @@ fn authority(ca: Ca, out: &mut dyn Write) -> anyhow::Result<()> {
     let (report, format) = match ca {
         Ca::Init { dir, trust_domain } => (parts::ca_init(&dir, &trust_domain), Format::Table),
         Ca::Show { dir, output } => (parts::ca_show(&dir), output),
+        Ca::Run(run) => return mesh_agent::agent::run_ca(*run),
     };
     output::print(out, format, &report?)?;
     Ok(())

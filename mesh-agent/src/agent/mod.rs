@@ -11,11 +11,13 @@
 
 mod connections;
 mod direct;
+mod identities;
 mod kubelet;
 mod namespaces;
 mod pods;
 mod redirects;
 mod shortfall;
+mod signer;
 mod source;
 mod views;
 
@@ -28,7 +30,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
@@ -44,14 +46,14 @@ use tracing::{debug, error, info, warn};
 use self::connections::Connections;
 use self::direct::{Verdicts, WISHES};
 use self::pods::Pods;
+pub use self::signer::run_ca;
 use self::source::Source;
 use self::views::Views;
 use crate::admin::{self, AdminSocket};
 use crate::capture::{Capture, CaptureConfig};
 use crate::cli::Run;
-use crate::identity::store::{Identities, Issuer, Lifetimes};
+use crate::identity::store::Identities;
 use crate::identity::verify::verify_peer;
-use crate::identity::{bundle, ca};
 use crate::node::{Limits, Node, Wish, Worker};
 use crate::telemetry::{self, LogLevel, Telemetry};
 use crate::tunnel::{
@@ -136,7 +138,7 @@ impl Agent {
         })?;
         let mut control = JoinSet::new();
 
-        let identities = start_identities(&options, &mut control)?;
+        let identities = identities::start(&options, &mut control).await?;
         let (source, snapshots) = Source::open(&options).await?;
         let namespaces = source.namespaces(&options)?;
         let capture = Arc::new(Capture::start(&CaptureConfig {
@@ -354,34 +356,6 @@ fn available_cores() -> usize {
     thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
-fn start_identities(options: &Run, control: &mut JoinSet<()>) -> Result<Arc<Identities>> {
-    let root = ca::DirectoryCa::open(&options.ca_dir)?;
-    if *root.trust_domain() != options.trust_domain {
-        bail!(
-            "the CA in {} is for trust domain {}, not {}: set --trust-domain, or make another CA",
-            options.ca_dir.display(),
-            root.trust_domain(),
-            options.trust_domain
-        );
-    }
-    let path = options.ca_dir.join("bundle.pem");
-    let bundles = bundle::TrustBundles::load(&path, &options.trust_domain)?;
-    let identities = Arc::new(Identities::new(bundles));
-    let lifetimes = Lifetimes { lifetime: options.cert_lifetime, ..Lifetimes::default() };
-    control.spawn(Arc::clone(&identities).maintain(
-        Issuer::Directory(root),
-        lifetimes,
-        SystemTime::now,
-    ));
-    let following = bundle::follow(Arc::clone(&identities), path, options.trust_domain.clone());
-    control.spawn(async move {
-        if let Err(error) = following.await {
-            error!(%error, stage = "tunnel", "the trust bundle is not followed");
-        }
-    });
-    Ok(identities)
-}
-
 /// Each worker's tunnels, made on that worker: its sockets belong to its runtime.
 async fn start_tunnels(
     options: &Run,
@@ -498,7 +472,8 @@ async fn serve_http(
     let socket = AdminSocket::bind(&options.admin.socket).context("--admin-socket")?;
     let telemetry_for_metrics = telemetry.clone();
     control.spawn(async move {
-        match telemetry::serve_metrics(metrics, telemetry_for_metrics).await {}
+        let exposition = move || telemetry_for_metrics.exposition();
+        match telemetry::serve_metrics(metrics, exposition).await {}
     });
     let readiness = Arc::clone(views).readiness();
     control.spawn(async move { match telemetry::serve_probes(probes, readiness).await {} });

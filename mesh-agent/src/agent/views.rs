@@ -139,7 +139,7 @@ impl Views {
         problems.extend(self.shortfall.borrow().problems());
         if let Some(error) = self.identities.trust_problem() {
             problems.push(view::ProblemView {
-                place: self.options.ca_dir.join("bundle.pem").display().to_string(),
+                place: self.options.bundle().display().to_string(),
                 field: String::new(),
                 message: telemetry::chain(&*error),
                 remedy: "the last good roots stay in force until the file is corrected".into(),
@@ -281,6 +281,8 @@ impl Views {
             "kubeconfig": options.kubeconfig,
             "kubelet_cgroup": options.kubelet_cgroup,
             "ca_dir": options.ca_dir,
+            "signer": options.signer,
+            "trust_bundle": options.bundle(),
             "trust_domain": options.trust_domain.as_str(),
             "cgroup": options.cgroup,
             "bpffs": options.bpffs,

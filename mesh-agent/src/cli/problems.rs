@@ -41,9 +41,19 @@ impl Run {
             let problem = format!("{} is not a directory", dir.display());
             note("--manifests", problem, "create it; it may be empty");
         }
-        if let Err(error) = fs::metadata(self.ca_dir.join("root.pem")) {
-            let problem = format!("no root.pem in {} ({error})", self.ca_dir.display());
+        if let Some(dir) = &self.ca_dir
+            && let Err(error) = fs::metadata(dir.join("root.pem"))
+        {
+            let problem = format!("no root.pem in {} ({error})", dir.display());
             note("--ca-dir", problem, "make one with `mesh-agent ca init --dir DIR`");
+        }
+        if self
+            .signer
+            .split_once('/')
+            .is_none_or(|(domain, name)| domain.is_empty() || name.is_empty())
+        {
+            let problem = format!("`{}` is not the name of a signer", self.signer);
+            note("--signer", problem, "a domain, a slash and a name, such as malla.dev/workload");
         }
         // Every cgroup v2 directory has this file, and no v1 directory does.
         if !self.cgroup.join("cgroup.controllers").exists() {
@@ -72,9 +82,12 @@ impl Run {
         if !within(self.drain, 0..=86_400) {
             note("--drain-s", format!("{} s", self.drain.as_secs()), "0 to 86400, a day");
         }
-        if !within(self.cert_lifetime, 2..=31_536_000) {
+        // What the API and our own signer allow, when certificates are asked for there.
+        let lifetimes = if self.ca_dir.is_some() { 2..=31_536_000 } else { 600..=86_400 };
+        if !within(self.cert_lifetime, lifetimes.clone()) {
             let problem = format!("{} s", self.cert_lifetime.as_secs());
-            note("--cert-lifetime-s", problem, "2 to 31536000, a year");
+            let remedy = format!("{} to {}", lifetimes.start(), lifetimes.end());
+            note("--cert-lifetime-s", problem, &remedy);
         }
         if self.poll > MAX_POLL {
             note("--poll-us", format!("{} us", self.poll.as_micros()), "0 to 1000");
@@ -141,6 +154,23 @@ mod tests {
         ];
         assert_eq!(flags, expected);
         assert!(run.problems().iter().all(|problem| !problem.remedy.is_empty()));
+    }
+
+    #[test]
+    fn signer_and_lifetime_are_what_the_api_takes() {
+        let flags = |line: &str| -> Vec<_> {
+            let line = format!("mesh-agent run --node n1 --manifests / {line}");
+            let problems = run(&line).problems();
+            let flags = problems.iter().map(|problem| problem.flag);
+            flags.filter(|flag| matches!(*flag, "--signer" | "--cert-lifetime-s")).collect()
+        };
+        let none: [&str; 0] = [];
+        assert_eq!(flags(""), none);
+        assert_eq!(flags("--signer example.com/mesh --cert-lifetime-s 600"), none);
+        assert_eq!(flags("--signer mesh"), ["--signer"]);
+        assert_eq!(flags("--cert-lifetime-s 599"), ["--cert-lifetime-s"]);
+        assert_eq!(flags("--cert-lifetime-s 86401"), ["--cert-lifetime-s"]);
+        assert_eq!(flags("--cert-lifetime-s 86401 --ca-dir /c"), none);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use mesh_core::addr::Cidr;
 use mesh_core::settings::{Mode, Outbound, PortList, Settings};
 use mesh_core::snapshot::Enrolment;
 
-use super::kube::{ObjectMeta, Pod};
+use super::kube::{Namespace, ObjectMeta, Pod};
 use super::{Report, shown};
 
 /// `enabled` or `disabled`; the only key that also counts as a label.
@@ -182,6 +182,17 @@ impl Wishes {
             Err(reason) => Enrolment::LeftAlone(reason),
         }
     }
+}
+
+/// Whether `pod`, in `namespace`, takes part in the mesh: what its agent goes by, for who decides
+/// whether that agent may act for it.
+pub fn takes_part(namespace: &Namespace, pod: &Pod) -> bool {
+    let mut unread = Vec::new();
+    let mut report = Report::of(String::new(), &mut unread);
+    let wishes = Wishes::of_namespace(&namespace.metadata, &mut report);
+    let name = namespace.metadata.name.as_deref().unwrap_or_default();
+    let enrolment = Wishes::of_pod(&pod.metadata, &mut report).enrolment(&wishes, name, pod);
+    enrolment == Enrolment::Enrolled
 }
 
 /// Why a pod that asked cannot be carried.

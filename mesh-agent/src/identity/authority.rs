@@ -80,6 +80,11 @@ impl Authority {
         Ok(Self { issuer: rcgen::Issuer::from_ca_cert_der(&der, key)?, root, above })
     }
 
+    /// The certificate that signs.
+    pub(super) fn root(&self) -> &Root {
+        &self.root
+    }
+
     /// Certifies `public_key` as `id`, from a little before `now` for `lifetime`, but not beyond the
     /// CA's own end.
     ///
@@ -179,4 +184,70 @@ fn random_serial() -> Result<[u8; 16], CaError> {
 fn whole_seconds(at: SystemTime) -> SystemTime {
     let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     SystemTime::UNIX_EPOCH + Duration::from_secs(since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::testing::id;
+
+    /// Of `openssl ecparam` and `openssl req -x509`: a key in the form of SEC 1, as cert-manager writes
+    /// it, too.
+    const KEY: &str = "\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIAykNGImXzxOoQIYNdTqbhVhY0uD6eQARQyYEx9gXYu1oAoGCCqGSM49
+AwEHoUQDQgAEU/cC8EVYOcgFJBtfikJMKD2qc4OHTtbYx9AGSJ5rkMLxmzDT6J7J
+z+Yj+NXCh/aJoG72M9pgGowljdFQ0NNxCA==
+-----END EC PRIVATE KEY-----
+";
+    const CERT: &str = "\
+-----BEGIN CERTIFICATE-----
+MIIBrTCCAVSgAwIBAgIUWptaG+1PbkDzsjbxkrcbG11jtbYwCgYIKoZIzj0EAwIw
+ETEPMA0GA1UECgwGdGhlaXJzMCAXDTI2MTEyNjIwMjU0MFoYDzIxMjYxMTAyMjAy
+NTQwWjARMQ8wDQYDVQQKDAZ0aGVpcnMwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNC
+AART9wLwRVg5yAUkG1+KQkwoPapzg4dO1tjH0AZInmuQwvGbMNPonsnP5iP41cKH
+9omgbvYz2mAajCWN0VDQ03EIo4GHMIGEMB0GA1UdDgQWBBRhwBXA9NiKElOU+8LA
+9I/0UrZtBTAfBgNVHSMEGDAWgBRhwBXA9NiKElOU+8LA9I/0UrZtBTAPBgNVHRMB
+Af8EBTADAQH/MA4GA1UdDwEB/wQEAwICBDAhBgNVHREEGjAYhhZzcGlmZmU6Ly9j
+bHVzdGVyLmxvY2FsMAoGCCqGSM49BAMCA0cAMEQCIHZgRGpxbjJvBF7bN2AtuMOz
+pcImQfP/7fEIbdZV+V7VAiAKosZEZXC10VXehG+0+DO5hJDg9sN11wSpBoUFeZGw
+pg==
+-----END CERTIFICATE-----
+";
+
+    fn authority(pem: &str, key: &str) -> Result<Authority, CaError> {
+        Authority::new(Path::new("tls.crt"), pem.as_bytes(), Path::new("tls.key"), key)
+    }
+
+    #[test]
+    fn key_of_openssl_signs_and_another_key_does_not() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let leaf = KeyPair::generate().unwrap();
+        let hour = Duration::from_secs(3600);
+        let signed = authority(CERT, KEY).unwrap().sign(&id("web"), &leaf, hour, now).unwrap();
+        assert_eq!(signed.chain.len(), 1, "peers have the root");
+        assert_eq!(signed.not_after, now + hour);
+        for wrong in [KeyPair::generate().unwrap().serialize_pem(), "hello".to_owned()] {
+            let error = authority(CERT, &wrong).unwrap_err();
+            assert_eq!(error.reason(), "root_key", "{error}");
+            assert!(error.to_string().contains("tls.key"), "{error}");
+        }
+        assert_eq!(authority("", KEY).unwrap_err().reason(), "root_malformed");
+    }
+
+    #[test]
+    fn nothing_outlives_what_signed_it() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let leaf = KeyPair::generate().unwrap();
+        let authority = authority(CERT, KEY).unwrap();
+        let end = authority.root().not_after;
+        let almost = end - Duration::from_secs(60);
+        let hour = Duration::from_secs(3600);
+        assert_eq!(authority.sign(&id("web"), &leaf, hour, almost).unwrap().not_after, end);
+        for outside in [end, authority.root().not_before - Duration::from_secs(1)] {
+            let error = authority.sign(&id("web"), &leaf, hour, outside).unwrap_err();
+            assert_eq!(error.reason(), "root_not_valid");
+        }
+        assert!(authority.sign(&id("web"), &leaf, hour, now).is_ok());
+    }
 }

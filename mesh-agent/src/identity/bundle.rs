@@ -32,7 +32,7 @@ const MAX_BUNDLE_BYTES: u64 = 1 << 20;
 #[non_exhaustive]
 pub enum BundleError {
     /// The file could not be read.
-    #[error("read {path}, which `mesh-agent ca init` makes")]
+    #[error("read {path}, which `mesh-agent ca init` makes, and `ca run` in a cluster")]
     Read {
         /// Which file.
         path: PathBuf,
@@ -151,6 +151,15 @@ impl TrustBundles {
         Ok(this)
     }
 
+    /// One root, which is right.
+    pub(super) fn of(der: &CertificateDer<'_>, root: Root, own: &TrustDomain) -> Self {
+        let domain = root.trust_domain.clone().unwrap_or_else(|| own.clone());
+        // What is no anchor vouches for nobody.
+        let anchors = webpki::anchor_from_trusted_cert(der).map(|anchor| anchor.to_owned());
+        let bundle = Bundle { anchors: anchors.into_iter().collect(), roots: vec![root] };
+        Self { bundles: BTreeMap::from([(domain, bundle)]) }
+    }
+
     /// What signs for `trust_domain`; `None` if nothing is trusted to.
     pub(super) fn anchors(&self, trust_domain: &TrustDomain) -> Option<&[TrustAnchor<'static>]> {
         self.bundles.get(trust_domain).map(|bundle| bundle.anchors.as_slice())
@@ -242,7 +251,7 @@ fn trust_domain_of(cert: &X509Certificate<'_>) -> Result<Option<TrustDomain>, &'
     Ok(found)
 }
 
-fn system_time(unix_s: i64) -> SystemTime {
+pub(super) fn system_time(unix_s: i64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(unix_s).unwrap_or(0))
 }
 

@@ -27,6 +27,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 
 use super::authority::{Authority, Signed, make_root};
 use super::bundle::{self, BundleError, Root, TrustBundles, parse_roots};
+use super::kubernetes::ApiError;
 
 #[cfg(test)]
 mod tests;
@@ -38,7 +39,7 @@ pub const ROOT_KEY: &str = "root.key";
 /// The trusted roots.
 pub const BUNDLE: &str = "bundle.pem";
 
-/// Why the directory CA did not do as asked.
+/// Why a CA did not do as asked.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CaError {
@@ -97,6 +98,51 @@ pub enum CaError {
         /// The identity's.
         asked: TrustDomain,
     },
+    /// The Kubernetes API did not do as asked.
+    #[error("ask the Kubernetes API")]
+    Api(#[from] ApiError),
+    /// Nothing that is published vouches for what the CA would sign.
+    #[error(
+        "no root of this trust domain vouches for {place}: put the root that is above it into ca.crt of \
+         that Secret, or set --trust-domain"
+    )]
+    NoRoot {
+        /// Which certificate.
+        place: String,
+    },
+    /// The root was published a moment ago.
+    #[error("the new root is not everywhere yet: it signs when all agents have it")]
+    NotSpread,
+    /// What was written beside the published roots.
+    #[error(
+        "read the annotation malla.dev/roots of ConfigMap malla-trust: remove it, or the ConfigMap"
+    )]
+    Annotation {
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// The signer refused.
+    #[error("the signer refused: {why}")]
+    Denied {
+        /// What it says, shortened.
+        why: String,
+    },
+    /// The signer has not answered.
+    #[error(
+        "no answer to request {name} from signer {signer}: is it running? (`mesh-agent ca run` is the one of malla.dev/workload)"
+    )]
+    NotAnswered {
+        /// Which request: `kubectl describe csr` tells more.
+        name: String,
+        /// Which signer.
+        signer: String,
+    },
+    /// The signer's answer is not the certificate that was asked for.
+    #[error("the signer's answer {what}")]
+    Answer {
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// The cryptographic library refused.
     #[error("make a certificate")]
     Make(#[from] rcgen::Error),
@@ -119,6 +165,13 @@ impl CaError {
             Self::WrongKey { .. } => "root_key",
             Self::RootNotValid => "root_not_valid",
             Self::ForeignTrustDomain { .. } => "foreign_trust_domain",
+            Self::Api(_) => "api",
+            Self::NoRoot { .. } => "no_root",
+            Self::NotSpread => "not_spread",
+            Self::Annotation { .. } => "annotation",
+            Self::Denied { .. } => "denied",
+            Self::NotAnswered { .. } => "not_answered",
+            Self::Answer { .. } => "answer",
             Self::Make(_) | Self::Use(_) | Self::NoRandomness => "crypto",
         }
     }

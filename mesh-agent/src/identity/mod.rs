@@ -11,6 +11,7 @@
 //! | [`verify`] | decides whether a peer's chain proves an identity |
 //! | [`bundle`] | reads the trusted roots, and follows their file |
 //! | [`request`] | reads and makes requests for certificates |
+//! | [`kubernetes`] | asks for certificates over the Kubernetes API, and answers there |
 //! | [`store`] | holds, renews and looks up this node's certificates |
 //!
 //! # Guarantees
@@ -29,6 +30,7 @@ pub mod bundle;
 pub mod ca;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
+pub mod kubernetes;
 pub mod request;
 pub mod store;
 pub mod verify;

@@ -10,6 +10,7 @@
 //! - Only what was [`wanted`](Identities::wanted) is issued.
 //! - A certificate is replaced at about half its life, so an issuer may be away for the other half
 //!   without anybody noticing; a failed renewal keeps the old certificate.
+//! - An issuer that is slow for one identity delays no other.
 //! - A certificate that our own bundle does not trust is never presented: whoever replaced the root
 //!   before the bundle is told, instead of every peer refusing us.
 
@@ -23,11 +24,13 @@ use mesh_core::spiffe::SpiffeId;
 use rustls::pki_types::UnixTime;
 use rustls::sign::CertifiedKey;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use super::bundle::{BundleError, Root, TrustBundles};
 use super::ca::{CaError, DirectoryCa, Issued};
+use super::kubernetes::requests::SigningRequests;
 use super::sni_name;
 use super::verify::{PeerRefused, PeerRole, verify_peer};
 use crate::telemetry;
@@ -47,12 +50,14 @@ const SET_BACK: Duration = Duration::from_secs(60);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const SLOWEST_RETRY: Duration = Duration::from_secs(60);
 
-/// Who signs. An enum: the set is closed, and the next one (a Kubernetes signer) is asynchronous too.
-#[derive(Clone, Debug)]
+/// Who signs. An enum: the set is closed.
+#[derive(Debug)]
 #[non_exhaustive]
 pub enum Issuer {
     /// A root in a directory of this machine.
     Directory(DirectoryCa),
+    /// A signer, asked over the Kubernetes API.
+    Kubernetes(Box<SigningRequests>),
 }
 
 impl Issuer {
@@ -64,6 +69,7 @@ impl Issuer {
     ) -> Result<Issued, CaError> {
         match self {
             Self::Directory(ca) => ca.issue(id, lifetime, now),
+            Self::Kubernetes(requests) => requests.issue(id, lifetime).await,
         }
     }
 }
@@ -260,17 +266,27 @@ impl Identities {
     ) {
         let mut wanted = self.wanted.subscribe();
         let mut trust = self.trust_changes.subscribe();
-        let mut keeper = Keeper { lifetimes, entries: HashMap::new() };
+        let mut keeper = Keeper { lifetimes, entries: HashMap::new(), is_stale: false };
+        let issuer = Arc::new(issuer);
+        // An issuer that is slow for one must not keep the others waiting.
+        let mut asked = JoinSet::new();
         loop {
             let want = wanted.borrow_and_update().clone();
-            let mut changed = keeper.follow(&want, now());
+            let mut changed = keeper.follow(&want, now()) | std::mem::take(&mut keeper.is_stale);
             if trust.has_changed().unwrap_or(false) {
                 trust.mark_unchanged();
                 keeper.renew_untrusted(&self.trust.load(), now());
             }
             for id in keeper.due(now()) {
-                let issued = issuer.issue(&id, lifetimes.lifetime, now()).await;
-                keeper.issued(&id, issued, &self.trust.load(), now(), draw());
+                let (issuer, lifetime, now) = (Arc::clone(&issuer), lifetimes.lifetime, now());
+                keeper.asked(&id);
+                asked.spawn(async move {
+                    let answer = issuer.issue(&id, lifetime, now).await;
+                    (id, answer)
+                });
+            }
+            while let Some(answered) = asked.try_join_next() {
+                keeper.answered(answered, &self.trust.load(), now());
                 changed = true;
             }
             if changed {
@@ -281,6 +297,10 @@ impl Identities {
             tokio::select! {
                 _ = wanted.changed() => {}
                 _ = trust.changed() => trust.mark_changed(),
+                Some(answered) = asked.join_next() => {
+                    keeper.answered(answered, &self.trust.load(), now());
+                    keeper.is_stale = true;
+                }
                 () = sleep(wait) => {}
             }
         }
@@ -311,11 +331,16 @@ impl Slot {
     }
 }
 
+/// What became of an attempt.
+type Answered = Result<(SpiffeId, Result<Issued, CaError>), tokio::task::JoinError>;
+
 /// What is held and when something is due. No IO: `maintain` acts on what it says.
 #[derive(Debug)]
 struct Keeper {
     lifetimes: Lifetimes,
     entries: HashMap<SpiffeId, Entry>,
+    /// Something was answered that is not published yet.
+    is_stale: bool,
 }
 
 #[derive(Debug)]
@@ -323,6 +348,8 @@ struct Entry {
     slot: Slot,
     /// When to issue or renew.
     due: SystemTime,
+    /// Whether the issuer has been asked, and has not answered.
+    is_asked: bool,
     /// When that was last tried.
     tried: Option<SystemTime>,
     /// Attempts that failed since the last that did not.
@@ -338,6 +365,7 @@ impl Keeper {
             let new = || Entry {
                 slot: Slot::default(),
                 due: now,
+                is_asked: false,
                 tried: None,
                 failures: 0,
                 leaves: None,
@@ -366,6 +394,23 @@ impl Keeper {
         due.map(|(id, _)| id.clone()).collect()
     }
 
+    /// The issuer is asked now.
+    fn asked(&mut self, id: &SpiffeId) {
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.is_asked = true;
+        }
+    }
+
+    /// Takes what became of an attempt.
+    fn answered(&mut self, answered: Answered, trust: &TrustBundles, now: SystemTime) {
+        match answered {
+            Ok((id, answer)) => self.issued(&id, answer, trust, now, draw()),
+            // As if it had happened here.
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_cancelled) => {}
+        }
+    }
+
     /// Takes the answer to an attempt.
     fn issued(
         &mut self,
@@ -377,6 +422,7 @@ impl Keeper {
     ) {
         let Some(entry) = self.entries.get_mut(id) else { return };
         entry.tried = Some(now);
+        entry.is_asked = false;
         let answer = answer.and_then(|issued| Ok((issued.certified()?, issued)));
         let failure = match answer {
             Ok((certified, issued)) => match untrusted(trust, &certified.cert, now) {
@@ -407,7 +453,8 @@ impl Keeper {
 
     /// Until something is due or leaves.
     fn next(&self, now: SystemTime) -> Duration {
-        let times = self.entries.values().map(|entry| entry.leaves.unwrap_or(entry.due));
+        let waits = self.entries.values().filter(|entry| entry.leaves.is_some() || !entry.is_asked);
+        let times = waits.map(|entry| entry.leaves.unwrap_or(entry.due));
         let wait = |at: SystemTime| at.duration_since(now).unwrap_or_default();
         times.min().map_or(LONGEST_WAIT, wait)
     }
@@ -428,7 +475,7 @@ impl Entry {
     /// What is leaving is not renewed.
     fn is_due(&self, now: SystemTime) -> bool {
         let was_set_back = self.tried.is_some_and(|tried| now + SET_BACK < tried);
-        self.leaves.is_none() && (self.due <= now || was_set_back)
+        !self.is_asked && self.leaves.is_none() && (self.due <= now || was_set_back)
     }
 }
 

@@ -25,8 +25,6 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
-use super::Telemetry;
-
 /// Several Prometheus replicas, the kubelet and a person at the same time.
 const CONNECTIONS: usize = 32;
 const HEADER_BYTES: usize = 16 * 1024;
@@ -163,20 +161,22 @@ pub(crate) fn must_be_read(question: &Question<'_>) -> Result<(), Answer> {
 pub type Readiness = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
 
 /// `/metrics` and `/stats/prometheus` (Istio's path), until dropped.
-pub async fn serve_metrics(listener: TcpListener, telemetry: Telemetry) -> Infallible {
-    serve(listener, move |question| metrics(question, &telemetry)).await
+/// `exposition` is asked at each scrape.
+pub async fn serve_metrics(
+    listener: TcpListener,
+    exposition: impl Fn() -> String + Send + Sync + 'static,
+) -> Infallible {
+    serve(listener, move |question| metrics(question, &exposition)).await
 }
 
-fn metrics(question: &Question<'_>, telemetry: &Telemetry) -> Answer {
+fn metrics(question: &Question<'_>, exposition: &impl Fn() -> String) -> Answer {
     if let Err(refused) = must_be_read(question) {
         return refused;
     }
     match question.path {
-        "/metrics" | "/stats/prometheus" => Answer {
-            status: StatusCode::OK,
-            content_type: OPEN_METRICS,
-            body: telemetry.exposition(),
-        },
+        "/metrics" | "/stats/prometheus" => {
+            Answer { status: StatusCode::OK, content_type: OPEN_METRICS, body: exposition() }
+        }
         _ => not_found(),
     }
 }
@@ -209,7 +209,7 @@ mod tests {
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-    use super::super::{AccessLogFormat, Options};
+    use super::super::{AccessLogFormat, Options, Telemetry};
     use super::*;
 
     async fn listener() -> (TcpListener, SocketAddr) {
@@ -238,7 +238,7 @@ mod tests {
         let telemetry = Telemetry::new(&options).unwrap();
         let (listener, addr) = listener().await;
         let mut tasks = JoinSet::new();
-        tasks.spawn(serve_metrics(listener, telemetry));
+        tasks.spawn(serve_metrics(listener, move || telemetry.exposition()));
 
         for path in ["/metrics", "/stats/prometheus", "/metrics?name=x"] {
             let answer = get(addr, path).await;

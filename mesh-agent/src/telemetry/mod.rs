@@ -21,6 +21,7 @@
 //! What a failure means (the stage's own error) and where bytes are counted (`relay`).
 
 mod access_log;
+mod authority;
 mod connection;
 mod direct;
 #[cfg(test)]
@@ -52,6 +53,7 @@ use prometheus_client::registry::Registry;
 
 pub use self::access_log::AccessLogFormat;
 use self::access_log::{AccessLog, Lost};
+pub use self::authority::{CaTelemetry, Verdict};
 pub use self::connection::{
     Carrier, ConnectionFacts, Direction, Failure, Live, Outcome, Party, Path, ResponseFlags,
     SecurityPolicy, Way,

@@ -1,0 +1,414 @@
+//! The signer: answers every request that is addressed to it, with a certificate or with a reason.
+//!
+//! ```text
+//! list, watch ──► request ──► check ──► ask the cluster ──► confirm ──► sign ──► approve, certificate
+//!                               └───────────────────────────────┴──► deny with the reason
+//! ```
+//!
+//! The decision is [`mesh_core::sign`]'s. What it is made from is asked for at that moment and not
+//! remembered: a cache would say yes for a pod that has moved. Somebody else's approval makes no
+//! difference: a request that should not be signed is then marked as failed.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures_util::StreamExt as _;
+use kube::Client;
+use kube::core::WatchEvent;
+use mesh_core::sign::{Claim, Denied, Facts, Grant, Placed, Request, Requester, Rules};
+use mesh_core::spiffe::TrustDomain;
+use rcgen::SubjectPublicKeyInfo;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, info, warn};
+
+use super::api::{Api, List, Named, Pods, REQUESTS, SigningRequest};
+use super::roots::{Roots, Standing};
+use super::{ApiError, pem};
+use crate::discovery::enrol;
+use crate::discovery::kube::Namespace;
+use crate::identity::authority::Authority;
+use crate::identity::ca::CaError;
+use crate::identity::request::{self, Read};
+use crate::telemetry::{self, CaTelemetry, Verdict};
+
+/// Requests that are answered at the same time: each asks the API server a handful of questions.
+const AT_ONCE: usize = 16;
+/// Between looks at the Secret.
+const LOOK: Duration = Duration::from_secs(5);
+/// The server ends a watch after so long, and then everything is looked at again: what could not be
+/// answered in between is.
+const WATCH_S: u64 = 60;
+/// What a watch may be silent for: it is asked to end before.
+const SILENCE: Duration = Duration::from_secs(WATCH_S + 30);
+/// After a failure.
+const RETRY: Duration = Duration::from_secs(1);
+/// At one request, before it waits for its turn to come again.
+const ATTEMPTS: u32 = 3;
+/// Requests in one answer.
+const PAGE: usize = 200;
+
+const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
+const NODE_UID: &str = "authentication.kubernetes.io/node-uid";
+
+/// How a signer is set up.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Which requests it answers.
+    pub signer: String,
+    /// Where its Secret, ConfigMap and Lease are, and the agents' service account.
+    pub namespace: String,
+    /// The name of that service account.
+    pub agent: String,
+    /// Of every identity.
+    pub trust_domain: TrustDomain,
+    /// How long a root is published before it signs.
+    pub spread: Duration,
+}
+
+/// A signer.
+#[derive(Debug)]
+pub struct Signer {
+    api: Api,
+    settings: Settings,
+    rules: Rules,
+    telemetry: CaTelemetry,
+    /// What it needs before it can answer, if that is missing.
+    problem: watch::Sender<Option<String>>,
+}
+
+impl Signer {
+    /// Asks nothing yet.
+    pub fn new(client: Client, settings: Settings, telemetry: CaTelemetry) -> Self {
+        let agent = format!("system:serviceaccount:{}:{}", settings.namespace, settings.agent);
+        let rules = Rules { trust_domain: settings.trust_domain.clone(), agent };
+        let problem = watch::Sender::new(None);
+        Self { api: Api::new(client), settings, rules, telemetry, problem }
+    }
+
+    /// Why it cannot answer, while it should.
+    pub fn problem(&self) -> watch::Receiver<Option<String>> {
+        self.problem.subscribe()
+    }
+
+    /// Answers whenever `leads` is true, for ever.
+    ///
+    /// Cancel-safe: a request that was not answered is, by the next signer.
+    pub async fn run(self, mut leads: watch::Receiver<bool>) {
+        let this = Arc::new(self);
+        while leads.wait_for(|leads| *leads).await.is_ok() {
+            this.telemetry.lead(true);
+            tokio::select! {
+                () = this.answer() => {}
+                _ = leads.wait_for(|leads| !*leads) => {}
+            }
+            this.problem.send_replace(None);
+            this.telemetry.lead(false);
+        }
+    }
+
+    async fn answer(self: &Arc<Self>) {
+        let standing = watch::Sender::new(None);
+        let follow = self.follow_requests(standing.subscribe());
+        tokio::join!(self.look(&standing), follow);
+    }
+
+    /// Keeps what signs current.
+    async fn look(&self, standing: &watch::Sender<Option<Standing>>) {
+        let mut roots = Roots {
+            api: self.api.clone(),
+            namespace: self.settings.namespace.clone(),
+            trust_domain: self.settings.trust_domain.clone(),
+            spread: self.settings.spread,
+            current: None,
+        };
+        loop {
+            match roots.look(SystemTime::now()).await {
+                Ok(now) => {
+                    self.tell(None);
+                    self.telemetry.ends(now.authority.root().not_after);
+                    let before = standing.send_replace(Some(now.clone()));
+                    if before.is_none_or(|before| before.waits != now.waits) {
+                        let root = &now.authority.root().subject;
+                        info!(root, waits = now.waits, "this signs; the Secret's may have to wait");
+                    }
+                }
+                Err(error) => self.tell(Some(telemetry::chain(&error))),
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    fn tell(&self, problem: Option<String>) {
+        self.problem.send_if_modified(|told| {
+            let is_new = *told != problem;
+            if let (true, Some(error)) = (is_new, &problem) {
+                warn!(error, "what should sign cannot");
+            }
+            *told = problem;
+            is_new
+        });
+    }
+
+    async fn follow_requests(self: &Arc<Self>, mut standing: watch::Receiver<Option<Standing>>) {
+        if standing.wait_for(Option::is_some).await.is_err() {
+            return;
+        }
+        loop {
+            let began = Instant::now();
+            let followed = self.follow_once(&standing).await;
+            if let Err(error) = &followed {
+                warn!(error = telemetry::chain(error), "requests are not seen; trying again");
+            }
+            // Whatever a server does, it is not asked in a circle.
+            if followed.is_err() || began.elapsed() < RETRY {
+                sleep(RETRY.mul_f32(1.0 + fastrand::f32())).await;
+            }
+        }
+    }
+
+    /// Everything once, and then what comes, until the server ends it.
+    async fn follow_once(
+        self: &Arc<Self>,
+        standing: &watch::Receiver<Option<Standing>>,
+    ) -> Result<(), ApiError> {
+        let mut desk =
+            Desk { signer: self, standing, answering: JoinSet::new(), names: HashSet::new() };
+        let query = format!("{REQUESTS}?fieldSelector=spec.signerName={}", self.settings.signer);
+        let mut next = String::new();
+        let version = loop {
+            let path = format!("{query}&limit={PAGE}&continue={next}");
+            let list = self.api.get::<List<SigningRequest>>(&path).await?;
+            let Some(list) = list else { return Ok(()) };
+            for request in list.items {
+                desk.take(request).await;
+            }
+            next = list.metadata.next;
+            if next.is_empty() {
+                break list.metadata.resource_version;
+            }
+        };
+        let path = format!("{query}&watch=1&resourceVersion={version}&timeoutSeconds={WATCH_S}");
+        let mut events = std::pin::pin!(self.api.watch::<SigningRequest>(&path).await?);
+        loop {
+            tokio::select! {
+                event = timeout(SILENCE, events.next()) => match event {
+                    Ok(Some(Ok(WatchEvent::Added(request) | WatchEvent::Modified(request)))) => {
+                        desk.take(request).await;
+                    }
+                    Ok(Some(Ok(_))) => {}
+                    Ok(Some(Err(error))) => return Err(error),
+                    Ok(None) | Err(_) => break,
+                },
+                Some(answered) = desk.answering.join_next() => desk.done(answered),
+            }
+        }
+        while let Some(answered) = desk.answering.join_next().await {
+            desk.done(answered);
+        }
+        Ok(())
+    }
+
+    /// Answers a request that waits for it, or leaves it until everything is looked at again.
+    async fn answer_one(&self, mut request: SigningRequest, authority: &Authority) {
+        for _ in 0..ATTEMPTS {
+            match self.decide(&request, authority).await {
+                Ok(()) => return,
+                Err(CaError::Api(error)) if error.is_conflict() => {
+                    debug!(request = request.name(), "somebody else was there");
+                }
+                Err(error) => {
+                    let why = telemetry::chain(&error);
+                    warn!(request = request.name(), error = why, "not answered");
+                    self.telemetry.answered(Verdict::Failed, error.reason());
+                    sleep(RETRY).await;
+                }
+            }
+            // As it is now: it may have been answered, or approved and no more.
+            let path = format!("{REQUESTS}/{}", request.name());
+            match self.api.get::<SigningRequest>(&path).await {
+                Ok(Some(now)) if !now.is_answered() => request = now,
+                Ok(_) => return,
+                Err(error) => debug!(error = telemetry::chain(&error), "not read again"),
+            }
+        }
+    }
+
+    async fn decide(&self, request: &SigningRequest, authority: &Authority) -> Result<(), CaError> {
+        let read = request::read(&request.spec.request.0);
+        let verdict = match self.check(request, read.as_ref()) {
+            Ok(claim) => self.confirm(claim).await?,
+            Err(denied) => Err(denied),
+        };
+        match (verdict, read) {
+            (Ok(grant), Ok(read)) => self.sign(request, &grant, &read, authority).await,
+            (Err(denied), _) => Ok(self.deny(request, denied).await?),
+            (Ok(_), Err(_)) => Ok(self.deny(request, Denied::Malformed).await?),
+        }
+    }
+
+    fn check(
+        &self,
+        request: &SigningRequest,
+        read: Result<&Read, &mesh_core::sign::Unread>,
+    ) -> Result<Claim, Denied> {
+        let extra = |key: &str| request.spec.extra.get(key).map(Vec::as_slice).unwrap_or_default();
+        let asked = Request {
+            asked: read.map(|read| read.asked.clone()).map_err(|unread| *unread),
+            usages: &request.spec.usages,
+            expiration_s: request.spec.expiration_seconds,
+            requester: Requester {
+                username: &request.spec.username,
+                node_names: extra(NODE_NAME),
+                node_uids: extra(NODE_UID),
+            },
+        };
+        asked.check(&self.rules)
+    }
+
+    /// Asks the cluster. A claim's names are of characters that need no escape in a path.
+    async fn confirm(&self, claim: Claim) -> Result<Result<Grant, Denied>, ApiError> {
+        let (id, node) = (claim.identity(), claim.node());
+        let node = self.api.get::<Named>(&format!("/api/v1/nodes/{node}")).await?;
+        let namespace = format!("/api/v1/namespaces/{}", id.namespace());
+        let pods = format!(
+            "{namespace}/pods?fieldSelector=spec.nodeName={},spec.serviceAccountName={}",
+            claim.node(),
+            id.service_account()
+        );
+        let mut placed = Vec::new();
+        if let Some(namespace) = self.api.get::<Namespace>(&namespace).await?
+            && let Some(pods) = self.api.get::<Pods>(&pods).await?
+        {
+            for pod in pods.items {
+                let spec = pod.spec.as_ref();
+                placed.push(Placed {
+                    is_enrolled: enrol::takes_part(&namespace, &pod),
+                    service_account: spec
+                        .and_then(|spec| spec.service_account_name.clone())
+                        .unwrap_or_default(),
+                    node: spec.and_then(|spec| spec.node_name.clone()).unwrap_or_default(),
+                    namespace: pod.metadata.namespace.unwrap_or_default(),
+                });
+            }
+        }
+        let node_uid = node.and_then(|node| node.metadata.uid);
+        Ok(claim.confirm(&Facts { node_uid: node_uid.as_deref(), pods: &placed }))
+    }
+
+    async fn sign(
+        &self,
+        request: &SigningRequest,
+        grant: &Grant,
+        read: &Read,
+        authority: &Authority,
+    ) -> Result<(), CaError> {
+        let key = SubjectPublicKeyInfo::from_der(&read.public_key)?;
+        let signed = authority.sign(&grant.identity, &key, grant.lifetime, SystemTime::now())?;
+        let mut version = request.metadata.resource_version.clone();
+        if request.condition("Approved").is_none() {
+            let condition = condition("Approved", "signed", "the node runs such a pod");
+            let approved = self.update(request, "approval", json!([condition])).await?;
+            version = approved.metadata.resource_version;
+        }
+        let chain: String = signed.chain.iter().map(|der| pem(der)).collect();
+        let path = format!("{REQUESTS}/{}/status", request.name());
+        let certificate = k8s_openapi::ByteString(chain.into_bytes());
+        let patch = json!({
+            "metadata": {"resourceVersion": version},
+            "status": {"certificate": certificate},
+        });
+        self.api.patch::<Named>(&path, &patch).await?;
+        self.telemetry.answered(Verdict::Signed, "signed");
+        info!(
+            request = request.name(),
+            identity = %grant.identity,
+            requester = request.spec.username,
+            serial = signed.serial,
+            "signed"
+        );
+        Ok(())
+    }
+
+    async fn deny(&self, request: &SigningRequest, denied: Denied) -> Result<(), ApiError> {
+        let why = denied.to_string();
+        if request.condition("Approved").is_some() {
+            // By somebody else, and that cannot be taken back; but nothing is signed for it.
+            let mut conditions = request.status.conditions.clone();
+            conditions.push(condition("Failed", denied.reason(), &why));
+            self.update(request, "status", Value::Array(conditions)).await?;
+        } else {
+            let denial = condition("Denied", denied.reason(), &why);
+            self.update(request, "approval", json!([denial])).await?;
+        }
+        self.telemetry.answered(Verdict::Denied, denied.reason());
+        warn!(
+            request = request.name(),
+            requester = request.spec.username,
+            reason = denied.reason(),
+            "denied"
+        );
+        Ok(())
+    }
+
+    async fn update(
+        &self,
+        request: &SigningRequest,
+        part: &str,
+        conditions: Value,
+    ) -> Result<Named, ApiError> {
+        let path = format!("{REQUESTS}/{}/{part}", request.name());
+        let patch = json!({
+            "metadata": {"resourceVersion": request.metadata.resource_version},
+            "status": {"conditions": conditions},
+        });
+        self.api.patch(&path, &patch).await
+    }
+}
+
+fn condition(kind: &str, reason: &str, message: &str) -> Value {
+    json!({"type": kind, "status": "True", "reason": reason, "message": message})
+}
+
+/// The requests that are being answered.
+struct Desk<'a> {
+    signer: &'a Arc<Signer>,
+    standing: &'a watch::Receiver<Option<Standing>>,
+    answering: JoinSet<String>,
+    names: HashSet<String>,
+}
+
+impl Desk<'_> {
+    async fn take(&mut self, request: SigningRequest) {
+        // The field selector has said so already, if the server honours it.
+        let is_ours = request.spec.signer_name == self.signer.settings.signer;
+        if request.is_answered() || !is_ours || self.names.contains(request.name()) {
+            return;
+        }
+        while self.answering.len() >= AT_ONCE {
+            if let Some(answered) = self.answering.join_next().await {
+                self.done(answered);
+            }
+        }
+        let Some(Standing { authority, .. }) = self.standing.borrow().clone() else { return };
+        self.names.insert(request.name().to_owned());
+        let signer = Arc::clone(self.signer);
+        self.answering.spawn(async move {
+            let name = request.name().to_owned();
+            signer.answer_one(request, &authority).await;
+            name
+        });
+    }
+
+    fn done(&mut self, answered: Result<String, tokio::task::JoinError>) {
+        match answered {
+            Ok(name) => {
+                self.names.remove(&name);
+            }
+            Err(error) => warn!(%error, "an answer panicked"),
+        }
+    }
+}
