@@ -229,16 +229,8 @@ impl Agent {
     /// Fails if nothing answers.
     pub fn http(&self, port: u16, path: &str) -> Result<(u16, String)> {
         let addr = (Ipv4Addr::LOCALHOST, port).into();
-        let mut stream = self.netns.run(|| Ok(TcpStream::connect_timeout(&addr, HTTP_LIMIT)?))?;
-        stream.set_read_timeout(Some(HTTP_LIMIT))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer)?;
-        let answer = String::from_utf8(answer).context("an answer that is no text")?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-        let status = head.split(' ').nth(1).context("no HTTP status")?.parse()?;
-        let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
-        Ok((status, if chunked { unchunk(body) } else { body.to_owned() }))
+        let stream = self.netns.run(|| Ok(TcpStream::connect_timeout(&addr, HTTP_LIMIT)?))?;
+        http_get(stream, path)
     }
 
     /// Runs `mesh-agent <args>` against this agent.
@@ -442,6 +434,19 @@ fn has_stopped(pid: u32) -> std::io::Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// Asks for `path`, and returns status and body.
+pub(crate) fn http_get(mut stream: TcpStream, path: &str) -> Result<(u16, String)> {
+    stream.set_read_timeout(Some(HTTP_LIMIT))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let answer = String::from_utf8(answer).context("an answer that is no text")?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+    let status = head.split(' ').nth(1).context("no HTTP status")?.parse()?;
+    let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
+    Ok((status, if chunked { unchunk(body) } else { body.to_owned() }))
 }
 
 /// The agent's program: `$MALLA_AGENT`, or what lies beside this one.

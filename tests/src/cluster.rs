@@ -4,6 +4,8 @@
 //! says which one it is. Every test has a namespace of its own, and may run beside others.
 
 mod agents;
+mod deployment;
+mod signer;
 
 use std::ffi::OsStr;
 use std::io::Write as _;
@@ -18,6 +20,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
 pub use self::agents::Agents;
+pub use self::deployment::{Deployment, User};
+pub use self::signer::SignerProcess;
 use crate::guard::Guard;
 use crate::wait;
 
@@ -29,6 +33,8 @@ const POD_LIMIT: Duration = Duration::from_secs(60);
 pub struct Cluster {
     kubeconfig: PathBuf,
     namespace: String,
+    /// Whether the namespace was made by this value, and goes with it.
+    is_ours: bool,
 }
 
 impl Cluster {
@@ -59,6 +65,7 @@ impl Cluster {
         let this = Self {
             kubeconfig: env::var_os("MALLA_KUBECONFIG").context("no cluster")?.into(),
             namespace: format!("malla-test-{}-{nth}", std::process::id()),
+            is_ours: true,
         };
         this.kubectl(&["create", "namespace", &this.namespace])?;
         // A pod is refused until its namespace has that.
@@ -253,7 +260,9 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        self.kubectl(&["delete", "namespace", &self.namespace, "--wait=false"]).ok();
+        if self.is_ours {
+            self.kubectl(&["delete", "namespace", &self.namespace, "--wait=false"]).ok();
+        }
     }
 }
 

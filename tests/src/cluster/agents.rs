@@ -1,5 +1,5 @@
-//! The real agent on every node of a cluster, in pods of a DaemonSet with no more privileges than it
-//! needs. All tests share one: a node has room for one agent.
+//! The deployment, whole: the agent on every node of a cluster, and the CA. All tests share one: a node
+//! has room for one agent.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,20 +10,23 @@ use std::{env, fs};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{Cluster, load_archive, read, xtask};
+use super::{Cluster, Deployment, load_archive, read, xtask};
 use crate::access_log::Record;
 use crate::agent::binary;
-use crate::mesh::init_ca;
 use crate::wait;
 
 /// Its image is unpacked, the programs are loaded, and the API is listed.
 const READY: Duration = Duration::from_secs(60);
 
+/// How long a new root waits before it signs, in tests.
+const SPREAD_S: u64 = 10;
+
 /// Agents on all nodes, removed with what they have attached when the last test drops them.
 #[derive(Debug)]
 pub struct Agents {
-    system: Cluster,
-    image: String,
+    deployment: Deployment,
+    /// Of an agent's pod, as deployed.
+    spec: Value,
     /// The agent's pod, by node.
     pods: BTreeMap<String, String>,
 }
@@ -47,98 +50,55 @@ impl Agents {
 
     fn deploy() -> Result<Self> {
         let image = load()?;
-        let mut this = Self { system: Cluster::namespace()?, image, pods: BTreeMap::new() };
-        let name = this.system.name().to_owned();
-        this.give_ca()?;
-        for object in access(&name) {
-            this.system.apply(&object)?;
+        let mut deployment = Deployment::read(None)?;
+        for kind in ["DaemonSet", "Deployment"] {
+            let containers = &mut deployment.object(kind)["spec"]["template"]["spec"]["containers"];
+            containers[0]["image"] = json!(image);
         }
-        this.system.apply(&json!({
-            "apiVersion": "apps/v1",
-            "kind": "DaemonSet",
-            "metadata": {"name": "agent"},
-            "spec": {
-                "selector": {"matchLabels": {"app": "agent"}},
-                "template": {
-                    "metadata": {"labels": {"app": "agent"}},
-                    "spec": this.spec(&["run", "--ca-dir=/ca", "--access-log=json", "--drain-s=2",
-                        "--log=info,mesh_agent=debug"]),
-                },
-            },
-        }))?;
-        let limit = format!("--timeout={}s", READY.as_secs());
-        let rollout = ["rollout", "status", "daemonset/agent", &limit];
-        if let Err(error) = this.system.kubectl(&rollout) {
-            let told = this.system.kubectl(&["describe", "pods"]).unwrap_or_default();
-            let logs = ["logs", "--selector", "app=agent", "--prefix", "--tail", "50"];
-            let logs = this.system.kubectl(&logs).unwrap_or_default();
-            bail!("{error:#}\n{told}\n{logs}");
-        }
-        let pods = this.system.get(&["pods", "--selector", "app=agent"])?;
-        for pod in pods["items"].as_array().context("no pods")? {
-            let text = |value: &Value| value.as_str().map(str::to_owned).context("no name");
-            this.pods.insert(text(&pod["spec"]["nodeName"])?, text(&pod["metadata"]["name"])?);
-        }
-        ensure!(this.pods.len() == this.system.nodes()?.len(), "an agent on every node: {this:?}");
+        let settings = &mut deployment.object("ConfigMap")["data"];
+        settings["MESH_CGROUP"] = json!(cgroup());
+        settings["MESH_ACCESS_LOG"] = json!("json");
+        settings["MESH_DRAIN_S"] = json!("2");
+        settings["MESH_LOG"] = json!("info,mesh_agent=debug");
+        // Tests tell the kubelets to bring a new root at once.
+        let ca = &mut deployment.object("Deployment")["spec"]["template"]["spec"]["containers"][0];
+        let env = ca["env"].as_array_mut().context("no environment")?;
+        env.push(json!({"name": "MESH_BUNDLE_SPREAD_S", "value": SPREAD_S.to_string()}));
+        let spec = deployment.object("DaemonSet")["spec"]["template"]["spec"].clone();
+        deployment.apply(&[])?;
+        let mut this = Self { deployment, spec, pods: BTreeMap::new() };
+        this.find()?;
         Ok(this)
     }
 
-    /// A certificate authority that all share.
-    fn give_ca(&self) -> Result<()> {
-        let dir = env::temp_dir().join(format!("malla-{}-ca", std::process::id()));
-        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        let from = format!("--from-file={}", dir.display());
-        let made = init_ca(&dir, "cluster.local")
-            .and_then(|()| self.system.kubectl(&["create", "secret", "generic", "ca", &from]));
-        fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
-        made.map(drop)
+    /// The namespace of agents and CA.
+    pub fn system(&self) -> &Cluster {
+        self.deployment.system()
     }
 
-    fn spec(&self, args: &[&str]) -> Value {
-        let cgroup = format!("--cgroup={}", cgroup());
-        let args: Vec<_> = args.iter().copied().chain([&*cgroup]).collect();
-        json!({
-            "serviceAccountName": "agent",
-            "hostNetwork": true,
-            "hostPID": true,
-            "terminationGracePeriodSeconds": 10,
-            "tolerations": [{"operator": "Exists"}],
-            "containers": [{
-                "name": "agent",
-                "image": self.image,
-                "imagePullPolicy": "IfNotPresent",
-                "args": args,
-                "env": [{
-                    "name": "MESH_NODE",
-                    "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}},
-                }],
-                "readinessProbe": {
-                    "httpGet": {"host": "127.0.0.1", "port": 15021, "path": "/healthz/ready"},
-                    "periodSeconds": 1,
-                },
-                "securityContext": {
-                    "allowPrivilegeEscalation": false,
-                    "readOnlyRootFilesystem": true,
-                    "seccompProfile": {"type": "RuntimeDefault"},
-                    "capabilities": {
-                        "drop": ["ALL"],
-                        "add": ["BPF", "NET_ADMIN", "PERFMON", "SYS_ADMIN", "SYS_PTRACE"],
-                    },
-                },
-                "volumeMounts": [
-                    {"name": "cgroup", "mountPath": "/host/cgroup", "readOnly": true},
-                    {"name": "bpf", "mountPath": "/sys/fs/bpf"},
-                    {"name": "run", "mountPath": "/run/malla"},
-                    {"name": "ca", "mountPath": "/ca", "readOnly": true},
-                ],
-            }],
-            "volumes": [
-                {"name": "cgroup", "hostPath": {"path": "/sys/fs/cgroup"}},
-                {"name": "bpf", "hostPath": {"path": "/sys/fs/bpf"}},
-                {"name": "run", "hostPath": {"path": "/run/malla", "type": "DirectoryOrCreate"}},
-                {"name": "ca", "secret": {"secretName": "ca", "defaultMode": 0o400}},
-            ],
-        })
+    /// Waits until all are ready, and finds their pods.
+    fn find(&mut self) -> Result<()> {
+        let limit = format!("--timeout={}s", READY.as_secs());
+        let rollout = ["rollout", "status", "daemonset/malla-agent", &limit];
+        let system = self.deployment.system();
+        if let Err(error) = system.kubectl(&rollout) {
+            let told = system.kubectl(&["describe", "pods"]).unwrap_or_default();
+            let logs =
+                ["logs", "--selector=app in (malla-agent,malla-ca)", "--prefix", "--tail=50"];
+            let logs = system.kubectl(&logs).unwrap_or_default();
+            bail!("{error:#}\n{told}\n{logs}");
+        }
+        let pods = system.get(&["pods", "--selector", "app=malla-agent"])?;
+        let pods = pods["items"].as_array().context("no pods")?.iter();
+        let stays = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null();
+        let mut found = BTreeMap::new();
+        for pod in pods.filter(stays) {
+            let text = |value: &Value| value.as_str().map(str::to_owned).context("no name");
+            found.insert(text(&pod["spec"]["nodeName"])?, text(&pod["metadata"]["name"])?);
+        }
+        ensure!(found.len() == system.nodes()?.len(), "an agent on every node: {found:?}");
+        self.pods = found;
+        Ok(())
     }
 
     /// What the agent of `node` answers to a command of its command line.
@@ -148,7 +108,7 @@ impl Agents {
     /// Fails with what it says.
     pub fn ask(&self, node: &str, command: &[&str]) -> Result<Value> {
         let words = [&["/mesh-agent"], command, &["-o", "json"]].concat();
-        let text = self.system.exec(self.pod(node)?, &words)?;
+        let text = self.deployment.system().exec(self.pod(node)?, &words)?;
         serde_json::from_str(&text).with_context(|| format!("read the answer to {command:?}"))
     }
 
@@ -183,6 +143,17 @@ impl Agents {
         })
     }
 
+    /// Waits until the agent of `node` has taken a pod in: `enrolled` alone is what was asked for.
+    ///
+    /// # Errors
+    ///
+    /// Fails, with the agent's log, if it does not.
+    pub fn wait_until_carried(&self, node: &str, namespace: &str, pod: &str) -> Result<()> {
+        let line = format!("namespace={namespace} name={pod} netns=");
+        wait::until(wait::SOON, "", || self.log(node).contains(&line))
+            .with_context(|| format!("{pod} is not enrolled\n{}", self.log(node)))
+    }
+
     /// The access log of `node`'s agent.
     pub fn records(&self, node: &str) -> Vec<Record> {
         self.log(node).lines().filter_map(Record::parse).collect()
@@ -205,7 +176,7 @@ impl Agents {
     /// What the agent of `node` has written.
     pub fn log(&self, node: &str) -> String {
         let pod = self.pod(node).unwrap_or_default();
-        self.system.kubectl(&["logs", pod]).unwrap_or_default()
+        self.deployment.system().kubectl(&["logs", pod]).unwrap_or_default()
     }
 
     fn pod(&self, node: &str) -> Result<&str> {
@@ -216,20 +187,21 @@ impl Agents {
     fn detach(&self) -> Result<()> {
         let limit = format!("--timeout={}s", READY.as_secs());
         for node in self.pods.keys() {
-            let mut spec = self.spec(&["detach"]);
+            let mut spec = self.spec.clone();
             spec["nodeName"] = json!(node);
             spec["restartPolicy"] = json!("Never");
-            // It has no such flag, and nothing to be ready for.
             let container = &mut spec["containers"][0];
             container["args"] = json!(["detach"]);
-            container["readinessProbe"] = Value::Null;
+            for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
+                container[probe] = Value::Null;
+            }
             let name = format!("detach-{node}");
             let metadata = json!({"name": name});
             let pod =
                 json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec});
-            self.system.apply(&pod)?;
+            self.deployment.system().apply(&pod)?;
             let phase = "--for=jsonpath={.status.phase}=Succeeded";
-            self.system.kubectl(&["wait", phase, &limit, "pod", &name])?;
+            self.deployment.system().kubectl(&["wait", phase, &limit, "pod", &name])?;
         }
         Ok(())
     }
@@ -238,50 +210,11 @@ impl Agents {
 impl Drop for Agents {
     fn drop(&mut self) {
         // Waited for: the next agent of a node wants the same ports.
-        let delete = ["delete", "daemonset", "agent", "--cascade=foreground", "--timeout=30s"];
-        self.system.kubectl(&delete).ok();
+        let delete = ["delete", "daemonset/malla-agent", "--cascade=foreground", "--timeout=30s"];
+        self.system().kubectl(&delete).ok();
         // What stays in spite of that goes with the node.
         self.detach().ok();
-        for object in access(self.system.name()) {
-            let kind = object["kind"].as_str().unwrap_or_default();
-            let name = object["metadata"]["name"].as_str().unwrap_or_default();
-            self.system.kubectl(&["delete", kind, name]).ok();
-        }
     }
-}
-
-/// What an agent may ask of the API.
-fn access(namespace: &str) -> [Value; 3] {
-    let role = "rbac.authorization.k8s.io";
-    [
-        json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "agent"}}),
-        json!({
-            "apiVersion": format!("{role}/v1"),
-            "kind": "ClusterRole",
-            "metadata": {"name": namespace},
-            "rules": [
-                {
-                    "apiGroups": [""],
-                    "resources": ["namespaces", "nodes", "pods", "services"],
-                    "verbs": ["get", "list", "watch"],
-                },
-                {"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]},
-                {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
-                {
-                    "apiGroups": ["discovery.k8s.io"],
-                    "resources": ["endpointslices"],
-                    "verbs": ["get", "list", "watch"],
-                },
-            ],
-        }),
-        json!({
-            "apiVersion": format!("{role}/v1"),
-            "kind": "ClusterRoleBinding",
-            "metadata": {"name": namespace},
-            "roleRef": {"apiGroup": role, "kind": "ClusterRole", "name": namespace},
-            "subjects": [{"kind": "ServiceAccount", "name": "agent", "namespace": namespace}],
-        }),
-    ]
 }
 
 /// The nodes' cgroup2 as the agent's pod sees it: nodes that are made here have this machine's, which

@@ -47,17 +47,10 @@ impl Shop {
             let node = &self.nodes[home];
             agents.wait_until_enrolled(node, self.cluster.name(), pod, is_so)?;
             if is_so {
-                self.wait_until_carried(agents, node, pod)?;
+                agents.wait_until_carried(node, self.cluster.name(), pod)?;
             }
         }
         Ok(())
-    }
-
-    /// What should be enrolled is: `enrolled` alone is what was asked for.
-    fn wait_until_carried(&self, agents: &Agents, node: &str, pod: &str) -> Result<()> {
-        let line = format!("namespace={} name={pod} netns=", self.cluster.name());
-        wait::until(wait::SOON, "", || agents.log(node).contains(&line))
-            .with_context(|| format!("{pod} is not enrolled\n{}", agents.log(node)))
     }
 
     /// Asks `hosts` until both servers have answered.

@@ -10,7 +10,9 @@ macro_rules! require_cluster {
     };
 }
 
+mod admission;
 mod agents;
+mod certificates;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
