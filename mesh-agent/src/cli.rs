@@ -209,6 +209,12 @@ pub struct Run {
     #[expect(missing_docs, reason = "clap would show it as help")]
     pub admin: Admin,
 
+    /// Where another agent of this node runs, wait until it drains, ready for that: for a DaemonSet that
+    /// starts the new agent before it ends the old one. The two must have the same ports and
+    /// --admin-socket. Without it a second agent refuses to start.
+    #[arg(long, env = "MESH_STANDBY", value_enum, default_value_t)]
+    pub standby: Switch,
+
     /// What carries tunnels. `auto` takes lanes, falls back to what passes, and says so.
     #[arg(long, env = "MESH_CARRIER", value_enum, default_value_t)]
     pub carrier: CarrierChoice,

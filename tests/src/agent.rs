@@ -112,6 +112,18 @@ impl Agent {
         self.spawn()
     }
 
+    /// Starts another one beside the agent that runs, and returns the latter. From now on this value is
+    /// about the new one; both write one log.
+    ///
+    /// # Errors
+    ///
+    /// Fails if none runs, or the new one cannot be started.
+    pub fn start_beside(&mut self) -> Result<Predecessor> {
+        let old = Predecessor(self.child.take().context("the agent does not run")?);
+        self.spawn()?;
+        Ok(old)
+    }
+
     /// From the next start on, the agent has this flag, given as one argument: `--carrier=quic`. It
     /// replaces one of the same name.
     pub fn set_flag(&mut self, flag: &str) {
@@ -392,6 +404,37 @@ impl Drop for Agent {
                 eprintln!("--- the agent of node {} logged:\n{}", self.node, self.log_tail());
             }
         }
+    }
+}
+
+/// An agent beside which another one was started. Killed when dropped.
+#[derive(Debug)]
+pub struct Predecessor(Child);
+
+impl Predecessor {
+    /// Sends SIGTERM.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not run.
+    pub fn terminate(&self) -> Result<()> {
+        sys::kill(self.0.id(), libc::SIGTERM).context("signal the agent")
+    }
+
+    /// Whether it has not ended.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the system does not say.
+    pub fn runs(&mut self) -> Result<bool> {
+        Ok(self.0.try_wait().context("look at the agent")?.is_none())
+    }
+}
+
+impl Drop for Predecessor {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
     }
 }
 

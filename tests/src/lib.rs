@@ -44,7 +44,7 @@ mod traffic;
 pub mod wait;
 
 pub use self::access_log::Record;
-pub use self::agent::{Agent, Cli};
+pub use self::agent::{Agent, Cli, Predecessor};
 pub use self::cgroup::Cgroup;
 pub use self::cluster::{Agents, Cluster, Deployment, SignerProcess, User, xtask};
 pub use self::hop::{Fate, Hop};

@@ -19,6 +19,7 @@ mod redirects;
 mod shortfall;
 mod signer;
 mod source;
+mod turn;
 mod views;
 
 use std::collections::{HashMap, HashSet};
@@ -48,6 +49,7 @@ use self::direct::{Verdicts, WISHES};
 use self::pods::Pods;
 pub use self::signer::run_ca;
 use self::source::Source;
+use self::turn::Turn;
 use self::views::Views;
 use crate::admin::{self, AdminSocket};
 use crate::capture::{Capture, CaptureConfig};
@@ -118,14 +120,20 @@ struct Agent {
     views: Arc<Views>,
     drain: watch::Sender<bool>,
     heart: Heart,
+    /// Only where a successor may wait for it.
+    turn: Option<Turn>,
     /// Tunnel listeners, one a worker and carrier.
     tunnels: JoinSet<()>,
+    /// What a successor does instead as soon as this agent drains: answers at shared ports and at the
+    /// admin socket, and reads what the programs tell, which one process can.
+    shared: JoinSet<()>,
     /// Everything else; dropped at the end.
     control: JoinSet<()>,
 }
 
 impl Agent {
     async fn start(options: Run, log: LogLevel) -> Result<Self> {
+        let turn = if options.standby.is_on() { Some(Turn::wait(&options).await?) } else { None };
         let started = Instant::now();
         if let Err(error) = net::raise_file_limit() {
             warn!(%error, "the limit of open files stays as it is");
@@ -136,7 +144,7 @@ impl Agent {
             drop_labels: options.metrics_drop_labels.clone(),
             ..telemetry::Options::default()
         })?;
-        let mut control = JoinSet::new();
+        let (mut control, mut shared) = (JoinSet::new(), JoinSet::new());
 
         let identities = identities::start(&options, &mut control).await?;
         let (source, snapshots) = Source::open(&options).await?;
@@ -152,7 +160,7 @@ impl Agent {
         })?);
         capture.beat();
         if let Some(log) = capture.take_log() {
-            control.spawn(async move {
+            shared.spawn(async move {
                 if let Err(error) = log.follow().await {
                     error!(%error, stage = "capture", "what the programs tell is not followed");
                 }
@@ -216,7 +224,7 @@ impl Agent {
             direct: OnceLock::new(),
         });
         telemetry.set_sources(Arc::clone(&views).telemetry_sources());
-        serve_http(&options, &telemetry, &views, log, &mut control).await?;
+        serve_http(&options, &telemetry, &views, log, &mut shared).await?;
         if let Some(demands) = source.demands() {
             control.spawn(source::tell_used(contexts.clone(), demands));
             control.spawn(kubelet::follow(
@@ -250,7 +258,9 @@ impl Agent {
             views,
             drain,
             heart,
+            turn,
             tunnels,
+            shared,
             control,
         })
     }
@@ -310,7 +320,7 @@ impl Agent {
     fn follow_direct(&mut self) {
         let Some(events) = self.node.capture.take_events() else { return };
         let connections = Connections::start(Arc::clone(&self.node), events);
-        self.control.spawn(connections.clone().follow());
+        self.shared.spawn(connections.clone().follow());
         self.views.follow_direct(connections.clone());
         self.connections = Some(connections);
     }
@@ -324,6 +334,13 @@ impl Agent {
         };
         info!(open = open(), within_s = self.options.drain.as_secs(), "draining");
         self.drain.send_replace(true);
+        if let Some(turn) = self.turn.take() {
+            self.shared.shutdown().await;
+            if let Some(connections) = self.connections.take() {
+                connections.let_go();
+            }
+            drop(turn);
+        }
         let pods = self.pods.close();
         let contexts = self.contexts;
         let mut tunnels = self.tunnels;
@@ -342,6 +359,7 @@ impl Agent {
             warn!(cut = open(), "the time to drain is over");
         }
         self.control.shutdown().await;
+        self.shared.shutdown().await;
         if let Some(connections) = &self.connections {
             connections.let_go();
         }
@@ -467,6 +485,12 @@ async fn serve_http(
     log: LogLevel,
     control: &mut JoinSet<()>,
 ) -> Result<()> {
+    let listen = async |addr| {
+        if options.standby.is_on() {
+            return Ok(TcpListener::from_std(net::listen_shared(usable(addr))?)?);
+        }
+        listen(addr).await
+    };
     let metrics = listen(options.metrics_addr).await.context("--metrics-addr")?;
     let probes = listen(options.ready_addr).await.context("--ready-addr")?;
     let socket = AdminSocket::bind(&options.admin.socket).context("--admin-socket")?;
@@ -482,13 +506,17 @@ async fn serve_http(
     Ok(())
 }
 
-/// `addr`, or its IPv4 counterpart where the node has no IPv6.
 async fn listen(addr: SocketAddr) -> Result<TcpListener> {
-    let addr = match addr {
+    let addr = usable(addr);
+    TcpListener::bind(addr).await.with_context(|| format!("listen on {addr}"))
+}
+
+/// `addr`, or its IPv4 counterpart where the node has no IPv6.
+fn usable(addr: SocketAddr) -> SocketAddr {
+    match addr {
         SocketAddr::V6(v6) if v6.ip() == &Ipv6Addr::UNSPECIFIED && net::any_address().is_ipv4() => {
             SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), v6.port())
         }
         addr => addr,
-    };
-    TcpListener::bind(addr).await.with_context(|| format!("listen on {addr}"))
+    }
 }

@@ -290,6 +290,7 @@ impl Views {
             "metrics_addr": options.metrics_addr,
             "ready_addr": options.ready_addr,
             "admin_socket": options.admin.socket,
+            "standby": options.standby.as_str(),
             "carrier": options.carrier.as_str(),
             "balance": options.balance.as_str(),
             "workers": self.contexts.len(),

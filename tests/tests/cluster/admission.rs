@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 /// Whether the patch is let through; otherwise what it is refused for.
 fn patch(user: &User, namespace: &str, pod: &str, patch: &Value) -> Result<(), String> {
     let patch = patch.to_string();
-    let args = ["patch", "pod", pod, "--namespace", namespace, "--type=strategic", "--patch", &patch];
+    let args =
+        ["patch", "pod", pod, "--namespace", namespace, "--type=strategic", "--patch", &patch];
     user.kubectl(&args).map(drop).map_err(|error| format!("{error:#}"))
 }
 
