@@ -220,11 +220,11 @@ pub fn listen(bind: Bind) -> io::Result<TcpListener> {
         Bind::Unreachable(IpAddr::V4(_)) => Ipv4Addr::new(192, 0, 2, 1).into(),
         Bind::Unreachable(IpAddr::V6(_)) => Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1).into(),
     };
-    let peer = match bind {
-        Bind::To(_) => Peer::Here,
-        Bind::Unreachable(_) => Peer::Anywhere,
-    };
-    let socket = relayed_socket(domain(ip), peer)?;
+    let socket = relayed_socket(domain(ip))?;
+    probe(&socket)?;
+    if let Bind::To(_) = bind {
+        do_not_pace(&socket)?;
+    }
     // Also for a pod's own IPv6 address, which cannot be bound while it is tentative.
     match ip {
         IpAddr::V4(_) => socket.set_freebind_v4(true)?,
@@ -278,7 +278,8 @@ pub async fn pass_through(
     to: SocketAddr,
     exempt: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
 ) -> io::Result<TcpStream> {
-    let socket = netns.run(|| relayed_socket(domain(to.ip()), Peer::Anywhere))??;
+    let socket = netns.run(|| relayed_socket(domain(to.ip())))??;
+    probe(&socket)?;
     exempt(socket.as_fd())?;
     start_connect(&socket, to)?;
     connected(socket).await
@@ -350,36 +351,28 @@ fn stream_socket(domain: Domain) -> io::Result<Socket> {
     Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
 }
 
-/// Where the other end of a relayed socket is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Peer {
-    /// Perhaps on another machine, which may be gone without a word.
-    Anywhere,
-    /// In the same namespace: the kernel that knows the one end knows the other.
-    Here,
-}
-
 /// A socket that is going to be relayed, or whose accepted ones are: they inherit all of it, and it
-/// costs them no system call. Small writes go at once: the application has decided when to write. A
-/// peer whose machine is gone is noticed. Closing it is RST from its first moment on, also when this
-/// process is killed, so that a crash never looks like a clean end; the relay turns that off when both
-/// directions have ended.
-fn relayed_socket(domain: Domain, peer: Peer) -> io::Result<Socket> {
+/// costs them no system call. Small writes go at once: the application has decided when to write.
+/// Closing it is RST from its first moment on, also when this process is killed, so that a crash never
+/// looks like a clean end; the relay turns that off when both directions have ended.
+fn relayed_socket(domain: Domain) -> io::Result<Socket> {
     let socket = stream_socket(domain)?;
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_tcp_nodelay(true)?;
-    match peer {
-        Peer::Anywhere => {
-            let every = KEEPALIVE / 3;
-            let keepalive =
-                TcpKeepalive::new().with_time(KEEPALIVE).with_interval(every).with_retries(3);
-            socket.set_tcp_keepalive(&keepalive)?;
-        }
-        // Loopback has no congestion, and what the machine has chosen for its network costs there:
-        // BBR paces by a timer. Every kernel has this one.
-        Peer::Here => socket.set_tcp_congestion(b"reno")?,
-    }
     Ok(socket)
+}
+
+/// Notices a peer whose machine is gone.
+fn probe(socket: &Socket) -> io::Result<()> {
+    let every = KEEPALIVE / 3;
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(every).with_retries(3);
+    socket.set_tcp_keepalive(&keepalive)
+}
+
+/// For a socket whose other end is in the same namespace: loopback has no congestion, and what the
+/// machine has chosen for its network costs there (BBR paces by a timer). Every kernel has this one.
+fn do_not_pace(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_congestion(b"reno")
 }
 
 /// `-1` means that `errno` says why.

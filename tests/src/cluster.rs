@@ -222,6 +222,17 @@ impl Cluster {
         self.kubectl(&[&["exec", pod, "--"], command].concat())
     }
 
+    /// The same, whatever the command's exit code.
+    ///
+    /// # Errors
+    ///
+    /// Fails if `kubectl` cannot be started.
+    pub fn exec_output(&self, pod: &str, command: &[&str]) -> Result<Output> {
+        let mut kubectl = self.command();
+        kubectl.args(["exec", pod, "--"]).args(command).stdin(Stdio::null());
+        kubectl.output().context("start kubectl")
+    }
+
     /// Loads one of the images of `cargo xtask image --program` into every node, once, and returns the
     /// name that pods use.
     ///

@@ -10,7 +10,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::{
-    DELIVERY_MARK, Netns, Peer, connected, domain, relayed_socket, source_port, start_connect,
+    DELIVERY_MARK, Netns, connected, do_not_pace, domain, relayed_socket, source_port,
+    start_connect,
 };
 
 /// How long a connection in a client's name may go without an answer before it is tried from another
@@ -51,7 +52,8 @@ pub async fn deliver(
         let mut from = client.unwrap_or(to);
         from.set_port(port);
 
-        let socket = netns.run(|| relayed_socket(domain(to.ip()), Peer::Here))??;
+        let socket = netns.run(|| relayed_socket(domain(to.ip())))??;
+        do_not_pace(&socket)?;
         exempt(socket.as_fd())?;
         if client.is_some() {
             take_foreign_address(&socket, to)?;

@@ -108,8 +108,12 @@ impl Agents {
     /// Fails with what it says.
     pub fn ask(&self, node: &str, command: &[&str]) -> Result<Value> {
         let words = [&["/mesh-agent"], command, &["-o", "json"]].concat();
-        let text = self.deployment.system().exec(self.pod(node)?, &words)?;
-        serde_json::from_str(&text).with_context(|| format!("read the answer to {command:?}"))
+        let output = self.deployment.system().exec_output(self.pod(node)?, &words)?;
+        // Code 1 is an answer: there is a problem, perhaps with a pod of another test.
+        serde_json::from_slice(&output.stdout).with_context(|| {
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            format!("read the answer to {command:?}: {said}")
+        })
     }
 
     /// What the agent of `node` says of a pod; `null` if it does not know it.
