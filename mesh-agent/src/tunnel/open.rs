@@ -94,6 +94,7 @@ impl Tunnels {
                 error = broken(app) => return Err(OpenError::Application(error)),
             };
             let deadline = Instant::now() + self.config.answer_timeout;
+            let is_lane = matches!(ready, Ready::Lane(_));
             let answered = match ready {
                 Ready::Lane(lane) => {
                     let opening = open_lane(pool, lane, open, app, held);
@@ -115,6 +116,9 @@ impl Tunnels {
                 }
                 Ok(Err(Attempt::Failed(error))) => return Err(error),
                 Err(_elapsed) => {
+                    if is_lane {
+                        pool.close_idle();
+                    }
                     return Err(OpenError::TimedOut { payload_sent: !held.bytes().is_empty() });
                 }
             }

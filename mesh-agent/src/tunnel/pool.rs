@@ -384,6 +384,15 @@ impl PeerPool {
         }
     }
 
+    /// Closes all idle lanes: the peer did not answer on one of them, and each of the others would cost a
+    /// further application its connection. Whether the peer is there, the next dial finds out for all.
+    pub(super) fn close_idle(&self) {
+        let idle = std::mem::take(&mut self.lock().idle);
+        for Idle { lane, .. } in idle {
+            lane.close_now();
+        }
+    }
+
     /// Closes what is idle and refuses whatever is asked for from now on.
     pub(super) fn drain(&self) {
         let mut state = self.lock();

@@ -88,6 +88,27 @@ async fn a_spare_lane_is_dialled_ahead() {
 }
 
 #[tokio::test]
+async fn a_peer_that_does_not_answer_is_asked_on_no_other_idle_lane() {
+    let config =
+        TunnelConfig { answer_timeout: Duration::from_secs(1), ..config(CarrierChoice::Lane) };
+    let (agent, client) = world_with(&Ca::new(), config).await;
+    exchange(&client, cleanly).await;
+    let (address, mut apps) = application().await;
+    let (user, connection) = client.connect(address).await;
+    let app = apps.recv().await.unwrap();
+    until("there is a spare one", || client.stats.lanes_idle.load(Relaxed) == 1).await;
+    drop((user, app));
+    connection.await.unwrap().unwrap();
+    until("both are idle", || client.stats.lanes_idle.load(Relaxed) == 2).await;
+
+    agent.behave(Behaviour::Hang);
+    let (_user, app) = pair().await;
+    let opened = client.open(&app, address, &mut Held::default()).await;
+    assert!(matches!(opened, Err(OpenError::TimedOut { .. })), "{opened:?}");
+    assert_eq!(client.stats.lanes_idle.load(Relaxed), 0);
+}
+
+#[tokio::test]
 async fn idle_lanes_are_closed_after_a_while() {
     let config = TunnelConfig { lane_idle: Duration::from_millis(100), ..without_spares() };
     let (agent, client) = world_with(&Ca::new(), config).await;

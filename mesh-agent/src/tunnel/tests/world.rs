@@ -1,6 +1,7 @@
 //! What the tests stand on: a CA, two agents, and applications.
 
 use std::collections::HashMap;
+use std::future::pending;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -182,6 +183,8 @@ pub(super) enum Behaviour {
     Refuse(Reason),
     /// Accepts, then vanishes without a word.
     Vanish,
+    /// Takes requests and never answers.
+    Hang,
 }
 
 /// An agent that serves both carriers on one port.
@@ -286,6 +289,7 @@ async fn handle(request: Request, behaviour: Behaviour, requests: Arc<Mutex<Vec<
             request.refuse(Refusal::new(Stage::Authorize, reason)).await;
         }
         Behaviour::Vanish => drop(request.accept().await),
+        Behaviour::Hang => pending().await,
         Behaviour::Deliver => match TcpStream::connect(request.open.destination.0).await {
             Ok(app) => {
                 if let Some(flow) = request.accept().await {
