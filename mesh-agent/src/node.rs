@@ -111,7 +111,8 @@ impl Node {
         self.pods.load().get(uid).cloned()
     }
 
-    /// A snapshot in which `is_known` holds of `ip`, from where `caller` has called, or if that cannot be had in time, the present one.
+    /// A snapshot in which `is_known` holds of `ip`, from where `caller` has called; if that cannot be had
+    /// in time, the present one.
     ///
     /// Cancel-safe.
     pub async fn knowing(

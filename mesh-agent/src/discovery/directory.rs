@@ -176,13 +176,7 @@ impl Directory {
         problems.sort();
         self.take_problems(problems);
         if generation == 1 || !snapshot.same_state(&self.snapshot) {
-            info!(
-                generation,
-                workloads = snapshot.workloads().count(),
-                services = snapshot.services().count(),
-                nodes = snapshot.nodes().count(),
-                "new snapshot"
-            );
+            super::tell_of(&snapshot);
             self.snapshot = Arc::new(snapshot);
         }
     }

@@ -43,11 +43,23 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
-use mesh_core::snapshot::WorkloadUid;
+use mesh_core::snapshot::{Snapshot, WorkloadUid};
 use mesh_core::spiffe::SpiffeId;
 use tokio::sync::oneshot;
+use tracing::info;
 
 pub use directory::network_policies;
+
+/// Logs that there is another snapshot.
+fn tell_of(snapshot: &Snapshot) {
+    info!(
+        generation = snapshot.generation,
+        workloads = snapshot.workloads().count(),
+        services = snapshot.services().count(),
+        nodes = snapshot.nodes().count(),
+        "new snapshot"
+    );
+}
 
 /// What carries connections says what it needs to know, or still uses: a source that reads the pods of
 /// other nodes only then is told by this.

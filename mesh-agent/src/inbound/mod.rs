@@ -90,7 +90,12 @@ async fn admit_request(
     let client = canonical(request.open.source);
     let is_known = |snapshot: &Snapshot| snapshot.workload_at(client.ip()).is_some();
     let caller = request.caller.clone();
-    let snapshot = worker.node.knowing(client.ip(), Some(&caller), is_known).await;
+    // Nothing is asked for one that is refused anyway.
+    let snapshot = if has_place {
+        worker.node.knowing(client.ip(), Some(&caller), is_known).await
+    } else {
+        worker.node.snapshot.load_full()
+    };
     let served_as = request.served_as.clone();
     // The workload is shown beside the caller only where the certificate agrees with the address.
     let known = snapshot.workload_at(client.ip()).filter(|known| known.identity == caller);

@@ -1,8 +1,8 @@
 //! Keys of record layers, expanded only while they are used.
 //!
-//! What an AEAD derives from a key is twenty times as large as the key, and takes a fraction of a
-//! microsecond to derive. A worker keeps it for the keys that it used last, up to [`MOST`]: an idle
-//! lane costs its key and no more.
+//! What an AEAD derives from a key is twenty times as large as the key, and can be derived again. A
+//! worker keeps it for the keys that it used last, up to [`MOST`]: an idle lane costs its key and no
+//! more.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

@@ -81,7 +81,7 @@ fn swallow(packet: &[u8]) -> Fate {
 
 fn swallowing(carrier: Carrier) -> Result<(Mesh, [Hop; 2])> {
     // A handshake is larger than a packet of this path, and the kernel finds that out by one to three of
-    // its retransmission time-outs: with the default of 5 s a handshake in a few dozen failed.
+    // its retransmission time-outs: with the default of 5 s one handshake was given up.
     let builder = Mesh::two_nodes_builder().carrier(carrier).flag("--connect-timeout-s=15");
     let mesh = builder.start()?;
     let hops = [Hop::behind(mesh.node("a"), 1, swallow)?, Hop::behind(mesh.node("b"), 0, swallow)?];

@@ -36,7 +36,7 @@ use mesh_core::snapshot::Snapshot;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, timeout, timeout_at};
-use tracing::{info, warn};
+use tracing::warn;
 
 use self::demand::{Found, Remote, Wanted, has};
 use self::feed::{Followed as _, News, What, escaped, follow, list, read};
@@ -410,13 +410,7 @@ impl State {
         if generation > 1 && snapshot.same_state(&self.snapshot) {
             return None;
         }
-        info!(
-            generation,
-            workloads = snapshot.workloads().count(),
-            services = snapshot.services().count(),
-            nodes = snapshot.nodes().count(),
-            "new snapshot"
-        );
+        super::tell_of(&snapshot);
         self.snapshot = Arc::new(snapshot);
         Some(Arc::clone(&self.snapshot))
     }

@@ -13,7 +13,7 @@ use crate::stats::Spread;
 pub(crate) enum Side {
     /// TCP as without a mesh: no agent runs and no program is attached.
     Plain,
-    /// Two hops of user space, one on each node, and nothing else: the floor of any proxy.
+    /// Two hops of user space, one on each node, that copy and do nothing else: a yardstick.
     Hops,
     /// The mesh over lanes.
     Lane,
