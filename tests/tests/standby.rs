@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use harness::{Mesh, Serve, exchange, wait};
 
-/// From SIGTERM of the old agent until the new one carries: it loads the programs meanwhile.
+/// From SIGTERM of the old agent until it lets go.
 const TAKEOVER: Duration = Duration::from_secs(10);
 
 #[test]
@@ -29,18 +29,20 @@ fn agent_that_stands_by_is_ready_and_takes_over_when_the_old_one_drains() -> Res
     ensure!(!mesh.agent("a").log().contains("it is this agent's turn"));
 
     old.terminate()?;
-    wait::until(TAKEOVER, "the new one to carry", || {
-        mesh.pod("a1").connect(to).is_ok_and(|mut new| exchange(&mut new, b"new").is_ok())
+    // Until then the old one, which may not have seen its signal yet, accepts and answers.
+    wait::until(TAKEOVER, "the new one's turn", || {
+        mesh.agent("a").log().contains("it is this agent's turn")
     })?;
+    mesh.agent_mut("a").wait_until_ready()?;
+    exchange(&mut mesh.pod("a1").connect(to)?, b"the new one carries")?;
     ensure!(old.runs()?, "it should still carry what it has accepted");
     exchange(&mut held, b"by the old one")?;
-    mesh.agent_mut("a").wait_until_ready()?;
     let status = mesh.agent("a").cli(&["status"])?;
     ensure!(status.code == 0, "{status:?}");
 
     drop(held);
     wait::until(wait::SOON, "the old one to end", || old.runs().is_ok_and(|runs| !runs))?;
-    exchange(&mut mesh.pod("a1").connect(to)?, b"the new one carries")
+    exchange(&mut mesh.pod("a1").connect(to)?, b"the new one goes on")
 }
 
 #[test]
