@@ -229,6 +229,12 @@ pub struct Run {
     #[arg(long, env = "MESH_MAX_CONNECTIONS", value_name = "N", default_value = "65536")]
     pub max_connections: NonZeroUsize,
 
+    /// Connections that a worker of this agent has to one identity on one node, and lanes that it keeps
+    /// for one remote address. Further ones are refused as overloaded: too low fails clients of a busy
+    /// service, too high lets one peer take what others need.
+    #[arg(long, env = "MESH_MAX_CONNECTIONS_PER_PEER", value_name = "N", default_value = "16384")]
+    pub max_connections_per_peer: NonZeroU32,
+
     /// MiB that QUIC peers may send before applications read it, all together; one peer half of it.
     /// Each QUIC connection takes one. Too little refuses connections and resets flows that nobody reads;
     /// too much lets applications that do not read use up the memory of the node.

@@ -390,6 +390,7 @@ async fn start_tunnels(
         // The far side may use up its own timeout before it answers why.
         answer_timeout: options.connect_timeout * 2,
         quic_credit: Credit::new(u64::from(options.quic_memory_mib.get()) << 20),
+        max_flows_per_peer: options.max_connections_per_peer.get(),
         ..TunnelConfig::default()
     };
     let mut contexts = Vec::new();

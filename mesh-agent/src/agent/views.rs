@@ -295,6 +295,7 @@ impl Views {
             "balance": options.balance.as_str(),
             "workers": self.contexts.len(),
             "max_connections": options.max_connections,
+            "max_connections_per_peer": options.max_connections_per_peer,
             "quic_memory_mib": options.quic_memory_mib,
             "max_pods": options.max_pods,
             "max_destinations": options.max_destinations,

@@ -79,12 +79,10 @@ pub struct TunnelConfig {
     /// kernel's backlog, or ask again (QUIC). From a quarter on, QUIC clients have to show their address
     /// first, which costs them a round trip.
     pub max_handshakes: usize,
-    /// Lanes that a server keeps open for one remote address. Default 4,096; further ones are closed
-    /// before their handshake.
-    pub max_lanes_per_address: usize,
-    /// Lanes that a client has to one peer, in use or idle. Default 4,096; further flows are refused
-    /// with `overloaded`.
-    pub max_lanes_per_peer: usize,
+    /// Flows that a client has to one peer, on either carrier: further ones are refused with `overloaded`.
+    /// Also lanes that a server keeps open for one remote address: further ones are closed before their
+    /// handshake; and streams that a QUIC peer may have open on one connection. Default 16,384.
+    pub max_flows_per_peer: u32,
     /// Lanes that are dialled to one peer at once. Default 32: a burst of connections shares the
     /// handshakes of those before it instead of starting one each.
     pub max_dials_per_peer: usize,
@@ -108,8 +106,9 @@ pub struct TunnelConfig {
     pub fallback_memory: Duration,
     /// QUIC connections that a server has at once. Default 4,096; further ones are refused.
     pub quic_max_connections: usize,
-    /// Streams that a QUIC peer may have open. Default 4,096.
-    pub quic_max_streams: u32,
+    /// Streams that a QUIC peer may have open at first: quinn holds some 50 bytes for each that may be.
+    /// Whenever half of them are it is twice as many, up to `max_flows_per_peer`. Default 1,024.
+    pub quic_first_streams: u32,
     /// Bytes that a QUIC peer may send on one stream before they are read: the bound of a flow's
     /// memory. Default 1 MiB.
     pub quic_stream_window: u32,
@@ -137,8 +136,7 @@ impl Default for TunnelConfig {
             handshake_timeout: Duration::from_secs(10),
             open_timeout: Duration::from_secs(5),
             max_handshakes: 256,
-            max_lanes_per_address: 4096,
-            max_lanes_per_peer: 4096,
+            max_flows_per_peer: 16_384,
             max_dials_per_peer: 32,
             max_idle_lanes: 64,
             spare_lanes: 1,
@@ -148,7 +146,7 @@ impl Default for TunnelConfig {
             backoff_max: Duration::from_secs(5),
             fallback_memory: Duration::from_secs(60),
             quic_max_connections: 4096,
-            quic_max_streams: 4096,
+            quic_first_streams: 1024,
             quic_stream_window: 1 << 20,
             quic_credit: Credit::new(1 << 30),
             quic_send_window: 8 << 20,

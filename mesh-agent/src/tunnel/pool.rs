@@ -45,7 +45,7 @@ pub(super) struct PeerPool {
 struct Limits {
     choice: CarrierChoice,
     connect_timeout: Duration,
-    max_lanes: usize,
+    max_flows: usize,
     max_dials: usize,
     max_idle: usize,
     spare: usize,
@@ -108,7 +108,7 @@ impl PeerPool {
             limits: Limits {
                 choice: config.carrier,
                 connect_timeout: config.connect_timeout,
-                max_lanes: config.max_lanes_per_peer,
+                max_flows: config.max_flows_per_peer as usize,
                 max_dials: config.max_dials_per_peer,
                 max_idle: config.max_idle_lanes,
                 spare: config.spare_lanes,
@@ -150,6 +150,9 @@ impl PeerPool {
         if state.draining {
             return Err(OpenError::Dial(Arc::new(DialError::Draining)));
         }
+        if state.busy + state.waiters.len() >= self.limits.max_flows {
+            return Err(OpenError::Dial(Arc::new(DialError::Overloaded)));
+        }
         let carrier = self.carrier(&state, now);
         if carrier == Carrier::Quic {
             if let Some(link) = state.quic.as_ref().filter(|link| link.is_usable(now)) {
@@ -169,10 +172,6 @@ impl PeerPool {
         }
         if let (Some(_), Some(failure)) = (state.backoff.wait(now), &state.failure) {
             return Err(OpenError::BackingOff(Arc::clone(failure)));
-        }
-        let wanted = state.busy + state.waiters.len();
-        if carrier == Carrier::Lane && wanted >= self.limits.max_lanes {
-            return Err(OpenError::Dial(Arc::new(DialError::Overloaded)));
         }
         let (sender, receiver) = oneshot::channel();
         state.waiters.push_back(sender);
@@ -209,7 +208,7 @@ impl PeerPool {
         let total = state.busy + state.idle.len() + 1;
         if state.dialling == 0
             && state.idle.len() < self.limits.spare
-            && total < self.limits.max_lanes
+            && total < self.limits.max_flows
             && state.backoff.wait(now).is_none()
         {
             orders.push(self.order(state, Carrier::Lane, now));

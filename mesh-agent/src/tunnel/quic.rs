@@ -302,11 +302,16 @@ pub(super) fn server_endpoint(
     endpoint(socket, Some(server), config)
 }
 
+/// Streams that a peer may have open at first.
+pub(super) fn first_streams(config: &TunnelConfig) -> u32 {
+    config.quic_first_streams.min(config.max_flows_per_peer)
+}
+
 /// How a connection behaves, on both ends.
 pub(super) fn transport(config: &TunnelConfig) -> Arc<TransportConfig> {
     let mut transport = TransportConfig::default();
     transport
-        .max_concurrent_bidi_streams(VarInt::from_u32(config.quic_max_streams))
+        .max_concurrent_bidi_streams(VarInt::from_u32(first_streams(config)))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(config.quic_stream_window))
         // It grows: see `credit`.

@@ -38,7 +38,7 @@ struct Server<H> {
     handler: H,
     drain: watch::Receiver<bool>,
     tls: rustls::ServerConfig,
-    lanes: Mutex<HashMap<IpAddr, usize>>,
+    lanes: Mutex<HashMap<IpAddr, u32>>,
     gate: Gate,
 }
 

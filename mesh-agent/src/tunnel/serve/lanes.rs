@@ -260,7 +260,7 @@ where
     fn place(self: &Arc<Self>, address: IpAddr) -> Option<Place<H>> {
         let mut lanes = lock(&self.lanes);
         let taken = lanes.entry(address).or_default();
-        if *taken >= self.config().max_lanes_per_address {
+        if *taken >= self.config().max_flows_per_peer {
             return None;
         }
         *taken += 1;

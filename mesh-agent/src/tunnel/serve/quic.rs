@@ -121,6 +121,7 @@ where
         let mut drain = self.drain.clone();
         let mut flows = JoinSet::new();
         let mut ending = false;
+        let mut may_be_open = quic::first_streams(self.config());
         loop {
             let (send, mut recv) = tokio::select! {
                 biased; // As for lanes.
@@ -146,6 +147,7 @@ where
                 () = link.settle(), if ending => break,
                 Some(_ended) = flows.join_next() => continue,
             };
+            may_be_open = self.allow_more(&link, flows.len() + 1, may_be_open);
             let (server, link, parties) = (Arc::clone(&self), link.clone(), parties.clone());
             flows.spawn(async move {
                 let claim = link.claim();
@@ -189,6 +191,17 @@ where
         link.retire();
         while flows.join_next().await.is_some() {}
         link.settle().await;
+    }
+
+    /// How many streams the peer may have open, now that so many are: before it has to wait for us.
+    fn allow_more(&self, link: &QuicLink, open: usize, may_be_open: u32) -> u32 {
+        let most = self.config().max_flows_per_peer;
+        if may_be_open >= most || open < may_be_open as usize / 2 {
+            return may_be_open;
+        }
+        let more = may_be_open.saturating_mul(2).min(most);
+        link.connection().set_max_concurrent_bi_streams(more.into());
+        more
     }
 
     async fn quic_handshake(

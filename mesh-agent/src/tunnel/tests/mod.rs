@@ -2,6 +2,7 @@
 
 mod carriers;
 mod identity;
+mod limits;
 mod pool;
 mod records;
 mod restart;

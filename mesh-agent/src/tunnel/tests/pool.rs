@@ -22,7 +22,7 @@ use crate::tunnel::tls::Refusals;
 use crate::tunnel::*;
 
 /// Opens a flow, sees one byte through, and ends it as told.
-async fn exchange(client: &Client, end: fn(TcpStream, TcpStream)) -> Outcome {
+pub(super) async fn exchange(client: &Client, end: fn(TcpStream, TcpStream)) -> Outcome {
     let (address, mut apps) = application().await;
     let (mut user, connection) = client.connect(address).await;
     user.write_u8(1).await.unwrap();
@@ -32,7 +32,7 @@ async fn exchange(client: &Client, end: fn(TcpStream, TcpStream)) -> Outcome {
     connection.await.unwrap().unwrap().outcome
 }
 
-fn cleanly(user: TcpStream, app: TcpStream) {
+pub(super) fn cleanly(user: TcpStream, app: TcpStream) {
     drop((user, app));
 }
 
@@ -491,31 +491,4 @@ async fn opening_a_flow_is_a_small_future() {
     let mut held = Held::default();
     let size = size_of_val(&client.open(&app, "10.0.0.2:80".parse().unwrap(), &mut held));
     assert!(size <= 4096, "{size} bytes for every connection");
-}
-
-#[tokio::test]
-async fn who_does_not_show_its_address_takes_no_handshakes_from_others() {
-    let ca = Ca::new();
-    // A quarter of one is none: every client has to show its address.
-    let config = TunnelConfig { max_handshakes: 1, ..config(CarrierChoice::Quic) };
-    let (agent, client) = world_with(&ca, config.clone()).await;
-    // A first packet that is sent again and again, from addresses that hear no answer.
-    let (ours, _) = holdings(&ca);
-    let near = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let liar = Client::new(&ours, config.clone(), PeerAddr(near.local_addr().unwrap()));
-    let opening = tokio::spawn(async move {
-        let (_user, app) = pair().await;
-        liar.open(&app, "10.0.0.2:80".parse().unwrap(), &mut Held::default()).await.map(drop)
-    });
-    let mut first = [0; 2048];
-    let (len, _) = near.recv_from(&mut first).await.unwrap();
-    opening.abort();
-    for sent in 1..=8 {
-        let elsewhere = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        elsewhere.send_to(&first[..len], agent.node.0).await.unwrap();
-        until("it is asked for its address", || agent.stats.retries.load(Relaxed) >= sent).await;
-    }
-    exchange(&client, cleanly).await;
-    assert_eq!(agent.seen().len(), 1);
-    assert!(agent.stats.retries.load(Relaxed) >= 9);
 }

@@ -72,7 +72,7 @@ struct Cli {
     #[arg(long, default_value_t = 30.0)]
     connect_seconds: f64,
 
-    /// Connections held open for the memory of an idle one.
+    /// Connections held open for the memory of an idle one; fewer where the limit of open files is lower.
     #[arg(long, default_value_t = 10_000)]
     idle: usize,
 
@@ -126,7 +126,8 @@ fn bench(cli: &Cli) -> Result<()> {
     if let Some(missing) = harness::missing(&["taskset", "prlimit", "nft"]) {
         bail!("{missing}");
     }
-    let (rounds, plan) = plan(cli);
+    let (rounds, mut plan) = plan(cli);
+    plan.idle = plan.idle.min(world::most_idle()?);
     ensure!(rounds > 0 && plan.idle > 0, "nothing to measure: --rounds and --idle begin at 1");
     let machine = Machine::new(cli.pin.clone())?;
     say(&format!("{machine}. {}.", world::SETTINGS))?;

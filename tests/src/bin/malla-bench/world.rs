@@ -35,6 +35,8 @@ const CLIENT: &str = "client";
 const SERVER: &str = "server";
 /// Services that the node of both pods translates beside the one that is measured.
 const OTHER_SERVICES: usize = 1000;
+/// Of an agent: listeners, idle lanes, maps and namespaces.
+const OTHER_DESCRIPTORS: usize = 1000;
 /// What an agent may take to end when nothing is open any more.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
@@ -302,6 +304,19 @@ fn detach(agent: &Agent) -> Result<()> {
     let done = agent.cli(&["detach"])?;
     ensure!(done.code == 0, "mesh-agent detach: {}", done.stderr.trim());
     Ok(())
+}
+
+/// Connections that can be held open at once: each takes two descriptors of an agent whose carrier is
+/// lanes, and some are in use for other things.
+///
+/// # Errors
+///
+/// Fails where `/proc` does.
+pub(crate) fn most_idle() -> Result<usize> {
+    let limits = fs::read_to_string("/proc/self/limits").context("read /proc/self/limits")?;
+    // `unlimited` is not a number.
+    let most = most_descriptors(&limits).and_then(|most| most.parse::<usize>().ok());
+    Ok(most.map_or(usize::MAX, |most| most.saturating_sub(OTHER_DESCRIPTORS) / 2))
 }
 
 /// Lets this process hold as many connections as it may at all: shells begin with 1,024.

@@ -1,0 +1,85 @@
+//! How much one peer may take, and what others keep.
+
+use std::net::Ipv4Addr;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use mesh_core::addr::PeerAddr;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::time::timeout;
+
+use super::pool::{cleanly, exchange};
+use super::world::*;
+use crate::tunnel::*;
+
+/// Flows that stay open, and have each carried a byte.
+async fn open(client: &Client, number: usize) -> Vec<(TcpStream, TcpStream)> {
+    let (address, mut apps) = application().await;
+    let mut open = Vec::new();
+    for _ in 0..number {
+        let (mut user, _relay) = client.connect(address).await;
+        user.write_u8(1).await.unwrap();
+        let mut app = apps.recv().await.unwrap();
+        app.read_u8().await.unwrap();
+        open.push((user, app));
+    }
+    open
+}
+
+#[tokio::test]
+async fn more_flows_than_a_peer_may_have_are_refused_at_once() {
+    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
+        let config = TunnelConfig { max_flows_per_peer: 3, ..config(carrier) };
+        let (_agent, client) = world_with(&Ca::new(), config).await;
+        let flows = open(&client, 3).await;
+        let (_user, app) = pair().await;
+        let mut held = Held::default();
+        let more = client.open(&app, "10.0.0.2:80".parse().unwrap(), &mut held);
+        let more = timeout(Duration::from_secs(1), more).await.expect("it has to wait");
+        assert_eq!(more.unwrap_err().reason(), "overloaded", "{carrier:?}");
+        drop(flows);
+        until("they have ended", || client.tunnels.view().iter().all(|peer| peer.busy == 0)).await;
+        exchange(&client, cleanly).await;
+    }
+}
+
+#[tokio::test]
+async fn streams_of_a_quic_connection_become_more_as_they_are_used() {
+    let config = TunnelConfig {
+        quic_first_streams: 4,
+        max_flows_per_peer: 64,
+        ..config(CarrierChoice::Quic)
+    };
+    let (_agent, client) = world_with(&Ca::new(), config).await;
+    let flows = timeout(Duration::from_secs(10), open(&client, 64)).await;
+    assert_eq!(flows.expect("a stream has to wait").len(), 64);
+    assert_eq!(client.stats.dials.load(Relaxed), 1);
+}
+
+#[tokio::test]
+async fn who_does_not_show_its_address_takes_no_handshakes_from_others() {
+    let ca = Ca::new();
+    // A quarter of one is none: every client has to show its address.
+    let config = TunnelConfig { max_handshakes: 1, ..config(CarrierChoice::Quic) };
+    let (agent, client) = world_with(&ca, config.clone()).await;
+    // A first packet that is sent again and again, from addresses that hear no answer.
+    let (ours, _) = holdings(&ca);
+    let near = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let liar = Client::new(&ours, config.clone(), PeerAddr(near.local_addr().unwrap()));
+    let opening = tokio::spawn(async move {
+        let (_user, app) = pair().await;
+        liar.open(&app, "10.0.0.2:80".parse().unwrap(), &mut Held::default()).await.map(drop)
+    });
+    let mut first = [0; 2048];
+    let (len, _) = near.recv_from(&mut first).await.unwrap();
+    opening.abort();
+    for sent in 1..=8 {
+        let elsewhere = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        elsewhere.send_to(&first[..len], agent.node.0).await.unwrap();
+        until("it is asked for its address", || agent.stats.retries.load(Relaxed) >= sent).await;
+    }
+    exchange(&client, cleanly).await;
+    assert_eq!(agent.seen().len(), 1);
+    assert!(agent.stats.retries.load(Relaxed) >= 9);
+}
