@@ -5,6 +5,7 @@
 pub mod ask;
 mod authority;
 pub mod check;
+mod daemonset;
 pub mod output;
 pub mod parts;
 mod problems;
@@ -21,6 +22,7 @@ use mesh_core::balance::Policy;
 use mesh_core::spiffe::TrustDomain;
 
 pub use self::authority::{Ca, CaRun};
+pub use self::daemonset::{DaemonSetName, NotADaemonSet};
 use self::output::Format;
 pub use self::problems::FlagProblem;
 use crate::identity::ca::BUNDLE;
@@ -154,6 +156,17 @@ pub struct Run {
     /// How to reach the Kubernetes API [default: as a pod does, by its service account].
     #[arg(long, env = "MESH_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
+
+    /// The DaemonSet that this agent belongs to. If that is deleted the agent takes everything out of the
+    /// kernel when it ends, and pods talk in plain text. Without it the programs stay, and pods are
+    /// refused until another agent is there.
+    #[arg(
+        long,
+        env = "MESH_DAEMONSET",
+        value_name = "NAMESPACE/NAME",
+        conflicts_with = "manifests"
+    )]
+    pub daemonset: Option<DaemonSetName>,
 
     /// What the cgroup of the node's kubelet is called. Its connections reach the applications of strict
     /// pods too, which its probes need, and with it those of any other process in that cgroup.

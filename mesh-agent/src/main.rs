@@ -1,19 +1,16 @@
 //! `mesh-agent`: the command line, and its exit codes.
 
-use std::fs;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser as _};
-use mesh_agent::admin::{AdminError, AdminSocket};
+use mesh_agent::agent;
 use mesh_agent::capture::{Capture, Detached};
 use mesh_agent::cli::ask::{Answered, AskError};
 use mesh_agent::cli::check::{Category, Report};
 use mesh_agent::cli::output::{self, Format};
 use mesh_agent::cli::{Ca, Check, Cli, Command, Question, Run, ask, parts};
-use mesh_agent::tunnel::ResetKey;
 
 /// A problem was found.
 const PROBLEM: u8 = 1;
@@ -43,7 +40,7 @@ fn dispatch(command: Command, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
         Command::Check(check) => return report(&check, out),
         Command::Detach(detach) => {
             let mut report = Capture::detach(&detach.bpffs)?;
-            report.removed.extend(remove_files(&detach.admin.socket)?);
+            report.removed.extend(agent::remove_files(&detach.admin.socket)?);
             return detached(&report, detach.output, out);
         }
         Command::Ca(ca) => authority(ca, out)?,
@@ -56,26 +53,6 @@ fn dispatch(command: Command, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
         Command::Question(question) => return answer(&question, out),
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Removes what an agent keeps outside the kernel, unless one is running.
-fn remove_files(admin_socket: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let mut removed = Vec::new();
-    match AdminSocket::remove_leftover(admin_socket) {
-        Ok(true) => removed.push(admin_socket.to_owned()),
-        Ok(false) => {}
-        Err(AdminError::InUse { .. }) => return Ok(removed),
-        Err(error) => return Err(error.into()),
-    }
-    let key = ResetKey::path(admin_socket);
-    match fs::remove_file(&key) {
-        Ok(()) => removed.push(key),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => {
-            return Err(error).with_context(|| format!("remove {}", key.display()));
-        }
-    }
-    Ok(removed)
 }
 
 /// Says what was removed; something left in place is a problem.
@@ -107,7 +84,7 @@ fn tell_detached(report: &Detached, out: &mut dyn Write) -> io::Result<()> {
 fn start(run: Run) -> anyhow::Result<ExitCode> {
     let problems = run.problems();
     if problems.is_empty() {
-        mesh_agent::agent::run(run)?;
+        agent::run(run)?;
         return Ok(ExitCode::SUCCESS);
     }
     for problem in problems {
@@ -132,7 +109,7 @@ fn authority(ca: Ca, out: &mut dyn Write) -> anyhow::Result<()> {
     let (report, format) = match ca {
         Ca::Init { dir, trust_domain } => (parts::ca_init(&dir, &trust_domain), Format::Table),
         Ca::Show { dir, output } => (parts::ca_show(&dir), output),
-        Ca::Run(run) => return mesh_agent::agent::run_ca(*run),
+        Ca::Run(run) => return agent::run_ca(*run),
     };
     output::print(out, format, &report?)?;
     Ok(())

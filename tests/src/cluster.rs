@@ -19,7 +19,7 @@ use std::{env, fs};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-pub use self::agents::Agents;
+pub use self::agents::{Agents, OwnAgents, SharedAgents};
 pub use self::deployment::{Deployment, User};
 pub use self::signer::SignerProcess;
 use crate::guard::Guard;
@@ -97,14 +97,7 @@ impl Cluster {
     /// Fails with what `kubectl` says.
     pub fn apply(&self, object: &Value) -> Result<()> {
         let mut command = self.command();
-        command.args(["apply", "--filename", "-"]).stdin(Stdio::piped());
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().context("start kubectl")?;
-        let written =
-            child.stdin.take().context("no stdin")?.write_all(object.to_string().as_bytes());
-        let output = child.wait_with_output().context("wait for kubectl")?;
-        succeeded("kubectl apply", &output)?;
-        written.context("write to kubectl")
+        fed(command.args(["apply", "--filename", "-"]), &object.to_string()).map(drop)
     }
 
     /// Annotates the namespace.
@@ -311,6 +304,17 @@ fn read(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("start {name}"))?;
     succeeded(&format!("{command:?}"), &output)?;
     String::from_utf8(output.stdout).with_context(|| format!("read what {name} printed"))
+}
+
+/// What a command prints that reads `input`.
+fn fed(command: &mut Command, input: &str) -> Result<Vec<u8>> {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("start {command:?}"))?;
+    let written = child.stdin.take().context("no stdin")?.write_all(input.as_bytes());
+    let output = child.wait_with_output().with_context(|| format!("wait for {command:?}"))?;
+    succeeded(&format!("{command:?}"), &output)?;
+    written.with_context(|| format!("write to {command:?}"))?;
+    Ok(output.stdout)
 }
 
 fn succeeded(what: &str, output: &Output) -> Result<()> {

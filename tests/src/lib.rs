@@ -46,7 +46,9 @@ pub mod wait;
 pub use self::access_log::Record;
 pub use self::agent::{Agent, Cli, Predecessor};
 pub use self::cgroup::Cgroup;
-pub use self::cluster::{Agents, Cluster, Deployment, SignerProcess, User, xtask};
+pub use self::cluster::{
+    Agents, Cluster, Deployment, OwnAgents, SharedAgents, SignerProcess, User, xtask,
+};
 pub use self::hop::{Fate, Hop};
 pub use self::interrupt::Interrupt;
 pub use self::load::Load;

@@ -20,6 +20,7 @@ mod shortfall;
 mod signer;
 mod source;
 mod turn;
+mod uninstall;
 mod views;
 
 use std::collections::{HashMap, HashSet};
@@ -50,6 +51,8 @@ use self::pods::Pods;
 pub use self::signer::run_ca;
 use self::source::Source;
 use self::turn::Turn;
+use self::uninstall::Owner;
+pub use self::uninstall::remove_files;
 use self::views::Views;
 use crate::admin::{self, AdminSocket};
 use crate::capture::{Capture, CaptureConfig};
@@ -120,6 +123,8 @@ struct Agent {
     views: Arc<Views>,
     drain: watch::Sender<bool>,
     heart: Heart,
+    /// Only where it is known.
+    owner: Option<Arc<Owner>>,
     /// Only where a successor may wait for it.
     turn: Option<Turn>,
     /// Tunnel listeners, one a worker and carrier.
@@ -149,6 +154,10 @@ impl Agent {
         let identities = identities::start(&options, &mut control).await?;
         let (source, snapshots) = Source::open(&options).await?;
         let namespaces = source.namespaces(&options)?;
+        let owner = source.owner(&options).map(Arc::new);
+        if let Some(owner) = &owner {
+            control.spawn(Arc::clone(owner).follow());
+        }
         let capture = Arc::new(Capture::start(&CaptureConfig {
             cgroup: options.cgroup.clone(),
             bpffs: options.bpffs.clone(),
@@ -258,6 +267,7 @@ impl Agent {
             views,
             drain,
             heart,
+            owner,
             turn,
             tunnels,
             shared,
@@ -326,15 +336,26 @@ impl Agent {
     }
 
     /// Takes no new connection, lets those that are open end, and leaves the programs in the kernel:
-    /// what they capture is refused until a successor is there.
+    /// what they capture is refused until a successor is there. Where none is to come they go too.
     async fn end(mut self) {
         let open = || {
             let permits = self.node.connections.available_permits();
             self.options.max_connections.get().saturating_sub(permits)
         };
-        info!(open = open(), within_s = self.options.drain.as_secs(), "draining");
+        let is_last = match &self.owner {
+            Some(owner) => owner.is_gone().await,
+            None => false,
+        };
+        info!(open = open(), within_s = self.options.drain.as_secs(), is_last, "draining");
         self.drain.send_replace(true);
-        if let Some(turn) = self.turn.take() {
+        if is_last {
+            // What pods open from here on is theirs again; what they have open goes on meanwhile.
+            let nothing = Snapshot::empty(
+                self.options.node.as_str().into(),
+                self.options.trust_domain.clone(),
+            );
+            self.pods.follow(&nothing).await;
+        } else if let Some(turn) = self.turn.take() {
             self.shared.shutdown().await;
             if let Some(connections) = self.connections.take() {
                 connections.let_go();
@@ -365,6 +386,10 @@ impl Agent {
         }
         drop(self.workers);
         drop(self.heart);
+        if is_last {
+            uninstall::remove(&self.options.bpffs, &self.options.admin.socket);
+        }
+        drop(self.turn);
         self.node.telemetry.flush();
         info!("ended");
     }

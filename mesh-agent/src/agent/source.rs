@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 
 use super::namespaces::Namespaces;
+use super::uninstall::Owner;
 use crate::cli::Run;
 use crate::discovery::client::client;
 use crate::discovery::cluster::ClusterSource;
@@ -90,6 +91,14 @@ impl Source {
         match self {
             Self::Manifests(_) => None,
             Self::Cluster(source) => Some(source.demands()),
+        }
+    }
+
+    /// The DaemonSet that this agent belongs to, if it was told.
+    pub(super) fn owner(&self, options: &Run) -> Option<Owner> {
+        match self {
+            Self::Manifests(_) => None,
+            Self::Cluster(source) => Some(Owner::new(source.client(), options.daemonset.clone()?)),
         }
     }
 

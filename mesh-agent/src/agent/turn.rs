@@ -59,7 +59,7 @@ impl Turn {
 }
 
 /// Beside the admin socket, which two agents of a node share.
-fn lock_path(admin_socket: &Path) -> PathBuf {
+pub(super) fn lock_path(admin_socket: &Path) -> PathBuf {
     admin_socket.with_extension("lock")
 }
 

@@ -2,8 +2,9 @@
 //! has room for one agent.
 
 use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::Duration;
 use std::{env, fs};
 
@@ -21,7 +22,7 @@ const READY: Duration = Duration::from_secs(60);
 /// How long a new root waits before it signs, in tests.
 const SPREAD_S: u64 = 10;
 
-/// Agents on all nodes, removed with what they have attached when the last test drops them.
+/// Agents on all nodes, removed with what they have attached when dropped.
 #[derive(Debug)]
 pub struct Agents {
     deployment: Deployment,
@@ -31,21 +32,71 @@ pub struct Agents {
     pods: BTreeMap<String, String>,
 }
 
+/// A test has the agents together with others, or alone if it does something to them.
+static HOUSE: RwLock<()> = RwLock::new(());
+
+/// Agents that other tests use too, removed when the last of them drops them.
+#[derive(Debug)]
+pub struct SharedAgents {
+    agents: Arc<Agents>,
+    _guard: RwLockReadGuard<'static, ()>,
+}
+
+impl Deref for SharedAgents {
+    type Target = Agents;
+
+    fn deref(&self) -> &Agents {
+        &self.agents
+    }
+}
+
+/// Agents that are this test's alone.
+#[derive(Debug)]
+pub struct OwnAgents {
+    agents: Agents,
+    _guard: RwLockWriteGuard<'static, ()>,
+}
+
+impl Deref for OwnAgents {
+    type Target = Agents;
+
+    fn deref(&self) -> &Agents {
+        &self.agents
+    }
+}
+
+impl DerefMut for OwnAgents {
+    fn deref_mut(&mut self) -> &mut Agents {
+        &mut self.agents
+    }
+}
+
 impl Agents {
     /// Those that another test has deployed, or new ones, all of them ready.
     ///
     /// # Errors
     ///
     /// Fails, with their logs, if they do not become ready.
-    pub fn deployed() -> Result<Arc<Self>> {
+    pub fn deployed() -> Result<SharedAgents> {
         static SHARED: Mutex<Weak<Agents>> = Mutex::new(Weak::new());
+        let guard = HOUSE.read().unwrap_or_else(PoisonError::into_inner);
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(agents) = shared.upgrade() {
-            return Ok(agents);
-        }
-        let agents = Arc::new(Self::deploy()?);
+        let agents = match shared.upgrade() {
+            Some(agents) => agents,
+            None => Arc::new(Self::deploy()?),
+        };
         *shared = Arc::downgrade(&agents);
-        Ok(agents)
+        Ok(SharedAgents { agents, _guard: guard })
+    }
+
+    /// New ones, when no other test has any.
+    ///
+    /// # Errors
+    ///
+    /// Fails, with their logs, if they do not become ready.
+    pub fn alone() -> Result<OwnAgents> {
+        let guard = HOUSE.write().unwrap_or_else(PoisonError::into_inner);
+        Ok(OwnAgents { agents: Self::deploy()?, _guard: guard })
     }
 
     fn deploy() -> Result<Self> {
@@ -187,37 +238,75 @@ impl Agents {
         self.pods.get(node).map(String::as_str).with_context(|| format!("no agent on {node}"))
     }
 
-    /// Removes what the agents have left in the kernel, as whoever uninstalls them would.
-    fn detach(&self) -> Result<()> {
+    /// Replaces them all, one after the other, as a new version does.
+    ///
+    /// # Errors
+    ///
+    /// Fails, with their logs, if the new ones do not become ready.
+    pub fn replace(&mut self) -> Result<()> {
+        self.system().kubectl(&["rollout", "restart", "daemonset/malla-agent"])?;
+        let before = std::mem::take(&mut self.pods);
+        self.find()?;
+        let stays = |(node, pod): (&String, &String)| self.pods.get(node) == Some(pod);
+        ensure!(!before.iter().any(stays), "not replaced: {before:?}");
+        Ok(())
+    }
+
+    /// Deletes all that was deployed, as `kubectl delete --filename` does, and waits until the agents have
+    /// ended.
+    ///
+    /// # Errors
+    ///
+    /// Fails if they do not.
+    pub fn delete(&self) -> Result<()> {
+        self.deployment.delete()
+    }
+
+    /// What `mesh-agent detach` finds to remove on each node, run in `place`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it cannot be run there.
+    pub fn traces(&self, place: &Cluster) -> Result<BTreeMap<String, Value>> {
         let limit = format!("--timeout={}s", READY.as_secs());
+        let mut found = BTreeMap::new();
         for node in self.pods.keys() {
             let mut spec = self.spec.clone();
+            // What else an agent needs is gone.
+            for key in ["serviceAccountName", "priorityClassName"] {
+                spec[key] = Value::Null;
+            }
+            let volumes = spec["volumes"].as_array_mut().context("no volumes")?;
+            volumes.retain(|volume| volume["name"] != "trust");
             spec["nodeName"] = json!(node);
             spec["restartPolicy"] = json!("Never");
             let container = &mut spec["containers"][0];
-            container["args"] = json!(["detach"]);
-            for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
-                container[probe] = Value::Null;
+            container["args"] = json!(["detach", "-o", "json"]);
+            for key in ["startupProbe", "livenessProbe", "readinessProbe", "envFrom"] {
+                container[key] = Value::Null;
             }
+            let mounts = container["volumeMounts"].as_array_mut().context("no mounts")?;
+            mounts.retain(|mount| mount["name"] != "trust");
             let name = format!("detach-{node}");
             let metadata = json!({"name": name});
             let pod =
                 json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec});
-            self.deployment.system().apply(&pod)?;
+            place.apply(&pod)?;
             let phase = "--for=jsonpath={.status.phase}=Succeeded";
-            self.deployment.system().kubectl(&["wait", phase, &limit, "pod", &name])?;
+            place.kubectl(&["wait", phase, &limit, "pod", &name])?;
+            let said = place.kubectl(&["logs", &name])?;
+            found.insert(node.clone(), serde_json::from_str(&said).context("read its report")?);
         }
-        Ok(())
+        Ok(found)
     }
 }
 
 impl Drop for Agents {
     fn drop(&mut self) {
-        // Waited for: the next agent of a node wants the same ports.
+        // Waited for: the next agent of a node wants the same ports. They take what they have attached
+        // with them.
         let delete = ["delete", "daemonset/malla-agent", "--cascade=foreground", "--timeout=30s"];
         self.system().kubectl(&delete).ok();
-        // What stays in spite of that goes with the node.
-        self.detach().ok();
     }
 }
 

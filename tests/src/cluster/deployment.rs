@@ -1,6 +1,5 @@
 //! `deploy/daemonset.yaml` as it is, in the namespace of a test: what tests try is what users apply.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::{env, fs};
@@ -8,7 +7,7 @@ use std::{env, fs};
 use anyhow::{Context as _, Result};
 use serde_json::{Deserializer, Value, json};
 
-use super::{Cluster, read, succeeded};
+use super::{Cluster, fed, read};
 
 /// What the file says, and a test has one of its own.
 const NAMESPACE: &str = "malla-system";
@@ -43,19 +42,9 @@ impl Deployment {
         let text = text.replace(NAMESPACE, system.name()).replace(SIGNER, signer.unwrap_or(SIGNER));
         let mut create = system.command();
         create.args(["create", "--dry-run=client", "--output=json", "--filename=-"]);
-        let mut child = create
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("start kubectl")?;
-        let mut input = child.stdin.take().context("no stdin")?;
-        input.write_all(text.as_bytes()).context("write to kubectl")?;
-        drop(input);
-        let output = child.wait_with_output().context("wait for kubectl")?;
-        succeeded("kubectl create --dry-run", &output)?;
+        let printed = fed(&mut create, &text)?;
         let mut objects = Vec::new();
-        for object in Deserializer::from_slice(&output.stdout).into_iter::<Value>() {
+        for object in Deserializer::from_slice(&printed).into_iter::<Value>() {
             let object = object.context("read what kubectl printed")?;
             match object["items"].as_array() {
                 Some(items) => objects.extend(items.iter().cloned()),
@@ -89,6 +78,20 @@ impl Deployment {
         let is_wanted = |object: &&Value| !without.iter().any(|kind| object["kind"] == *kind);
         let items: Vec<_> = self.objects.iter().filter(is_wanted).collect();
         self.system.apply(&json!({"apiVersion": "v1", "kind": "List", "items": items}))
+    }
+}
+
+impl Deployment {
+    /// Deletes everything, and waits until it is gone.
+    ///
+    /// # Errors
+    ///
+    /// Fails with what `kubectl` says.
+    pub fn delete(&self) -> Result<()> {
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": self.objects});
+        let mut delete = self.system.command();
+        delete.args(["delete", "--filename", "-", "--timeout=60s"]);
+        fed(&mut delete, &list.to_string()).map(drop)
     }
 }
 

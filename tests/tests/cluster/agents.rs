@@ -10,13 +10,13 @@ use serde_json::{Value, json};
 use crate::service;
 
 /// A server on either node behind a Service and a headless one, and a client on the first.
-struct Shop {
-    cluster: Cluster,
-    nodes: [String; 2],
+pub(crate) struct Shop {
+    pub(crate) cluster: Cluster,
+    pub(crate) nodes: [String; 2],
 }
 
 impl Shop {
-    fn open(annotations: &Value) -> Result<Self> {
+    pub(crate) fn open(annotations: &Value) -> Result<Self> {
         let cluster = Cluster::namespace()?;
         let image = Cluster::load("nginx")?;
         let nodes = cluster.two_nodes()?;
@@ -42,7 +42,7 @@ impl Shop {
         Ok(Self { cluster, nodes })
     }
 
-    fn wait_until_enrolled(&self, agents: &Agents, is_so: bool) -> Result<()> {
+    pub(crate) fn wait_until_enrolled(&self, agents: &Agents, is_so: bool) -> Result<()> {
         for (pod, home) in [("client", 0), (SERVERS[0], 0), (SERVERS[1], 1)] {
             let node = &self.nodes[home];
             agents.wait_until_enrolled(node, self.cluster.name(), pod, is_so)?;
@@ -54,7 +54,7 @@ impl Shop {
     }
 
     /// Asks `hosts` until both servers have answered.
-    fn hear_both(&self, hosts: &[impl AsRef<str> + std::fmt::Debug]) -> Result<()> {
+    pub(crate) fn hear_both(&self, hosts: &[impl AsRef<str> + std::fmt::Debug]) -> Result<()> {
         let mut heard = BTreeSet::new();
         wait::until(wait::SOON, &format!("both behind {hosts:?}"), || {
             heard.extend(hosts.iter().filter_map(|host| self.fetch(host.as_ref())));
@@ -71,9 +71,9 @@ impl Shop {
     }
 }
 
-const SERVERS: [&str; 2] = ["near", "other"];
+pub(crate) const SERVERS: [&str; 2] = ["near", "other"];
 
-fn enabled() -> Value {
+pub(crate) fn enabled() -> Value {
     json!({"malla.dev/mesh": "enabled"})
 }
 

@@ -13,6 +13,8 @@ macro_rules! require_cluster {
 mod admission;
 mod agents;
 mod certificates;
+mod load;
+mod operations;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};

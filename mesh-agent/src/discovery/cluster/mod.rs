@@ -95,6 +95,11 @@ impl ClusterSource {
         (Self { client, state, demands, snapshots, problems, confirmed }, receiver)
     }
 
+    /// The way to the API.
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
     /// What is wrong at present: for `status` and metrics.
     pub fn problems(&self) -> watch::Receiver<Arc<[Problem]>> {
         self.problems.subscribe()

@@ -1,12 +1,12 @@
 //! The root is replaced by deleting it: both are trusted, and nobody notices.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::{Agents, Cluster, wait};
 use serde_json::{Value, json};
+
+use crate::load::under_load;
 
 use super::world::{Answer, Asked, World, certificates, is_believed};
 
@@ -57,17 +57,6 @@ fn new_root_signs_when_it_is_everywhere_and_the_old_one_is_trusted_on() -> Resul
     Ok(())
 }
 
-/// Asks `from` for the same page over and over, each time by a new connection.
-fn keep_asking(cluster: &Cluster, from: &str, end: &AtomicBool) -> Result<u32> {
-    let mut asked = 0;
-    while !end.load(Ordering::Acquire) {
-        let ask = ["curl", "--silent", "--show-error", "--fail", "--max-time", "5", "http://web/"];
-        cluster.exec(from, &ask).with_context(|| format!("after {asked} connections"))?;
-        asked += 1;
-    }
-    Ok(asked)
-}
-
 fn roots(agents: &Agents, node: &str) -> usize {
     let certs = agents.ask(node, &["certs"]).unwrap_or_default();
     certs.as_array().into_iter().flatten().filter(|one| one["kind"] == "Root").count()
@@ -101,16 +90,10 @@ fn root_is_replaced_under_traffic_and_no_connection_fails() -> Result<()> {
         agents.wait_until_enrolled(node, shop.name(), pod, true)?;
         agents.wait_until_carried(node, shop.name(), pod)?;
     }
-    let end = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let asking = scope.spawn(|| keep_asking(&shop, "client", &end));
-        let rotated = rotate(&agents, &shop, &nodes, &server);
-        end.store(true, Ordering::Release);
-        let asked = asking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        rotated?;
-        ensure!(asked? > 20, "hardly any traffic");
-        Ok(())
-    })
+    let asked =
+        under_load(&shop, "client", "http://web/", || rotate(&agents, &shop, &nodes, &server))?;
+    ensure!(asked > 100, "hardly any traffic: {asked}");
+    Ok(())
 }
 
 fn rotate(
