@@ -5,7 +5,6 @@
 pub mod ask;
 mod authority;
 pub mod check;
-mod daemonset;
 pub mod output;
 pub mod parts;
 mod problems;
@@ -22,9 +21,9 @@ use mesh_core::balance::Policy;
 use mesh_core::spiffe::TrustDomain;
 
 pub use self::authority::{Ca, CaRun};
-pub use self::daemonset::{DaemonSetName, NotADaemonSet};
 use self::output::Format;
 pub use self::problems::FlagProblem;
+use crate::discovery::owner::DaemonSetName;
 use crate::identity::ca::BUNDLE;
 use crate::identity::kubernetes::SIGNER;
 use crate::telemetry::{AccessLogFormat, DEFAULT_SERIES_LIMIT, LabelGroup, LogFormat, parse_level};

@@ -1,9 +1,13 @@
 //! A new agent beside the old one, as when a DaemonSet surges.
 
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{PoisonError, RwLock};
+use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use harness::{Mesh, Serve, exchange, wait};
+use anyhow::{Context as _, Result, ensure};
+use harness::{Mesh, Predecessor, Serve, exchange, wait};
 
 /// From SIGTERM of the old agent until it lets go.
 const TAKEOVER: Duration = Duration::from_secs(10);
@@ -43,6 +47,56 @@ fn agent_that_stands_by_is_ready_and_takes_over_when_the_old_one_drains() -> Res
     drop(held);
     wait::until(wait::SOON, "the old one to end", || old.runs().is_ok_and(|runs| !runs))?;
     exchange(&mut mesh.pod("a1").connect(to)?, b"the new one goes on")
+}
+
+#[test]
+fn no_connection_is_refused_while_one_agent_follows_the_other() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes_builder().flag("--standby=on").flag("--drain-s=2").start()?;
+    let _there = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let _here = mesh.pod("a1").serve(8080, Serve::Echo)?;
+    let old = mesh.agent_mut("a").start_beside()?;
+    wait::until(wait::SOON, "the new one to wait", || {
+        mesh.agent("a").log().contains("waiting for it to drain")
+    })?;
+    let end = AtomicBool::new(false);
+    let mesh = RwLock::new(mesh);
+    let [out, into] = thread::scope(|scope| {
+        let dial = |from: &'static str, to: &'static str| {
+            let (mesh, end) = (&mesh, &end);
+            scope.spawn(move || keep_dialling(mesh, from, to, end))
+        };
+        let dialling = [dial("a1", "b1"), dial("b1", "a1")];
+        let replaced = replace(&mesh, old);
+        end.store(true, Ordering::Release);
+        let dialled = dialling.map(|one| one.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        replaced.map(|()| dialled)
+    })?;
+    let (out, into) = (out?, into?);
+    ensure!(out > 20 && into > 20, "hardly any traffic: {out}, {into}");
+    Ok(())
+}
+
+/// Ends the old agent, and waits until the new one is alone.
+fn replace(mesh: &RwLock<Mesh>, mut old: Predecessor) -> Result<()> {
+    old.terminate()?;
+    wait::until(TAKEOVER, "the old one to end", || old.runs().is_ok_and(|runs| !runs))?;
+    let mut mesh = mesh.write().unwrap_or_else(PoisonError::into_inner);
+    ensure!(mesh.agent("a").log().contains("it is this agent's turn"));
+    mesh.agent_mut("a").wait_until_ready()
+}
+
+fn keep_dialling(mesh: &RwLock<Mesh>, from: &str, to: &str, end: &AtomicBool) -> Result<usize> {
+    let mut dialled = 0;
+    while !end.load(Ordering::Acquire) {
+        let mesh = mesh.read().unwrap_or_else(PoisonError::into_inner);
+        let told = || format!("{from} to {to} after {dialled} connections");
+        let mut stream = mesh.pod(from).connect(mesh.pod(to).v4(8080)).with_context(told)?;
+        stream.set_read_timeout(Some(wait::SOON))?;
+        exchange(&mut stream, b"here?").with_context(told)?;
+        dialled += 1;
+    }
+    Ok(dialled)
 }
 
 #[test]

@@ -51,12 +51,12 @@ use self::pods::Pods;
 pub use self::signer::run_ca;
 use self::source::Source;
 use self::turn::Turn;
-use self::uninstall::Owner;
 pub use self::uninstall::remove_files;
 use self::views::Views;
 use crate::admin::{self, AdminSocket};
 use crate::capture::{Capture, CaptureConfig};
 use crate::cli::Run;
+use crate::discovery::owner::Owner;
 use crate::identity::store::Identities;
 use crate::identity::verify::verify_peer;
 use crate::node::{Limits, Node, Wish, Worker};
@@ -346,8 +346,6 @@ impl Agent {
             Some(owner) => owner.is_gone().await,
             None => false,
         };
-        info!(open = open(), within_s = self.options.drain.as_secs(), is_last, "draining");
-        self.drain.send_replace(true);
         if is_last {
             // What pods open from here on is theirs again; what they have open goes on meanwhile.
             let nothing = Snapshot::empty(
@@ -360,8 +358,10 @@ impl Agent {
             if let Some(connections) = self.connections.take() {
                 connections.let_go();
             }
-            drop(turn);
+            turn.hand_over(&self.options.admin.socket).await;
         }
+        info!(open = open(), within_s = self.options.drain.as_secs(), is_last, "draining");
+        self.drain.send_replace(true);
         let pods = self.pods.close();
         let contexts = self.contexts;
         let mut tunnels = self.tunnels;

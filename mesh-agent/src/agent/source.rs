@@ -11,11 +11,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 
 use super::namespaces::Namespaces;
-use super::uninstall::Owner;
 use crate::cli::Run;
 use crate::discovery::client::client;
 use crate::discovery::cluster::ClusterSource;
 use crate::discovery::file::{FileSource, Settings};
+use crate::discovery::owner::Owner;
 use crate::discovery::{Demand, Outcomes, Problem};
 use crate::node::Worker;
 

@@ -1,9 +1,9 @@
 //! Whose turn it is: of two agents of a node, one attaches and serves.
 //!
 //! A DaemonSet that surges starts the new agent beside the old one, and ends the old one when the new
-//! one is ready. So the new one is: it has read its flags, and waits for the old one to begin to drain.
-//! From then on the old one only carries what it has accepted, and touches neither the programs nor
-//! their maps.
+//! one is ready. So the new one is: it has read its flags, and waits for the old one to be told to end.
+//! From then on the old one touches neither the programs nor their maps. It goes on accepting what they
+//! still send to it until the new one carries, so that nothing is refused in between; then it drains.
 
 use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -13,19 +13,25 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use tokio::net::TcpListener;
-use tokio::time::sleep;
-use tracing::info;
+use tokio::time::{sleep, timeout};
+use tracing::{info, warn};
 
 use crate::cli::Run;
-use crate::{net, telemetry};
+use crate::{admin, net, telemetry};
 
-/// Between looks at the lock: what is captured meanwhile is refused, so this is short.
+/// Between looks at the lock: after an agent that dies, what is captured meanwhile is refused, so this is
+/// short.
 const LOOK: Duration = Duration::from_millis(20);
+/// Whoever waits has looked after that long, also on a busy machine.
+const LOOKED: Duration = LOOK.saturating_mul(10);
+/// A new agent loads the programs, lists the API and gets its certificates. One that takes longer has a
+/// problem, and the old one is to end.
+const TAKEOVER: Duration = Duration::from_secs(10);
 
 /// Held by the agent whose turn it is; the kernel takes it from one that dies (flock(2)).
 #[derive(Debug)]
 pub(super) struct Turn {
-    _lock: File,
+    lock: File,
 }
 
 impl Turn {
@@ -38,7 +44,7 @@ impl Turn {
         }
         let lock = File::create(&path).with_context(|| format!("create {}", path.display()))?;
         if try_lock(&lock)? {
-            return Ok(Self { _lock: lock });
+            return Ok(Self { lock });
         }
         info!(lock = %path.display(), "another agent runs here: waiting for it to drain");
         let probes = net::listen_shared(super::usable(options.ready_addr));
@@ -54,7 +60,37 @@ impl Turn {
             never = telemetry::serve_probes(probes, Arc::new(|| Ok(()))) => match never {},
         }
         info!("it is this agent's turn");
-        Ok(Self { _lock: lock })
+        Ok(Self { lock })
+    }
+
+    /// Lets whoever waits take over, and returns when that one carries; soon, if nobody waits. By now
+    /// this agent answers at no port and socket that the two share.
+    pub(super) async fn hand_over(self, admin_socket: &Path) {
+        drop(self.lock);
+        sleep(LOOKED).await;
+        let is_free = || {
+            let lock = File::options().write(true).open(lock_path(admin_socket))?;
+            try_lock(&lock)
+        };
+        if is_free().unwrap_or(true) {
+            return;
+        }
+        let carries = async {
+            loop {
+                let status = admin::ask(admin_socket, "/status").await;
+                if status.is_ok_and(|status| status["ready"] == true) {
+                    return;
+                }
+                sleep(LOOK).await;
+            }
+        };
+        match timeout(TAKEOVER, carries).await {
+            Ok(()) => info!("another agent carries"),
+            Err(_elapsed) => warn!(
+                within_s = TAKEOVER.as_secs(),
+                "the agent whose turn it is does not carry yet: new connections are refused until it does",
+            ),
+        }
     }
 }
 

@@ -35,6 +35,7 @@ pub mod fuzzing;
 pub mod kube;
 pub mod manifest;
 pub mod objects;
+pub mod owner;
 mod pods;
 mod services;
 pub mod translate;

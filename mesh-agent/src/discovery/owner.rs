@@ -1,0 +1,185 @@
+//! Whether an agent that ends does so for good: the DaemonSet that it belongs to is gone.
+//!
+//! An agent that ends leaves its programs in the kernel, so that pods are refused until the next one is
+//! there, and never talk in plain text meanwhile. After an uninstallation there is no next one. That is
+//! seen at the DaemonSet: it is deleted before its pods are told to end. A watch hears of it even if
+//! the agent's rights are deleted in the same moment, as `kubectl delete --filename` does.
+
+use std::fmt;
+use std::pin::pin;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use kube::Client;
+use kube::core::WatchEvent;
+use serde::Deserialize;
+use thiserror::Error;
+use tokio::time::{sleep, timeout};
+use tracing::warn;
+
+use crate::telemetry::chain;
+
+/// After which the server ends a watch, in seconds.
+const WATCH_S: u64 = 300;
+/// A server that says nothing for longer than that is gone.
+const SILENCE: Duration = Duration::from_secs(WATCH_S + 30);
+/// Between two watches, and up to twice as long.
+const PAUSE: Duration = Duration::from_secs(5);
+/// An agent that ends does not wait longer to hear whether it does so for good.
+const ASK_LIMIT: Duration = Duration::from_secs(2);
+
+/// Names of objects are DNS labels, or subdomains of 253 characters at most (Kubernetes, "Object Names
+/// and IDs").
+const LONGEST: usize = 253;
+
+/// A DaemonSet and its namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DaemonSetName {
+    /// Where it is.
+    pub namespace: String,
+    /// What it is called there.
+    pub name: String,
+}
+
+/// It is no such name.
+#[derive(Debug, Error)]
+#[error("not NAMESPACE/NAME, of lower-case letters, digits, `-` and `.`")]
+pub struct NotADaemonSet;
+
+impl FromStr for DaemonSetName {
+    type Err = NotADaemonSet;
+
+    fn from_str(text: &str) -> Result<Self, NotADaemonSet> {
+        let is_name = |name: &str| {
+            let is_allowed = |byte: u8| {
+                byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.')
+            };
+            (1..=LONGEST).contains(&name.len()) && name.bytes().all(is_allowed)
+        };
+        match text.split_once('/') {
+            Some((namespace, name)) if is_name(namespace) && is_name(name) => {
+                Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
+            }
+            _ => Err(NotADaemonSet),
+        }
+    }
+}
+
+impl fmt::Display for DaemonSetName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// `apps/v1` DaemonSet, as far as it is looked at.
+#[derive(Clone, Debug, Default, Deserialize)]
+struct DaemonSet {
+    #[serde(default)]
+    metadata: Metadata,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Metadata {
+    deletion_timestamp: Option<String>,
+}
+
+impl DaemonSet {
+    /// Deleted, and still there: perhaps until its pods are gone.
+    fn is_going(&self) -> bool {
+        self.metadata.deletion_timestamp.is_some()
+    }
+}
+
+/// The DaemonSet that this agent belongs to, followed.
+pub struct Owner {
+    client: Client,
+    name: DaemonSetName,
+    /// As the last event said.
+    is_gone: AtomicBool,
+}
+
+impl fmt::Debug for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Owner").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Owner {
+    /// Asks nothing yet.
+    pub fn new(client: Client, name: DaemonSetName) -> Self {
+        Self { client, name, is_gone: AtomicBool::new(false) }
+    }
+
+    /// Follows it, for ever.
+    pub async fn follow(self: Arc<Self>) {
+        let mut is_told = false;
+        loop {
+            if let Err(error) = self.watch().await
+                && !is_told
+            {
+                warn!(
+                    daemonset = %self.name, error = chain(&error),
+                    "not followed: whether this agent ends for good is asked when it ends",
+                );
+                is_told = true;
+            }
+            sleep(PAUSE.mul_f32(1.0 + fastrand::f32())).await;
+        }
+    }
+
+    /// One watch. Without a version to go on from it begins with what is there.
+    async fn watch(&self) -> Result<(), kube::Error> {
+        let DaemonSetName { namespace, name } = &self.name;
+        let uri = format!(
+            "/apis/apps/v1/namespaces/{namespace}/daemonsets?watch=1&timeoutSeconds={WATCH_S}\
+             &fieldSelector=metadata.name%3D{name}",
+        );
+        let request = http::Request::get(uri).body(Vec::new()).map_err(kube::Error::HttpError)?;
+        let events = self.client.request_events::<DaemonSet>(request).await?;
+        let mut events = pin!(events);
+        while let Ok(Some(event)) = timeout(SILENCE, events.next()).await {
+            match event? {
+                WatchEvent::Added(set) | WatchEvent::Modified(set) => {
+                    self.is_gone.store(set.is_going(), Ordering::Relaxed);
+                }
+                WatchEvent::Deleted(_) => self.is_gone.store(true, Ordering::Relaxed),
+                WatchEvent::Bookmark(_) => {}
+                WatchEvent::Error(_expired) => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it is deleted, and this agent has no successor. What cannot be told is no.
+    pub async fn is_gone(&self) -> bool {
+        if self.is_gone.load(Ordering::Relaxed) {
+            return true;
+        }
+        let DaemonSetName { namespace, name } = &self.name;
+        let uri = format!("/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}");
+        let Ok(request) = http::Request::get(uri).body(Vec::new()) else { return false };
+        match timeout(ASK_LIMIT, self.client.request::<DaemonSet>(request)).await {
+            Ok(Ok(set)) => set.is_going(),
+            Ok(Err(kube::Error::Api(status))) => status.code == 404,
+            Ok(Err(_)) | Err(_) => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_has_a_namespace_and_nothing_that_leads_elsewhere() {
+        let name: DaemonSetName = "malla-system/malla-agent".parse().unwrap();
+        assert_eq!(name.to_string(), "malla-system/malla-agent");
+        for wrong in ["", "malla-agent", "/malla-agent", "malla-system/", "a/b/c", "a/b?c", "A/b"] {
+            assert!(wrong.parse::<DaemonSetName>().is_err(), "{wrong}");
+        }
+    }
+}
