@@ -66,14 +66,19 @@ impl Manifests {
         self.write(&format!("namespace-{name}"), &yaml(&[namespace]))
     }
 
-    pub(crate) fn nodes(&self, nodes: &[Node]) -> Result<()> {
+    pub(crate) fn nodes(&self, nodes: &[Node], zones: &[(String, String)]) -> Result<()> {
         let nodes: Vec<Value> = nodes
             .iter()
             .map(|node| {
+                let zone = zones.iter().find(|(name, _)| name == node.name());
+                let labels: Value = zone
+                    .map(|(_, zone)| ("topology.kubernetes.io/zone".to_owned(), json!(zone)))
+                    .into_iter()
+                    .collect();
                 json!({
                     "apiVersion": "v1",
                     "kind": "Node",
-                    "metadata": { "name": node.name() },
+                    "metadata": { "name": node.name(), "labels": labels },
                     "status": { "addresses": [
                         { "type": "InternalIP", "address": node.v4().to_string() },
                         { "type": "InternalIP", "address": node.v6().to_string() },
@@ -155,6 +160,9 @@ impl Manifests {
                 "ports": ports,
             },
         })];
+        for (field, value) in &spec.fields {
+            documents[0]["spec"][field] = value.clone();
+        }
         let slice_ports: Vec<Value> = spec
             .ports
             .iter()

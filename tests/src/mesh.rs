@@ -261,7 +261,7 @@ impl Mesh {
         for (name, annotations) in &builder.namespaces {
             self.manifests.namespace(name, annotations)?;
         }
-        self.manifests.nodes(&self.nodes)?;
+        self.manifests.nodes(&self.nodes, &builder.zones)?;
         for pod in &self.pods {
             self.manifests.pod(&pod.spec(), pod, pod.netns())?;
         }

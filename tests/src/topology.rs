@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use serde_json::Value;
 
 use crate::mesh::Mesh;
 
@@ -108,6 +109,7 @@ pub struct ServiceSpec {
     pub(crate) ports: Vec<(u16, u16)>,
     pub(crate) pods: Vec<String>,
     pub(crate) headless: bool,
+    pub(crate) fields: Vec<(String, Value)>,
 }
 
 impl ServiceSpec {
@@ -119,7 +121,16 @@ impl ServiceSpec {
             ports: Vec::new(),
             pods: Vec::new(),
             headless: false,
+            fields: Vec::new(),
         }
+    }
+
+    /// With a further field of its `spec`.
+    #[must_use]
+    pub fn field(mut self, name: &str, value: Value) -> Self {
+        self.fields.retain(|(known, _)| known != name);
+        self.fields.push((name.to_owned(), value));
+        self
     }
 
     /// In another namespace.
@@ -155,6 +166,7 @@ impl ServiceSpec {
 #[derive(Clone, Debug)]
 pub struct Builder {
     pub(crate) nodes: Vec<String>,
+    pub(crate) zones: Vec<(String, String)>,
     pub(crate) namespaces: Vec<(String, Vec<(String, String)>)>,
     pub(crate) pods: Vec<PodSpec>,
     pub(crate) services: Vec<ServiceSpec>,
@@ -171,6 +183,7 @@ impl Builder {
     pub(crate) fn new() -> Self {
         Self {
             nodes: Vec::new(),
+            zones: Vec::new(),
             namespaces: Vec::new(),
             pods: Vec::new(),
             services: Vec::new(),
@@ -188,6 +201,13 @@ impl Builder {
     #[must_use]
     pub fn node(mut self, name: &str) -> Self {
         self.nodes.push(name.to_owned());
+        self
+    }
+
+    /// Puts a node into a zone.
+    #[must_use]
+    pub fn zone(mut self, node: &str, zone: &str) -> Self {
+        set(&mut self.zones, node, zone);
         self
     }
 

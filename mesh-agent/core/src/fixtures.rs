@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::addr::{EndpointAddr, PeerAddr};
+use crate::locality::InternalTraffic;
 use crate::settings::Settings;
 use crate::snapshot::{
     Endpoint, Enrolment, Node, Parts, Service, ServicePort, Snapshot, Workload, WorkloadNames,
@@ -53,7 +54,9 @@ pub(crate) fn service(
         host: format!("{name}.default.svc.cluster.local").into(),
         vips: vips.iter().map(|vip| vip.parse().unwrap()).collect(),
         selector: true,
-        ports: vec![ServicePort { port, name: "".into(), endpoints: endpoints.into() }],
+        ports: vec![ServicePort::everywhere(port, "", endpoints.into())],
+        traffic: InternalTraffic::Cluster,
+        distribution: None,
     })
 }
 

@@ -71,8 +71,8 @@ fn service(snapshot: &Snapshot, service: &Service, hasher: &mut SipHasher) {
     snapshot.node.hash(hasher);
     (&service.namespace, &service.name).hash(hasher);
     for port in &service.ports {
-        (port.port, port.endpoints.len()).hash(hasher);
-        for Endpoint { addr, workload } in port.endpoints.iter() {
+        (port.port, port.in_reach.len()).hash(hasher);
+        for Endpoint { addr, workload } in port.in_reach.iter() {
             addr.hash(hasher);
             workload.is_some().hash(hasher);
             if let Some(workload) = workload {
@@ -194,6 +194,15 @@ mod tests {
     fn everything_that_a_decision_looks_at_makes_another_generation() {
         let pod = fixtures::workload("a", "node-1", &["10.0.1.1"]);
         let other = fixtures::workload("b", "node-1", &["10.0.1.2"]);
+        let of = |change: &dyn Fn(&mut Service)| {
+            let mut service = Service::clone(&service_of(&[&pod, &other]));
+            change(&mut service);
+            let snapshot = fixtures::snapshot(vec![], vec![Arc::new(service)], vec![]);
+            KEY.of_destination(&snapshot, "10.96.0.1".parse().unwrap()).unwrap()
+        };
+        let unchanged = of(&|_| {});
+        let fewer = of(&|web| web.ports[0].in_reach = web.ports[0].in_reach[1..].into());
+        assert_ne!(fewer, unchanged, "another endpoint in reach");
         let changes: [fn(&mut Workload); 7] = [
             |pod| pod.uid = "another".into(),
             |pod| pod.identity = SpiffeId::new(fixtures::domain(), "default", "other").unwrap(),

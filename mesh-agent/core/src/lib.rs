@@ -7,6 +7,7 @@
 //! | module | stage |
 //! |---|---|
 //! | [`route`] | route: which service or workload a destination means |
+//! | [`locality`] | route: which endpoints of a service are meant from here |
 //! | [`balance`] | balance: which endpoint takes the connection |
 //! | [`direct`], [`generation`] | capture: what the kernel may decide by itself, and until when |
 //! | [`wire`] | tunnel: what two agents say to each other |
@@ -25,6 +26,7 @@ pub mod direct;
 #[cfg(test)]
 mod fixtures;
 pub mod generation;
+pub mod locality;
 pub mod polling;
 pub mod route;
 pub mod settings;

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::addr::{EndpointAddr, OrigDst, PeerAddr};
+use crate::locality::InternalTraffic;
 use crate::snapshot::{Endpoint, Service, Snapshot, Workload};
 
 /// What an original destination means.
@@ -17,7 +18,8 @@ pub enum Route {
     Service {
         /// The service.
         service: Arc<Service>,
-        /// Its endpoints of the family the application dialled, or all if that family has none.
+        /// Its endpoints in reach of the family the application dialled, or all if that family has
+        /// none.
         candidates: Candidates,
     },
     /// A pod, dialled by its own address, as behind a headless service.
@@ -54,6 +56,8 @@ impl Candidates {
 pub enum RouteRefusal {
     /// The service has no ready endpoint.
     NoEndpoints,
+    /// The service means endpoints of the client's node alone, and none is there.
+    NoLocalEndpoints,
     /// The service has no TCP port of this number.
     NoSuchPort,
     /// Nobody could tell yet whether it is in the mesh, so it is not reached in plain text either.
@@ -65,6 +69,7 @@ impl RouteRefusal {
     pub fn reason(self) -> &'static str {
         match self {
             Self::NoEndpoints => "no_endpoints",
+            Self::NoLocalEndpoints => "no_local_endpoints",
             Self::NoSuchPort => "no_such_port",
             Self::Unread => "unread",
         }
@@ -99,11 +104,13 @@ pub fn route(snapshot: &Snapshot, dst: OrigDst) -> Route {
         return Route::Refuse(RouteRefusal::Unread);
     }
     if let Some(service) = snapshot.service_at(ip) {
-        let Some(port) = service.ports.iter().find(|port| port.port == dst.0.port()) else {
+        let Some(port) = service.port(dst.0.port()) else {
             return Route::Refuse(RouteRefusal::NoSuchPort);
         };
-        return match candidates(&port.endpoints, ip) {
+        let is_elsewhere = service.traffic == InternalTraffic::Local && !port.endpoints.is_empty();
+        return match candidates(&port.in_reach, ip) {
             Some(candidates) => Route::Service { service: Arc::clone(service), candidates },
+            None if is_elsewhere => Route::Refuse(RouteRefusal::NoLocalEndpoints),
             None => Route::Refuse(RouteRefusal::NoEndpoints),
         };
     }
@@ -197,6 +204,26 @@ mod tests {
         assert_eq!(refused, Route::Refuse(RouteRefusal::NoEndpoints));
         let refused = route(&snapshot, dst("10.96.0.1:81"));
         assert_eq!(refused, Route::Refuse(RouteRefusal::NoSuchPort));
+    }
+
+    #[test]
+    fn only_endpoints_in_reach_are_meant() {
+        let all = vec![endpoint("10.0.1.1:80"), endpoint("10.0.1.2:80"), endpoint("[fd00::1]:80")];
+        let mut web = Service::clone(&service("web", &["10.96.0.1", "fd96::1"], 80, all));
+        web.ports[0].in_reach = vec![endpoint("10.0.1.2:80")].into();
+        let near = snapshot(vec![], vec![Arc::new(web.clone())], vec![]);
+        for to in ["10.96.0.1:80", "[fd96::1]:80"] {
+            assert_eq!(addrs(&route(&near, dst(to))), ["10.0.1.2:80"], "{to}");
+        }
+        web.ports[0].in_reach = Arc::new([]);
+        web.traffic = InternalTraffic::Local;
+        let nobody = snapshot(vec![], vec![Arc::new(web.clone())], vec![]);
+        let refused = route(&nobody, dst("10.96.0.1:80"));
+        assert_eq!(refused, Route::Refuse(RouteRefusal::NoLocalEndpoints));
+        web.ports[0].endpoints = Arc::new([]);
+        let nobody_at_all = snapshot(vec![], vec![Arc::new(web)], vec![]);
+        let refused = route(&nobody_at_all, dst("10.96.0.1:80"));
+        assert_eq!(refused, Route::Refuse(RouteRefusal::NoEndpoints));
     }
 
     #[test]

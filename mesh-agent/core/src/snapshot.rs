@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::addr::{EndpointAddr, PeerAddr};
+use crate::locality::{InternalTraffic, Scope};
 use crate::settings::Settings;
 use crate::spiffe::{SpiffeId, TrustDomain};
 
@@ -98,6 +99,19 @@ pub struct Service {
     /// Whether `spec.selector` says which pods stand behind it. Without one, somebody else keeps its
     /// endpoints, and that there are none says nothing.
     pub selector: bool,
+    /// `spec.internalTrafficPolicy`.
+    pub traffic: InternalTraffic,
+    /// `spec.trafficDistribution`, which its controller turns into hints.
+    pub distribution: Option<Distribution>,
+}
+
+/// `spec.trafficDistribution` of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Distribution {
+    /// `PreferSameZone`, or `PreferClose`, its older name.
+    SameZone,
+    /// `PreferSameNode`, or else the zone.
+    SameNode,
 }
 
 /// One port of a service, with what stands behind it.
@@ -110,6 +124,10 @@ pub struct ServicePort {
     /// Ready endpoints of every EndpointSlice of the service, both families, in address order.
     /// Where none is ready, those that still serve while their pods terminate.
     pub endpoints: Arc<[Endpoint]>,
+    /// Those of them that clients of this node may use, in the same order.
+    pub in_reach: Arc<[Endpoint]>,
+    /// By which rules they are those: of each family that has endpoints, each rule once.
+    pub scopes: Vec<Scope>,
 }
 
 /// One endpoint of a service's port.
@@ -240,8 +258,8 @@ impl Snapshot {
     /// its own path, at no cost.
     ///
     /// - Addresses of enrolled pods, on any node.
-    /// - Addresses of services with an enrolled endpoint, and of services that select pods and have
-    ///   no endpoint: their clients are to be refused at once, with a reason.
+    /// - Addresses of services with an enrolled endpoint in this node's reach, and of services that
+    ///   select pods and have none in reach: their clients are to be refused at once, with a reason.
     /// - Addresses that may turn out to be one of these ([`Self::is_unread`]).
     /// - Never the API server's: the mesh must not stand between a pod and what it is configured
     ///   from.
@@ -271,12 +289,29 @@ impl Snapshot {
 }
 
 impl Service {
+    /// The port of this number.
+    pub fn port(&self, number: u16) -> Option<&ServicePort> {
+        self.ports.iter().find(|port| port.port == number)
+    }
+
     fn is_captured(&self) -> bool {
-        let mut endpoints = self.ports.iter().flat_map(|port| port.endpoints.iter()).peekable();
-        if endpoints.peek().is_none() {
-            return self.selector;
+        let is_enrolled =
+            |endpoint: &Endpoint| endpoint.workload.as_ref().is_some_and(|w| w.is_enrolled());
+        let mut in_reach = self.ports.iter().flat_map(|port| port.in_reach.iter()).peekable();
+        if in_reach.peek().is_none() {
+            // None at all, or none here where only those count: refused at once, with the reason.
+            let mut all = self.ports.iter().flat_map(|port| port.endpoints.iter());
+            return self.selector || all.any(is_enrolled);
         }
-        endpoints.any(|endpoint| endpoint.workload.as_ref().is_some_and(|w| w.is_enrolled()))
+        in_reach.any(is_enrolled)
+    }
+}
+
+impl ServicePort {
+    /// A port of which every endpoint is in reach.
+    pub fn everywhere(port: u16, name: &str, endpoints: Arc<[Endpoint]>) -> Self {
+        let in_reach = Arc::clone(&endpoints);
+        Self { port, name: name.into(), endpoints, in_reach, scopes: vec![Scope::All] }
     }
 }
 
@@ -323,12 +358,10 @@ mod tests {
             name: name.into(),
             host: format!("{name}.default.svc.cluster.local").into(),
             vips: vec![vip.parse().unwrap()],
-            ports: vec![ServicePort {
-                port: 80,
-                name: "".into(),
-                endpoints: pods.iter().map(endpoint).collect(),
-            }],
+            ports: vec![ServicePort::everywhere(80, "", pods.iter().map(endpoint).collect())],
             selector,
+            traffic: InternalTraffic::Cluster,
+            distribution: None,
         })
     }
 
@@ -351,6 +384,28 @@ mod tests {
         ];
         let captured = snapshot(&[&enrolled, &outside], services).captured_destinations();
         let expected = ["10.0.0.1", "10.1.0.1", "10.1.0.3"].map(|ip| ip.parse().unwrap());
+        assert_eq!(captured, HashSet::from(expected));
+    }
+
+    #[test]
+    fn what_is_in_reach_decides_whether_a_service_is_captured() {
+        let enrolled = workload("in", "10.0.0.1", Enrolment::Enrolled);
+        let outside = workload("out", "10.0.0.2", Enrolment::LeftAlone("not enrolled"));
+        let reach = |name, vip, selector, all: &[&Arc<Workload>], near: &[&Arc<Workload>]| {
+            let mut found = Service::clone(&service(name, vip, selector, all));
+            let near = service(name, vip, selector, near);
+            found.ports[0].in_reach = Arc::clone(&near.ports[0].endpoints);
+            Arc::new(found)
+        };
+        let services = vec![
+            reach("outside-is-near", "10.1.0.1", true, &[&outside, &enrolled], &[&outside]),
+            reach("enrolled-is-near", "10.1.0.2", true, &[&outside, &enrolled], &[&enrolled]),
+            reach("nobody-is-near", "10.1.0.3", true, &[&outside], &[]),
+            reach("by-hand", "10.1.0.4", false, &[&enrolled], &[]),
+            reach("external", "10.1.0.5", false, &[&outside], &[]),
+        ];
+        let captured = snapshot(&[], services).captured_destinations();
+        let expected = ["10.1.0.2", "10.1.0.3", "10.1.0.4"].map(|ip| ip.parse().unwrap());
         assert_eq!(captured, HashSet::from(expected));
     }
 

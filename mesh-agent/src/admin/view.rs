@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use mesh_core::settings::{Mode, Outbound};
-use mesh_core::snapshot::{Endpoint, Enrolment, Service, Snapshot, Workload};
+use mesh_core::snapshot::{
+    Distribution, Endpoint, Enrolment, Service, ServicePort, Snapshot, Workload,
+};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -141,6 +143,17 @@ pub struct ServiceView {
     pub endpoints: usize,
     /// Those of them that are enrolled pods.
     pub enrolled: usize,
+    /// Those of them that clients of this node may use, each address once.
+    #[serde(default)]
+    pub in_reach: usize,
+    /// By which rule: `all`, `same-zone`, `same-node`, `local`; more than one if ports or families
+    /// differ.
+    #[serde(default)]
+    pub reach: Vec<String>,
+    /// `spec.trafficDistribution`, if it is given; whether it is followed is for the hints of the
+    /// endpoints to say.
+    #[serde(default)]
+    pub distribution: Option<String>,
 }
 
 /// `/certs`: a certificate.
@@ -270,12 +283,11 @@ pub fn services(snapshot: &Snapshot) -> Vec<ServiceView> {
 
 fn service(service: &Service) -> ServiceView {
     // An endpoint stands behind each port of its service and counts once.
-    let endpoints = || service.ports.iter().flat_map(|port| port.endpoints.iter());
-    let addresses = |keep: fn(&Endpoint) -> bool| {
-        let kept: BTreeSet<_> =
-            endpoints().filter(|endpoint| keep(endpoint)).map(|e| e.addr.0.ip()).collect();
-        kept.len()
+    let addresses = |of: fn(&ServicePort) -> &[Endpoint], keep: fn(&Endpoint) -> bool| {
+        let endpoints = service.ports.iter().flat_map(of).filter(|endpoint| keep(endpoint));
+        endpoints.map(|endpoint| endpoint.addr.0.ip()).collect::<BTreeSet<_>>().len()
     };
+    let scopes: BTreeSet<_> = service.ports.iter().flat_map(|port| &port.scopes).collect();
     ServiceView {
         namespace: service.namespace.to_string(),
         service: service.name.to_string(),
@@ -289,8 +301,17 @@ fn service(service: &Service) -> ServiceView {
                 name => format!("{}/{name}", port.port),
             })
             .collect(),
-        endpoints: addresses(|_| true),
-        enrolled: addresses(|e| e.workload.as_ref().is_some_and(|pod| pod.is_enrolled())),
+        endpoints: addresses(|port| &port.endpoints, |_| true),
+        enrolled: addresses(
+            |port| &port.endpoints,
+            |e| e.workload.as_ref().is_some_and(|pod| pod.is_enrolled()),
+        ),
+        in_reach: addresses(|port| &port.in_reach, |_| true),
+        reach: scopes.into_iter().map(ToString::to_string).collect(),
+        distribution: service.distribution.map(|distribution| match distribution {
+            Distribution::SameZone => "PreferSameZone".into(),
+            Distribution::SameNode => "PreferSameNode".into(),
+        }),
     }
 }
 

@@ -49,6 +49,7 @@ impl Tabular for Vec<ServiceView> {
             "PORTS",
             "ENDPOINTS",
             "ENROLLED",
+            "IN REACH",
         ]);
         for view in self {
             let vips = match view.vips.as_slice() {
@@ -62,6 +63,7 @@ impl Tabular for Vec<ServiceView> {
                 view.ports.join(","),
                 view.endpoints.to_string(),
                 format!("{}/{}", view.enrolled, view.endpoints),
+                in_reach(view),
             ]);
         }
         table
@@ -197,6 +199,15 @@ impl Tabular for StatusView {
     }
 }
 
+/// `2/3 (same-zone)`.
+fn in_reach(view: &ServiceView) -> String {
+    let count = format!("{}/{}", view.in_reach, view.endpoints);
+    match view.reach.as_slice() {
+        [] => count,
+        rules => format!("{count} ({})", rules.join(",")),
+    }
+}
+
 fn joined(addresses: &[IpAddr]) -> String {
     addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
@@ -313,12 +324,16 @@ default     db-0           -                  node-1   no (host network)   permi
             ports: vec!["9080/http".into(), "9090".into()],
             endpoints: 2,
             enrolled: 1,
+            in_reach: 1,
+            reach: vec!["same-zone".into()],
+            distribution: Some("PreferSameZone".into()),
         };
-        let headless = ServiceView { vips: Vec::new(), ports: Vec::new(), ..view.clone() };
+        let headless =
+            ServiceView { vips: Vec::new(), ports: Vec::new(), reach: Vec::new(), ..view.clone() };
         let expected = "\
-NAMESPACE   SERVICE NAME   SERVICE VIP   PORTS            ENDPOINTS   ENROLLED
-default     ratings        10.96.0.7     9080/http,9090   2           1/2
-default     ratings        None          -                2           1/2
+NAMESPACE   SERVICE NAME   SERVICE VIP   PORTS            ENDPOINTS   ENROLLED   IN REACH
+default     ratings        10.96.0.7     9080/http,9090   2           1/2        1/2 (same-zone)
+default     ratings        None          -                2           1/2        1/2
 ";
         assert_eq!(text(&vec![view, headless], Format::Table), expected);
     }

@@ -210,6 +210,10 @@ pub struct ServiceSpec {
     pub selector: Option<BTreeMap<String, String>>,
     /// Whether pods that are not ready count too.
     pub publish_not_ready_addresses: Option<bool>,
+    /// `Cluster` or `Local`.
+    pub internal_traffic_policy: Option<String>,
+    /// Such as `PreferSameZone`.
+    pub traffic_distribution: Option<String>,
 }
 
 /// One of `spec.ports` of a Service.
@@ -251,8 +255,32 @@ pub struct Endpoint {
     pub conditions: Option<EndpointConditions>,
     /// Where it is.
     pub node_name: Option<String>,
+    /// The zone of that node.
+    pub zone: Option<String>,
+    /// Whom it is meant for.
+    pub hints: Option<EndpointHints>,
     /// The pod that it is.
     pub target_ref: Option<ObjectReference>,
+}
+
+/// `hints` of an endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointHints {
+    /// Clients of these nodes.
+    #[serde(default, deserialize_with = "or_default")]
+    pub for_nodes: Vec<Hint>,
+    /// Clients of these zones.
+    #[serde(default, deserialize_with = "or_default")]
+    pub for_zones: Vec<Hint>,
+}
+
+/// One node or zone.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct Hint {
+    /// Its name.
+    #[serde(default, deserialize_with = "or_default")]
+    pub name: String,
 }
 
 /// `conditions` of an endpoint.

@@ -37,6 +37,7 @@ pub mod manifest;
 pub mod objects;
 pub mod owner;
 mod pods;
+mod policies;
 mod services;
 pub mod translate;
 

@@ -5,11 +5,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_core::addr::EndpointAddr;
-use mesh_core::snapshot::{Endpoint, Service, ServicePort, Workload};
+use mesh_core::locality::{self, Facts, Here, InternalTraffic, Scope, State};
+use mesh_core::snapshot::{Distribution, Endpoint, Service, ServicePort, Workload};
 
 use super::kube::{Endpoint as KubeEndpoint, EndpointSlice, Service as KubeService, ServiceSpec};
 use super::objects::ObjectKey;
 use super::pods::Pods;
+use super::policies::Policies;
 use super::translate::missing;
 use super::{Problem, Report, shown};
 
@@ -20,17 +22,29 @@ const WRITE_THE_NAME: &str = "write the name of the Service that these endpoints
 
 /// One address of one slice, resolved.
 #[derive(Debug)]
-struct Candidate {
+struct Candidate<'a> {
     addr: EndpointAddr,
     workload: Option<Arc<Workload>>,
     is_unread: bool,
-    ready: bool,
-    /// Not ready, but still served while the pod terminates.
-    leaving: bool,
+    state: State,
+    node: Option<&'a str>,
+    for_nodes: Vec<String>,
+    for_zones: Vec<String>,
 }
 
 /// Candidates by namespace, service and port name.
-type Candidates<'a> = BTreeMap<(&'a str, &'a str, &'a str), Vec<Candidate>>;
+type Ports<'a> = BTreeMap<(&'a str, &'a str, &'a str), Vec<Candidate<'a>>>;
+
+/// Where the clients are, and what is around.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Around<'a> {
+    /// The node of the clients.
+    pub(super) node: &'a str,
+    /// Each node's zone.
+    pub(super) zones: &'a HashMap<&'a str, &'a str>,
+    /// Whether hints that are missing follow from `trafficDistribution`: where nobody else writes them.
+    pub(super) writes_hints: bool,
+}
 
 /// Services, and what is not known of them yet.
 #[derive(Debug)]
@@ -68,17 +82,23 @@ pub(super) fn translate<'a>(
     slices: impl Iterator<Item = (&'a ObjectKey, &'a EndpointSlice)>,
     pods: &Pods,
     unread: &Unread<'_>,
+    around: &'a Around<'a>,
     problems: &mut Vec<Problem>,
 ) -> Services {
     let mut unread_addresses = HashSet::new();
-    let services: BTreeMap<_, _> =
-        services.map(|(key, service)| ((&*key.namespace, &*key.name), (key, service))).collect();
-    let mut candidates = Candidates::new();
+    let services: BTreeMap<_, _> = services
+        .map(|(key, service)| {
+            let mut report = Report::of(key.to_string(), problems);
+            let policies = Policies::read(service, &mut report);
+            ((&*key.namespace, &*key.name), (key, service, policies))
+        })
+        .collect();
+    let mut ports_of_slices = Ports::new();
     for (key, slice) in slices {
         let mut report = Report::of(key.to_string(), problems);
         let label = slice.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME));
         let of = label.and_then(|name| services.get_key_value(&(&*key.namespace, name.as_str())));
-        let Some(((namespace, name), _)) = of else {
+        let Some(((namespace, name), (_, _, policies))) = of else {
             report.say(
                 format!("metadata.labels[\"{SERVICE_NAME}\"]"),
                 match label {
@@ -92,14 +112,17 @@ pub(super) fn translate<'a>(
             );
             continue;
         };
-        let of = (*namespace, *name);
-        let pods = (pods, unread);
-        for ip in read_slice(slice, &key.namespace, of, pods, &mut candidates, &mut report) {
-            unread_addresses.insert(ip);
-        }
+        let mut reader = Reader {
+            of: (*namespace, *name),
+            hints: policies.distribution.filter(|_| around.writes_hints),
+            around,
+            pods: (pods, unread),
+            ports: &mut ports_of_slices,
+        };
+        unread_addresses.extend(reader.read(slice, &mut report));
     }
     let mut owners = HashMap::new();
-    let translated = services.values().filter_map(|(key, service)| {
+    let translated = services.values().filter_map(|(key, service, policies)| {
         let spec = service.spec.as_ref()?;
         // A name for another name: DNS answers it, and no address of ours is involved.
         if spec.type_.as_deref() == Some("ExternalName") {
@@ -108,7 +131,8 @@ pub(super) fn translate<'a>(
         let mut report = Report::of(key.to_string(), problems);
         let mut vips = vips(spec, &mut report);
         vips.retain(|vip| claim(*vip, key, &mut owners, pods, &mut report));
-        let (ports, is_unread) = ports(key, spec, &candidates, &mut report);
+        let found = (policies, &ports_of_slices, around);
+        let (ports, is_unread) = ports(key, spec, found, &mut report);
         if is_unread {
             unread_addresses.extend(&vips);
         }
@@ -119,65 +143,109 @@ pub(super) fn translate<'a>(
             vips,
             ports,
             selector: spec.selector.as_ref().is_some_and(|selector| !selector.is_empty()),
+            traffic: policies.traffic,
+            distribution: policies.distribution,
         }))
     });
     let services = translated.collect();
     Services { services, unread: unread_addresses }
 }
 
-/// Returns the addresses whose pods are not read yet.
-fn read_slice<'a>(
-    slice: &'a EndpointSlice,
-    namespace: &str,
-    (of_namespace, of_name): (&'a str, &'a str),
-    (pods, not_read): (&Pods, &Unread<'_>),
-    candidates: &mut Candidates<'a>,
-    report: &mut Report<'_>,
-) -> Vec<IpAddr> {
-    let mut unread = Vec::new();
-    if slice.address_type == "FQDN" {
-        return unread; // Names of elsewhere: nothing to carry.
-    }
-    for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
-        // The API says of more than the first: "consumers should only use the first".
-        let Some(text) = endpoint.addresses.first() else { continue };
-        let field = format!("endpoints[{index}]");
-        let Ok(ip) = text.parse::<IpAddr>() else {
-            report.say(
-                format!("{field}.addresses[0]"),
-                format!("`{}` is no address; the endpoint is left out", shown(text)),
-                "write an IPv4 or IPv6 address without port",
-            );
-            continue;
-        };
-        let ip = ip.to_canonical();
-        let (workload, is_unread) =
-            match behind(endpoint, ip, namespace, &field, (pods, not_read), report) {
-                Behind::Pod(workload) => (Some(workload), false),
-                Behind::Outside => (None, false),
-                Behind::Unread => (None, true),
-                Behind::Gone => continue,
+/// Reads the slices of a service.
+struct Reader<'a, 'b> {
+    /// Namespace and name of the service.
+    of: (&'a str, &'a str),
+    /// What hints are made from that a slice does not have.
+    hints: Option<Distribution>,
+    around: &'a Around<'a>,
+    pods: (&'b Pods, &'b Unread<'b>),
+    ports: &'b mut Ports<'a>,
+}
+
+impl<'a> Reader<'a, '_> {
+    /// Returns the addresses whose pods are not read yet.
+    fn read(&mut self, slice: &'a EndpointSlice, report: &mut Report<'_>) -> Vec<IpAddr> {
+        let mut unread = Vec::new();
+        if slice.address_type == "FQDN" {
+            return unread; // Names of elsewhere: nothing to carry.
+        }
+        for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+            // The API says of more than the first: "consumers should only use the first".
+            let Some(text) = endpoint.addresses.first() else { continue };
+            let field = format!("endpoints[{index}]");
+            let Ok(ip) = text.parse::<IpAddr>() else {
+                report.say(
+                    format!("{field}.addresses[0]"),
+                    format!("`{}` is no address; the endpoint is left out", shown(text)),
+                    "write an IPv4 or IPv6 address without port",
+                );
+                continue;
             };
-        if is_unread {
-            unread.push(ip);
+            let ip = ip.to_canonical();
+            let (workload, is_unread) =
+                match behind(endpoint, ip, self.of.0, &field, self.pods, report) {
+                    Behind::Pod(workload) => (Some(workload), false),
+                    Behind::Outside => (None, false),
+                    Behind::Unread => (None, true),
+                    Behind::Gone => continue,
+                };
+            if is_unread {
+                unread.push(ip);
+            }
+            let (for_nodes, for_zones) = self.hints(endpoint, workload.as_deref());
+            for port in slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref()))
+            {
+                let Some(number) = port.port.and_then(port_number) else { continue };
+                self.port(port.name.as_deref()).push(Candidate {
+                    addr: EndpointAddr((ip, number).into()),
+                    workload: workload.clone(),
+                    is_unread,
+                    state: state(endpoint),
+                    node: endpoint.node_name.as_deref(),
+                    for_nodes: for_nodes.clone(),
+                    for_zones: for_zones.clone(),
+                });
+            }
         }
-        let conditions = endpoint.conditions.as_ref();
-        let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
-        let serving = conditions.and_then(|c| c.serving).unwrap_or(ready);
-        let terminating = conditions.and_then(|c| c.terminating).unwrap_or(false);
-        for port in slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref())) {
-            let Some(number) = port.port.and_then(port_number) else { continue };
-            let name = port.name.as_deref().unwrap_or_default();
-            candidates.entry((of_namespace, of_name, name)).or_default().push(Candidate {
-                addr: EndpointAddr((ip, number).into()),
-                workload: workload.clone(),
-                is_unread,
-                ready,
-                leaving: serving && terminating,
-            });
-        }
+        unread
     }
-    unread
+
+    fn port(&mut self, name: Option<&'a str>) -> &mut Vec<Candidate<'a>> {
+        let (of_namespace, of_name) = self.of;
+        self.ports.entry((of_namespace, of_name, name.unwrap_or_default())).or_default()
+    }
+
+    /// Whom an endpoint is meant for: as the slice says, or else as the controller of slices would
+    /// (`staging/src/k8s.io/endpointslice/trafficdist` in Kubernetes 1.36).
+    fn hints(
+        &self,
+        endpoint: &KubeEndpoint,
+        workload: Option<&Workload>,
+    ) -> (Vec<String>, Vec<String>) {
+        if let Some(hints) = &endpoint.hints {
+            let names =
+                |hints: &[super::kube::Hint]| hints.iter().map(|h| h.name.clone()).collect();
+            return (names(&hints.for_nodes), names(&hints.for_zones));
+        }
+        let Some(wanted) = self.hints else { return Default::default() };
+        let node = endpoint.node_name.as_deref().or_else(|| workload.map(|pod| &*pod.node));
+        let of_node = node.and_then(|node| self.around.zones.get(node).copied());
+        let zone = endpoint.zone.as_deref().or(of_node);
+        let owned = |name: Option<&str>| name.map(str::to_owned).into_iter().collect();
+        (owned(node.filter(|_| wanted == Distribution::SameNode)), owned(zone))
+    }
+}
+
+fn state(endpoint: &KubeEndpoint) -> State {
+    let conditions = endpoint.conditions.as_ref();
+    let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
+    let serving = conditions.and_then(|c| c.serving).unwrap_or(ready);
+    let terminating = conditions.and_then(|c| c.terminating).unwrap_or(false);
+    match (ready, serving && terminating) {
+        (true, _) => State::Ready,
+        (false, true) => State::Leaving,
+        (false, false) => State::Unready,
+    }
 }
 
 /// The pod behind an endpoint: the one that it names, if that one has the address, and otherwise the
@@ -295,7 +363,7 @@ fn claim<'a>(
 fn ports(
     key: &ObjectKey,
     spec: &ServiceSpec,
-    candidates: &Candidates<'_>,
+    (policies, found, around): (&Policies, &Ports<'_>, &Around<'_>),
     report: &mut Report<'_>,
 ) -> (Vec<ServicePort>, bool) {
     let mut is_unread = false;
@@ -315,36 +383,77 @@ fn ports(
         };
         let name = port.name.as_deref().unwrap_or_default();
         // The slice's own port number is the answer to `targetPort`, by name or by number.
-        let of_port = candidates.get(&(&*key.namespace, &*key.name, name));
-        let (endpoints, some_unread) = choose(of_port.map_or(&[], Vec::as_slice), not_ready_too);
-        is_unread |= some_unread;
-        ports.push(ServicePort { port: number, name: name.into(), endpoints });
+        let of_port = found.get(&(&*key.namespace, &*key.name, name));
+        let candidates = of_port.map_or(&[][..], Vec::as_slice);
+        let chosen = choose(candidates, not_ready_too, policies.traffic, around);
+        is_unread |= chosen.is_unread;
+        let Chosen { endpoints, in_reach, scopes, .. } = chosen;
+        let name = name.into();
+        ports.push(ServicePort { port: number, name, endpoints, in_reach, scopes });
     }
     (ports, is_unread)
 }
 
-/// Ready ones; where there is none, those that still serve while they terminate (as kube-proxy does,
-/// KEP-1669). In address order, each address once: a pod may be in two slices while one is replaced.
-///
-/// And whether one of them is of a pod that is not read yet.
-fn choose(candidates: &[Candidate], not_ready_too: bool) -> (Arc<[Endpoint]>, bool) {
-    let among = |usable: &dyn Fn(&Candidate) -> bool| {
-        let mut chosen = BTreeMap::new();
-        for candidate in candidates.iter().filter(|candidate| usable(candidate)) {
-            let (workload, is_unread) = chosen.entry(candidate.addr).or_insert((None, false));
-            // Whichever of them knows the pod: the order of slices must not matter.
-            *workload = workload.take().or_else(|| candidate.workload.clone());
-            *is_unread |= candidate.is_unread;
+/// The endpoints of a port.
+struct Chosen {
+    endpoints: Arc<[Endpoint]>,
+    in_reach: Arc<[Endpoint]>,
+    scopes: Vec<Scope>,
+    /// One in reach is of a pod that is not read yet.
+    is_unread: bool,
+}
+
+/// Those that take connections, and of them those that clients here may use: in address order, each
+/// address once, since a pod may be in two slices while one is replaced.
+fn choose(
+    candidates: &[Candidate<'_>],
+    not_ready_too: bool,
+    traffic: InternalTraffic,
+    around: &Around<'_>,
+) -> Chosen {
+    let here = Here { node: around.node, zone: around.zones.get(around.node).copied() };
+    let (mut all, mut in_reach, mut scopes) = (Merged::new(), Merged::new(), Vec::new());
+    let (v4, v6): (Vec<_>, Vec<_>) =
+        candidates.iter().partition(|candidate| candidate.addr.0.is_ipv4());
+    for family in [v4, v6].iter().filter(|family| !family.is_empty()) {
+        let facts: Vec<_> = family.iter().map(|one| facts(one, not_ready_too)).collect();
+        merge(&mut all, locality::in_service(&facts).into_iter().map(|index| family[index]));
+        let (scope, found) = locality::in_reach(&facts, here, traffic);
+        merge(&mut in_reach, found.into_iter().map(|index| family[index]));
+        if !scopes.contains(&scope) {
+            scopes.push(scope);
         }
-        chosen
-    };
-    let mut chosen = among(&|candidate| candidate.ready || not_ready_too);
-    if chosen.is_empty() {
-        chosen = among(&|candidate| candidate.leaving);
     }
-    let is_unread = chosen.values().any(|(_, is_unread)| *is_unread);
-    let endpoints = chosen.into_iter().map(|(addr, (workload, _))| Endpoint { addr, workload });
-    (endpoints.collect(), is_unread)
+    let is_unread = in_reach.values().any(|(_, is_unread)| *is_unread);
+    let is_all = scopes.iter().all(|scope| *scope == Scope::All);
+    let endpoints: Arc<[Endpoint]> = endpoints(all);
+    let in_reach = if is_all { Arc::clone(&endpoints) } else { self::endpoints(in_reach) };
+    Chosen { endpoints, in_reach, scopes, is_unread }
+}
+
+fn facts<'a>(candidate: &'a Candidate<'_>, not_ready_too: bool) -> Facts<'a> {
+    Facts {
+        state: if not_ready_too { State::Ready } else { candidate.state },
+        node: candidate.node.or_else(|| candidate.workload.as_deref().map(|pod| &*pod.node)),
+        for_nodes: &candidate.for_nodes,
+        for_zones: &candidate.for_zones,
+    }
+}
+
+/// The pod at each address, and whether it is to be read first.
+type Merged = BTreeMap<EndpointAddr, (Option<Arc<Workload>>, bool)>;
+
+fn merge<'a>(into: &mut Merged, candidates: impl Iterator<Item = &'a Candidate<'a>>) {
+    for candidate in candidates {
+        let (workload, is_unread) = into.entry(candidate.addr).or_insert((None, false));
+        // Whichever of them knows the pod: the order of slices must not matter.
+        *workload = workload.take().or_else(|| candidate.workload.clone());
+        *is_unread |= candidate.is_unread;
+    }
+}
+
+fn endpoints(merged: Merged) -> Arc<[Endpoint]> {
+    merged.into_iter().map(|(addr, (workload, _))| Endpoint { addr, workload }).collect()
 }
 
 fn is_tcp(protocol: Option<&str>) -> bool {

@@ -16,6 +16,9 @@ use super::kube::Node as KubeNode;
 use super::objects::{Object, ObjectKey, Objects};
 use super::{Problem, Report, pods, services, shown};
 
+/// Says in which zone a node is.
+const ZONE: &str = "topology.kubernetes.io/zone";
+
 /// What a snapshot depends on besides the objects.
 #[derive(Clone, Debug)]
 pub struct Context {
@@ -48,6 +51,7 @@ pub fn translate(
     let mut namespaces = BTreeMap::new();
     let mut accounts = BTreeSet::new();
     let mut nodes = HashMap::new();
+    let mut zones = HashMap::new();
     let (mut kube_pods, mut kube_services, mut slices) = (Vec::new(), Vec::new(), Vec::new());
     for (key, object) in objects.iter() {
         match object {
@@ -57,6 +61,10 @@ pub fn translate(
                 namespaces.insert(key.name.as_str(), wishes);
             }
             Object::Node(node) => {
+                let labels = node.metadata.labels.as_ref();
+                if let Some(zone) = labels.and_then(|labels| labels.get(ZONE)) {
+                    zones.insert(key.name.as_str(), zone.as_str());
+                }
                 nodes.insert(
                     key.name.as_str().into(),
                     self::node(key, node, context, &mut problems),
@@ -79,6 +87,12 @@ pub fn translate(
         slices.into_iter(),
         &pods,
         &services::Unread { files: unread, absent: objects.absent(), nodes: &node_ips },
+        &services::Around {
+            node: &context.node,
+            zones: &zones,
+            // In a cluster the controller of slices does, and only what it says is what holds.
+            writes_hints: context.netns == NetnsFrom::Annotation,
+        },
         &mut problems,
     );
     let workloads = pods.workloads();
@@ -148,5 +162,7 @@ pub(super) fn missing(unread: &[String], remedy: &str) -> String {
     }
 }
 
+#[cfg(test)]
+mod policy_tests;
 #[cfg(test)]
 mod tests;

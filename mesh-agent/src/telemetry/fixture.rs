@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use mesh_core::addr::{EndpointAddr, PeerAddr};
+use mesh_core::locality::InternalTraffic;
 use mesh_core::settings::Settings;
 use mesh_core::snapshot::{
     Endpoint, Enrolment, Node, Parts, Service, ServicePort, Snapshot, Workload, WorkloadNames,
@@ -48,11 +49,9 @@ pub(crate) fn service(name: &str, vip: &str, pods: &[&Arc<Workload>]) -> Arc<Ser
         host: format!("{name}.shop.svc.cluster.local").into(),
         vips: vec![vip.parse().unwrap()],
         selector: true,
-        ports: vec![ServicePort {
-            port: 80,
-            name: "http".into(),
-            endpoints: pods.iter().map(endpoint).collect(),
-        }],
+        ports: vec![ServicePort::everywhere(80, "http", pods.iter().map(endpoint).collect())],
+        traffic: InternalTraffic::Cluster,
+        distribution: None,
     })
 }
 

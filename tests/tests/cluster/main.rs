@@ -15,6 +15,7 @@ mod agents;
 mod certificates;
 mod load;
 mod operations;
+mod services;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};

@@ -11,7 +11,7 @@ use crate::discovery::manifest::{self, Format};
 use crate::identity::testing::cluster_local;
 
 /// Two nodes, an enrolled namespace, and in it the pods `one` (here) and `two` (there).
-const CLUSTER: &str = r#"
+pub(super) const CLUSTER: &str = r#"
 apiVersion: v1
 kind: Node
 metadata: {name: a}
@@ -52,7 +52,7 @@ spec:
   - {name: dns, port: 53, protocol: UDP}
 "#;
 
-const SLICE: &str = r#"
+pub(super) const SLICE: &str = r#"
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
 metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}
@@ -66,13 +66,13 @@ endpoints:
 - {addresses: [10.0.0.1], conditions: {ready: true}, targetRef: {kind: Pod, name: one}}
 "#;
 
-fn objects(text: &str) -> Vec<Object> {
+pub(super) fn objects(text: &str) -> Vec<Object> {
     let manifest = manifest::parse(text, Format::Yaml).unwrap();
     assert_eq!(manifest.ignored, [""; 0]);
     manifest.objects.into_iter().map(|(_, object)| object).collect()
 }
 
-fn context() -> Context {
+pub(super) fn context() -> Context {
     Context {
         node: "a".into(),
         trust_domain: cluster_local(),
@@ -81,23 +81,23 @@ fn context() -> Context {
     }
 }
 
-fn read(text: &str) -> (Snapshot, Vec<Problem>) {
+pub(super) fn read(text: &str) -> (Snapshot, Vec<Problem>) {
     translate(&objects(text).into_iter().collect(), &context(), 1)
 }
 
 /// A snapshot without problems.
-fn snapshot(text: &str) -> Snapshot {
+pub(super) fn snapshot(text: &str) -> Snapshot {
     let (snapshot, problems) = read(text);
     assert_eq!(problems, []);
     snapshot
 }
 
-fn with(documents: &[&str]) -> String {
+pub(super) fn with(documents: &[&str]) -> String {
     [&[CLUSTER], documents].concat().join("\n---\n")
 }
 
 /// `<object>: <field>` of each problem.
-fn fields(problems: &[Problem]) -> Vec<String> {
+pub(super) fn fields(problems: &[Problem]) -> Vec<String> {
     problems.iter().map(|problem| format!("{}: {}", problem.object, problem.field)).collect()
 }
 

@@ -1,0 +1,140 @@
+//! What Services ask about where connections go, as people write it.
+
+use mesh_core::locality::Scope;
+use mesh_core::snapshot::{Service, ServicePort};
+
+use super::tests::{SLICE, context, fields, objects, read, snapshot, with};
+use super::*;
+
+/// The cluster and its slice, with `spec` in the Service's.
+fn asking(spec: &str) -> String {
+    with(&[SLICE]).replace("  selector: {app: web}\n", &format!("  selector: {{app: web}}\n{spec}"))
+}
+
+fn web(snapshot: &Snapshot) -> Arc<Service> {
+    Arc::clone(snapshot.service("shop", "web").unwrap())
+}
+
+fn in_reach(port: &ServicePort) -> Vec<String> {
+    port.in_reach.iter().map(|endpoint| endpoint.addr.to_string()).collect()
+}
+
+/// The addresses in reach of the port `http`, and by which rules.
+fn reach(text: &str) -> (Vec<String>, Vec<Scope>) {
+    let port = web(&snapshot(text)).ports[0].clone();
+    (in_reach(&port), port.scopes)
+}
+
+const ONE: &str = "10.0.0.1:8080";
+const TWO: &str = "10.0.0.2:8080";
+
+#[test]
+fn service_that_says_nothing_means_all() {
+    let text = with(&[SLICE]);
+    let service = web(&snapshot(&text));
+    assert_eq!(reach(&text), (vec![ONE.into(), TWO.into()], vec![Scope::All]));
+    assert!(Arc::ptr_eq(&service.ports[0].endpoints, &service.ports[0].in_reach), "one list");
+}
+
+#[test]
+fn local_traffic_means_pods_of_this_node_also_where_the_slice_does_not_name_it() {
+    let text = asking("  internalTrafficPolicy: Local\n");
+    assert_eq!(reach(&text), (vec![ONE.into()], vec![Scope::Local]));
+    let moved = text.replace("[10.0.0.2], target", "[10.0.0.2], nodeName: a, target");
+    assert_eq!(reach(&moved).0, [ONE, TWO], "the slice goes before the pod");
+    let all: Vec<_> = web(&snapshot(&text)).ports[0].endpoints.iter().map(|e| e.addr).collect();
+    assert_eq!(all.len(), 2, "they are there all the same");
+}
+
+#[test]
+fn hints_of_the_slice_are_followed_whatever_the_service_says() {
+    let hinted = with(&[SLICE])
+        .replace(
+            "[10.0.0.2], ",
+            "[10.0.0.2], hints: {forNodes: [{name: a}], forZones: [{name: z2}]}, ",
+        )
+        .replace(
+            "[10.0.0.1], ",
+            "[10.0.0.1], hints: {forNodes: [{name: b}], forZones: [{name: z1}]}, ",
+        );
+    assert_eq!(reach(&hinted), (vec![TWO.into()], vec![Scope::SameNode]));
+    let zones =
+        hinted.replace("forNodes: [{name: a}], ", "").replace("forNodes: [{name: b}], ", "");
+    assert_eq!(reach(&zones).1, [Scope::All], "this node has no zone");
+    let zoned = zones
+        .replace("name: a}\nstatus", "name: a, labels: {topology.kubernetes.io/zone: z1}}\nstatus");
+    assert_ne!(zoned, zones);
+    assert_eq!(reach(&zoned), (vec![ONE.into()], vec![Scope::SameZone]));
+}
+
+#[test]
+fn families_are_apart_as_kube_proxys_are() {
+    let v6 = SLICE.replace("web-1", "web-2").replace("IPv4", "IPv6").replace(
+        "[10.0.0.1], conditions: {ready: true}, ",
+        "[\"fd00::1\"], hints: {forNodes: [{name: b}]}, ",
+    );
+    let v6 = v6.replace(
+        "[10.0.0.2], targetRef: {kind: Pod, name: two, namespace: shop, uid: u2}",
+        "[\"fd00::2\"], hints: {forNodes: [{name: a}]}",
+    );
+    let (found, scopes) = reach(&with(&[SLICE, &v6]));
+    assert_eq!(found, [ONE, TWO, "[fd00::2]:8080"]);
+    assert_eq!(scopes, [Scope::All, Scope::SameNode]);
+}
+
+/// Node `a` in `west`, node `b` in `east`.
+fn in_zones(text: &str) -> String {
+    let zone = |name: &str| format!("labels: {{topology.kubernetes.io/zone: {name}}}");
+    text.replace("{name: a}\nstatus", &format!("{{name: a, {}}}\nstatus", zone("west")))
+        .replace("{name: b, annotations", &format!("{{name: b, {}, annotations", zone("east")))
+}
+
+#[test]
+fn where_nobody_else_writes_hints_they_follow_from_the_service() {
+    for (word, scope) in [
+        ("PreferSameZone", Scope::SameZone),
+        ("PreferClose", Scope::SameZone),
+        ("PreferSameNode", Scope::SameNode),
+    ] {
+        let text = in_zones(&asking(&format!("  trafficDistribution: {word}\n")));
+        assert_eq!(reach(&text), (vec![ONE.into()], vec![scope]), "{word}");
+        let all = objects(&text).into_iter().collect();
+        let cluster = Context { netns: NetnsFrom::Processes, ..context() };
+        let (snapshot, _) = translate(&all, &cluster, 1);
+        assert_eq!(web(&snapshot).ports[0].scopes, [Scope::All], "{word}: a cluster's write them");
+    }
+    let text = asking("  trafficDistribution: PreferSameZone\n");
+    assert_eq!(reach(&text).1, [Scope::All], "no node has a zone");
+    let of_slice = text.replace("[10.0.0.2], ", "[10.0.0.2], zone: east, ");
+    assert_eq!(reach(&of_slice).1, [Scope::All], "one endpoint has none");
+}
+
+#[test]
+fn word_that_is_not_understood_is_reported_and_counts_as_not_given() {
+    for field in ["internalTrafficPolicy", "trafficDistribution"] {
+        let (snapshot, problems) = read(&asking(&format!("  {field}: local\n")));
+        assert_eq!(fields(&problems), [format!("Service shop/web: spec.{field}")]);
+        assert!(problems[0].message.contains("`local`"), "{}", problems[0]);
+        let service = web(&snapshot);
+        assert_eq!(service.distribution, None);
+        assert_eq!(service.ports[0].scopes, [Scope::All]);
+    }
+}
+
+/// A pod of another node that nobody needs to read: only those of this node are meant.
+#[test]
+fn what_is_out_of_reach_need_not_be_read() {
+    let two = "apiVersion: v1\nkind: Pod\nmetadata: {name: two, namespace: shop, uid: u2}\n\
+               spec: {nodeName: b}\nstatus: {podIPs: [{ip: 10.0.0.2}]}\n---\n";
+    let unread = |text: &str| {
+        let text = text.replace(two, "");
+        let mut all = Objects::on_demand();
+        for object in objects(&text) {
+            all.insert(object);
+        }
+        let (snapshot, _) = translate(&all, &context(), 1);
+        snapshot.is_unread("10.1.0.1".parse().unwrap())
+    };
+    assert!(unread(&asking("")));
+    assert!(!unread(&asking("  internalTrafficPolicy: Local\n")));
+}
