@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use mesh_core::addr::OrigDst;
+use mesh_core::affinity::Affinities;
 use mesh_core::balance::{Loads, Policy};
 use mesh_core::snapshot::{Snapshot, Workload, WorkloadUid};
 use mesh_core::spiffe::SpiffeId;
@@ -52,6 +53,8 @@ pub struct Node {
     pub pods: ArcSwap<HashMap<WorkloadUid, Arc<LocalPod>>>,
     /// Latency and outstanding connections by endpoint.
     pub loads: Mutex<Loads>,
+    /// Which endpoints clients keep to, of services that ask for it.
+    pub affinities: Mutex<Affinities>,
     /// The eBPF programs and their maps.
     pub capture: Arc<Capture>,
     /// Metrics, access log and the table of connections.
@@ -104,6 +107,12 @@ impl Node {
     /// The loads. Held for a decision, never across an await.
     pub fn loads(&self) -> MutexGuard<'_, Loads> {
         self.loads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Which endpoints clients keep to. Taken before the loads where both are; held for a decision and
+    /// for telling the kernel of it, never across an await.
+    pub fn affinities(&self) -> MutexGuard<'_, Affinities> {
+        self.affinities.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The pod with this UID, if it is one of this node's that are or were just enrolled.

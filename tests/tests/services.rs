@@ -1,13 +1,14 @@
-//! Services that say more than which pods stand behind them: whose clients may use which
-//! endpoints.
+//! Services that say more than which pods stand behind them: whose clients may use which endpoints, and
+//! who keeps to one.
 
 use std::collections::BTreeSet;
 use std::io::Read as _;
 use std::net::SocketAddr;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Family, Mesh, Serve, Server, ServiceSpec, exchange, wait};
+use harness::{Family, Mesh, PodSpec, Serve, Server, ServiceSpec, exchange, wait};
 use serde_json::{Value, json};
 
 /// Who greets at `to`.
@@ -45,6 +46,10 @@ fn shown(mesh: &Mesh, node: &str, service: &str) -> Result<Value> {
     let services = mesh.agent(node).ask(&["services"])?;
     let mut services = services.as_array().context("a list")?.iter();
     services.find(|one| one["service"] == service).cloned().context("not listed")
+}
+
+fn kernel(mesh: &Mesh, event: &str) -> Result<f64> {
+    mesh.agent("a").metric("mesh_capture_total", &[("event", event)])
 }
 
 #[test]
@@ -129,5 +134,138 @@ fn same_node_goes_before_the_zone() -> Result<()> {
     mesh.endpoints("close", &["b1"])?;
     wait_for_greeters(&mesh, "a1", "close", &["b1"])?;
     assert_eq!(shown(&mesh, "a", "close")?["reach"], json!(["same-zone"]));
+    Ok(())
+}
+
+fn sticky(name: &str, timeout_s: Option<u32>) -> ServiceSpec {
+    let service = ServiceSpec::new(name).port(80, 8080).field("sessionAffinity", json!("ClientIP"));
+    match timeout_s {
+        None => service,
+        Some(seconds) => service
+            .field("sessionAffinityConfig", json!({ "clientIP": { "timeoutSeconds": seconds } })),
+    }
+}
+
+/// Ten connections at once, and over and over: whichever worker has them, all go to one endpoint.
+#[test]
+fn client_keeps_to_its_endpoint_on_every_worker() -> Result<()> {
+    harness::require!();
+    let pods = ["a2", "b1", "b2"];
+    let mesh = Mesh::two_nodes_builder()
+        .service(sticky("sticky", None).pods(&pods))
+        .service(ServiceSpec::new("free").port(80, 8080).pods(&pods))
+        .flag("--workers=2")
+        .flag("--balance=random")
+        .start()?;
+    let _servers = serve(&mesh, &pods)?;
+    assert_eq!(shown(&mesh, "a", "sticky")?["affinity_s"], 10_800);
+    assert_eq!(shown(&mesh, "a", "free")?["affinity_s"], Value::Null);
+    let at_once = |client: &str, service: &str| -> Result<BTreeSet<String>> {
+        let to = mesh.service(service).v4(80);
+        thread::scope(|scope| {
+            let asking: Vec<_> =
+                (0..10).map(|_| scope.spawn(|| greeting(&mesh, client, to))).collect();
+            asking.into_iter().map(|one| one.join().expect("no panic")).collect()
+        })
+    };
+    for client in ["a1", "b1"] {
+        let first = at_once(client, "sticky")?;
+        assert_eq!(first.len(), 1, "{client}: {first:?}");
+        for _ in 0..4 {
+            assert_eq!(at_once(client, "sticky")?, first, "{client}");
+        }
+        // Which is not for want of others: ten of three are the same once in 20,000 times.
+        ensure!(at_once(client, "free")?.len() > 1, "balance");
+    }
+    Ok(())
+}
+
+/// Asks until the kernel has let ten more through, and says who greeted them all.
+fn greeted_directly(mesh: &Mesh, to: SocketAddr) -> Result<String> {
+    let before = kernel(mesh, "direct_taken")?;
+    let kept = greeting(mesh, "a1", to)?;
+    wait::until(wait::SOON, "direct connections to the same", || {
+        greeting(mesh, "a1", to).is_ok_and(|who| who == kept)
+            && kernel(mesh, "direct_taken").is_ok_and(|taken| taken >= before + 10.0)
+    })?;
+    for _ in 0..20 {
+        assert_eq!(greeting(mesh, "a1", to)?, kept);
+    }
+    Ok(kept)
+}
+
+#[test]
+fn kernel_lets_a_client_through_to_the_endpoint_that_it_keeps_to() -> Result<()> {
+    harness::require!();
+    let pods = ["a2", "a3"];
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("a3", "a"))
+        .service(sticky("sticky", None).pods(&pods))
+        .start()?;
+    let mut servers = serve(&mesh, &pods)?;
+    let to = mesh.service("sticky").v4(80);
+    let kept = greeted_directly(&mesh, to)?;
+    // It fails this client: from then on it is the other one.
+    let index = pods.iter().position(|pod| *pod == kept).context("who?")?;
+    drop(servers.remove(index));
+    let moved = greeted_directly(&mesh, to)?;
+    ensure!(moved != kept, "it does not listen any more");
+    servers.push(mesh.pod(pods[index]).serve(8080, Serve::Greet(pods[index]))?);
+    assert_eq!(greeted_directly(&mesh, to)?, moved, "{kept} is back, and nobody is sent back");
+    Ok(())
+}
+
+/// The kernel was told of the endpoint before; of the one after, on another node, it is told nothing.
+#[test]
+fn client_that_moved_to_another_node_is_not_sent_back() -> Result<()> {
+    harness::require!();
+    let service = sticky("sticky", None);
+    let mesh = Mesh::two_nodes_builder().service(service.clone().pods(&["a2"])).start()?;
+    let here = mesh.pod("a2").serve(8080, Serve::Greet("a2"))?;
+    let _there = mesh.pod("b1").serve(8080, Serve::Greet("b1"))?;
+    let to = mesh.service("sticky").v4(80);
+    assert_eq!(greeting(&mesh, "a1", to)?, "a2");
+    mesh.endpoints("sticky", &["a2", "b1"])?;
+    wait::until(wait::SOON, "both", || {
+        shown(&mesh, "a", "sticky").is_ok_and(|sticky| sticky["endpoints"] == 4)
+    })?;
+    assert_eq!(greeted_directly(&mesh, to)?, "a2", "one more is no reason to move");
+    drop(here);
+    assert_eq!(greeting(&mesh, "a1", to)?, "b1");
+    let _back = mesh.pod("a2").serve(8080, Serve::Greet("a2"))?;
+    for _ in 0..20 {
+        assert_eq!(greeting(&mesh, "a1", to)?, "b1");
+    }
+    Ok(())
+}
+
+/// With the kernel's verdicts, which end when the binding does and are prolonged as it is.
+#[test]
+fn client_that_stays_away_for_long_enough_is_free_again() -> Result<()> {
+    harness::require!();
+    let timeout = Duration::from_secs(2);
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("a3", "a"))
+        .service(sticky("sticky", Some(2)).pods(&["a2", "a3"]))
+        .flag("--balance=random")
+        .start()?;
+    let _servers = serve(&mesh, &["a2", "a3"])?;
+    let to = mesh.service("sticky").v4(80);
+    let kept = greeting(&mesh, "a1", to)?;
+    // Three times as long as it lasts without a connection.
+    let mut asked = 0;
+    let since = std::time::Instant::now();
+    while since.elapsed() < 3 * timeout {
+        assert_eq!(greeting(&mesh, "a1", to)?, kept, "after {:?}", since.elapsed());
+        asked += 1;
+        thread::sleep(timeout / 8);
+    }
+    ensure!(kernel(&mesh, "direct_taken")? > f64::from(asked) / 2.0, "most were direct");
+    // Time has to pass, there is nothing to wait for. Ten times the same of two: once in 1,000.
+    let other = (0..10).any(|_| {
+        thread::sleep(timeout + timeout / 8);
+        greeting(&mesh, "a1", to).is_ok_and(|who| who != kept)
+    });
+    ensure!(other, "{kept} for ever");
     Ok(())
 }

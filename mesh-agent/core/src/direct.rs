@@ -7,6 +7,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::addr::{EndpointAddr, OrigDst};
 use crate::authorize::{AuthorizeRefusal, Request, Verdict, Via, authorize};
@@ -32,13 +33,15 @@ pub enum Choice {
 }
 
 /// What the kernel may do with connections of `source` to `dst`: draw uniformly from these. `None` if
-/// it has to ask every time. `is_avoided` is asked of every endpoint whether it is tried last now.
+/// it has to ask every time. `is_avoided` is asked of every endpoint whether it is tried last now;
+/// `bound`, if clients keep to an endpoint for so long, which one the source keeps to.
 pub fn verdict(
     snapshot: &Snapshot,
     source: &Arc<Workload>,
     dst: OrigDst,
     policy: Policy,
     mut is_avoided: impl FnMut(EndpointAddr) -> bool,
+    bound: impl FnOnce(Duration) -> Option<EndpointAddr>,
 ) -> Option<Vec<Choice>> {
     if !source.is_enrolled() || !source.settings.direct {
         return None;
@@ -47,9 +50,17 @@ pub fn verdict(
     let one;
     let (service, pod);
     let endpoints: &[Endpoint] = match route(snapshot, dst) {
-        Route::Service { candidates, .. } => {
+        Route::Service { service: found, candidates } => {
             service = candidates;
-            service.as_slice()
+            match found.affinity {
+                None => service.as_slice(),
+                // That one and no other, or the kernel would send the client elsewhere.
+                Some(timeout) => {
+                    let to = bound(timeout)?;
+                    let kept = service.as_slice().iter().find(|endpoint| endpoint.addr == to)?;
+                    std::slice::from_ref(kept)
+                }
+            }
         }
         Route::Workload { workload, addr } => {
             pod = Endpoint { addr, workload: Some(workload) };
@@ -136,7 +147,7 @@ mod tests {
     use super::*;
     use crate::fixtures::{node, service, snapshot, workload};
     use crate::settings::Mode;
-    use crate::snapshot::Enrolment;
+    use crate::snapshot::{Enrolment, Service};
 
     fn changed(pod: &Arc<Workload>, change: impl FnOnce(&mut Workload)) -> Arc<Workload> {
         let mut pod = Workload::clone(pod);
@@ -165,7 +176,12 @@ mod tests {
         let services = vec![service("web", &["10.96.0.1"], 80, endpoints)];
         let nodes = vec![node("node-2", "192.0.2.2:15019")];
         let snapshot = snapshot(all, services, nodes);
-        verdict(&snapshot, client, OrigDst("10.96.0.1:80".parse().unwrap()), policy, is_avoided)
+        let dst = OrigDst("10.96.0.1:80".parse().unwrap());
+        verdict(&snapshot, client, dst, policy, is_avoided, nobody_asks)
+    }
+
+    fn nobody_asks(_: Duration) -> Option<EndpointAddr> {
+        panic!("the service says nothing of affinity")
     }
 
     fn direct(pod: &Arc<Workload>) -> Choice {
@@ -234,6 +250,46 @@ mod tests {
     }
 
     #[test]
+    fn client_that_keeps_to_an_endpoint_is_let_through_to_that_one_alone() {
+        let client = workload("client", "node-1", &["10.0.1.9"]);
+        let here: Vec<_> = (1..=40)
+            .map(|n| workload(&format!("p{n}"), "node-1", &[&format!("10.0.1.{}", 100 + n)]))
+            .collect();
+        let there = workload("there", "node-2", &["10.0.2.1"]);
+        let endpoints = here.iter().chain([&there]).map(at).collect();
+        let mut web = Service::clone(&service("web", &["10.96.0.1"], 80, endpoints));
+        web.affinity = Some(Duration::from_secs(7));
+        let nodes = vec![node("node-2", "192.0.2.2:15019")];
+        let all = here.iter().chain([&there, &client]).map(Arc::clone).collect();
+        let known = snapshot(all, vec![Arc::new(web)], nodes);
+        let dst = OrigDst("10.96.0.1:80".parse().unwrap());
+        let ask = |to: Option<EndpointAddr>, policy| {
+            verdict(
+                &known,
+                &client,
+                dst,
+                policy,
+                |_| false,
+                |timeout| {
+                    assert_eq!(timeout, Duration::from_secs(7));
+                    to
+                },
+            )
+        };
+        for policy in [Policy::LeastLoaded, Policy::RoundRobin] {
+            let to = at(&here[3]).addr;
+            assert_eq!(ask(Some(to), policy), Some(vec![direct(&here[3])]), "and of 41");
+            assert_eq!(ask(Some(at(&there).addr), policy), None, "carried there");
+            assert_eq!(ask(None, policy), None, "nobody has chosen yet");
+            let gone = EndpointAddr("10.0.1.7:8080".parse().unwrap());
+            assert_eq!(ask(Some(gone), policy), None, "not an endpoint any more");
+        }
+        let failed =
+            verdict(&known, &client, dst, Policy::Random, |_| true, |_| Some(at(&here[3]).addr));
+        assert_eq!(failed, None, "it has just failed");
+    }
+
+    #[test]
     fn more_endpoints_than_fit_are_the_agents() {
         let client = workload("client", "node-1", &["10.0.1.9"]);
         let pods: Vec<_> = (1..=33)
@@ -252,7 +308,7 @@ mod tests {
         let known = snapshot(vec![Arc::clone(&client), Arc::clone(&here)], services, vec![]);
         let ask = |dst: &str| {
             let dst = OrigDst(dst.parse().unwrap());
-            verdict(&known, &client, dst, Policy::Random, |_| false)
+            verdict(&known, &client, dst, Policy::Random, |_| false, nobody_asks)
         };
         assert_eq!(ask("[fd96::1]:80"), None, "a v6 service with v4 endpoints");
         assert_eq!(ask("[fd96::1]:81"), None, "no such port");

@@ -57,6 +57,7 @@ pub(crate) fn service(
         ports: vec![ServicePort::everywhere(port, "", endpoints.into())],
         traffic: InternalTraffic::Cluster,
         distribution: None,
+        affinity: None,
     })
 }
 

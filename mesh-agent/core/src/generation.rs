@@ -69,7 +69,7 @@ fn pod(workload: &Workload, hasher: &mut SipHasher) {
 
 fn service(snapshot: &Snapshot, service: &Service, hasher: &mut SipHasher) {
     snapshot.node.hash(hasher);
-    (&service.namespace, &service.name).hash(hasher);
+    (&service.namespace, &service.name, service.affinity).hash(hasher);
     for port in &service.ports {
         (port.port, port.in_reach.len()).hash(hasher);
         for Endpoint { addr, workload } in port.in_reach.iter() {
@@ -201,6 +201,7 @@ mod tests {
             KEY.of_destination(&snapshot, "10.96.0.1".parse().unwrap()).unwrap()
         };
         let unchanged = of(&|_| {});
+        assert_ne!(of(&|web| web.affinity = Some(crate::affinity::DEFAULT_TIMEOUT)), unchanged);
         let fewer = of(&|web| web.ports[0].in_reach = web.ports[0].in_reach[1..].into());
         assert_ne!(fewer, unchanged, "another endpoint in reach");
         let changes: [fn(&mut Workload); 7] = [

@@ -9,6 +9,7 @@
 //! | [`route`] | route: which service or workload a destination means |
 //! | [`locality`] | route: which endpoints of a service are meant from here |
 //! | [`balance`] | balance: which endpoint takes the connection |
+//! | [`affinity`] | balance: which endpoint a client keeps to |
 //! | [`direct`], [`generation`] | capture: what the kernel may decide by itself, and until when |
 //! | [`wire`] | tunnel: what two agents say to each other |
 //! | [`authorize`] | authorize: whether the destination's agent delivers |
@@ -18,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod affinity;
 pub mod authorize;
 pub mod backoff;
 pub mod balance;

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::addr::{EndpointAddr, PeerAddr};
 use crate::locality::{InternalTraffic, Scope};
@@ -103,6 +104,9 @@ pub struct Service {
     pub traffic: InternalTraffic,
     /// `spec.trafficDistribution`, which its controller turns into hints.
     pub distribution: Option<Distribution>,
+    /// `spec.sessionAffinity: ClientIP`: a client that comes back within this time is sent to where it
+    /// was before.
+    pub affinity: Option<Duration>,
 }
 
 /// `spec.trafficDistribution` of a service.
@@ -362,6 +366,7 @@ mod tests {
             selector,
             traffic: InternalTraffic::Cluster,
             distribution: None,
+            affinity: None,
         })
     }
 

@@ -154,6 +154,9 @@ pub struct ServiceView {
     /// endpoints to say.
     #[serde(default)]
     pub distribution: Option<String>,
+    /// Seconds for which a client keeps to an endpoint, if it does.
+    #[serde(default)]
+    pub affinity_s: Option<u64>,
 }
 
 /// `/certs`: a certificate.
@@ -312,6 +315,7 @@ fn service(service: &Service) -> ServiceView {
             Distribution::SameZone => "PreferSameZone".into(),
             Distribution::SameNode => "PreferSameNode".into(),
         }),
+        affinity_s: service.affinity.map(|timeout| timeout.as_secs()),
     }
 }
 

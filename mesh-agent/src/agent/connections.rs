@@ -8,7 +8,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use mesh_core::addr::canonical;
+use mesh_core::addr::{OrigDst, canonical};
+use mesh_core::affinity::Client;
 use mesh_core::authorize::AuthorizeRefusal;
 use mesh_core::direct::{Open as Judged, still_allowed};
 use mesh_core::snapshot::{Snapshot, Workload, WorkloadUid};
@@ -142,9 +143,20 @@ impl Table {
         }
         let snapshot = self.node.snapshot.load_full();
         let mut open = self.record(&snapshot, facts);
+        self.keep_to(&snapshot, &open);
         open.tracked.established(setup);
         self.refuse_unless_allowed(&snapshot, &mut open);
         self.open.insert(facts.cookie, open);
+    }
+
+    /// A client whose connections pass no agent goes on keeping to its endpoint.
+    fn keep_to(&self, snapshot: &Snapshot, open: &Open) {
+        let Some((pod, _)) = &open.pods else { return };
+        let dst = OrigDst::canonical(open.facts.orig_dst.0);
+        if snapshot.service_at(dst.0.ip()).is_some_and(|service| service.affinity.is_some()) {
+            let client = Client { pod: Arc::clone(pod), dst };
+            self.node.affinities().seen(&client, open.facts.to, Instant::now());
+        }
     }
 
     /// The records of a connection that is heard of for the first time.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_core::addr::{EndpointAddr, OrigDst};
+use mesh_core::affinity::Client;
 use mesh_core::direct::{self, Choice};
 use mesh_core::generation::Generation;
 use mesh_core::snapshot::{Snapshot, Workload};
@@ -100,10 +101,21 @@ impl Verdicts {
             until = until.into_iter().chain(left).min();
             left.is_some()
         };
+        // Held until it is written: a client that moves meanwhile would be sent back.
+        let affinities = node.affinities();
+        let mut kept_for = None;
+        let bound = |timeout| {
+            let client = Client { pod: Arc::clone(&source.uid), dst };
+            let (to, left) = affinities.bound(&client, timeout, now)?;
+            kept_for = Some(left);
+            Some(to)
+        };
         let policy = node.limits.balance;
-        let Some(choices) = direct::verdict(snapshot, source, dst, policy, &mut is_avoided) else {
+        let choices = direct::verdict(snapshot, source, dst, policy, &mut is_avoided, bound);
+        let Some(choices) = choices else {
             return Ok(None);
         };
+        until = until.into_iter().chain(kept_for).min();
         let mut entries = Vec::with_capacity(choices.len());
         for choice in &choices {
             entries.push(self.entry(pod.netns.cookie(), &pod.netns, choice)?);

@@ -37,6 +37,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
 use mesh_core::addr::EndpointAddr;
+use mesh_core::affinity::Client;
 use mesh_core::balance::Loads;
 use mesh_core::snapshot::Snapshot;
 use tokio::net::TcpListener;
@@ -182,6 +183,7 @@ impl Agent {
             snapshot: ArcSwap::new(Arc::clone(&snapshots.borrow())),
             pods: ArcSwap::new(Arc::new(HashMap::new())),
             loads: Mutex::new(Loads::default()),
+            affinities: Mutex::default(),
             capture: Arc::clone(&capture),
             telemetry: telemetry.clone(),
             limits: Limits {
@@ -322,6 +324,8 @@ impl Agent {
             endpoints.contains(addr) || snapshot.workload_at(addr.0.ip()).is_some()
         };
         self.node.loads().retain(is_live);
+        let lives = |client: &Client| snapshot.workload(&client.pod).is_some();
+        self.node.affinities().retain(Instant::now(), lives);
         self.node.telemetry.retain(&snapshot);
         self.views.applied(snapshot);
     }

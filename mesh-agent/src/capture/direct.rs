@@ -122,6 +122,19 @@ impl Capture {
         Ok(Written::Yes)
     }
 
+    /// Ends what the kernel may do with connections to `dst` from the namespace with the cookie `netns`:
+    /// it asks again.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub fn remove_verdict(&self, netns: u64, dst: OrigDst) -> Result<(), CaptureError> {
+        let mut pods = lock(&self.pods);
+        let failed = pods.maps.failed("VERDICTS");
+        let key = VerdictKey::new(netns, dst.0.into());
+        absent_is_ok(pods.maps.verdicts.remove(&key)).map_err(failed)
+    }
+
     /// Removes verdicts that do not hold any more, and says how many do. They take up room and nothing
     /// else.
     ///

@@ -50,6 +50,7 @@ impl Tabular for Vec<ServiceView> {
             "ENDPOINTS",
             "ENROLLED",
             "IN REACH",
+            "AFFINITY",
         ]);
         for view in self {
             let vips = match view.vips.as_slice() {
@@ -64,6 +65,8 @@ impl Tabular for Vec<ServiceView> {
                 view.endpoints.to_string(),
                 format!("{}/{}", view.enrolled, view.endpoints),
                 in_reach(view),
+                view.affinity_s
+                    .map_or_else(String::new, |seconds| format!("ClientIP {}", age(seconds))),
             ]);
         }
         table
@@ -327,13 +330,19 @@ default     db-0           -                  node-1   no (host network)   permi
             in_reach: 1,
             reach: vec!["same-zone".into()],
             distribution: Some("PreferSameZone".into()),
+            affinity_s: Some(10_800),
         };
-        let headless =
-            ServiceView { vips: Vec::new(), ports: Vec::new(), reach: Vec::new(), ..view.clone() };
+        let headless = ServiceView {
+            vips: Vec::new(),
+            ports: Vec::new(),
+            reach: Vec::new(),
+            affinity_s: None,
+            ..view.clone()
+        };
         let expected = "\
-NAMESPACE   SERVICE NAME   SERVICE VIP   PORTS            ENDPOINTS   ENROLLED   IN REACH
-default     ratings        10.96.0.7     9080/http,9090   2           1/2        1/2 (same-zone)
-default     ratings        None          -                2           1/2        1/2
+NAMESPACE   SERVICE NAME   SERVICE VIP   PORTS            ENDPOINTS   ENROLLED   IN REACH          AFFINITY
+default     ratings        10.96.0.7     9080/http,9090   2           1/2        1/2 (same-zone)   ClientIP 3h0m
+default     ratings        None          -                2           1/2        1/2               -
 ";
         assert_eq!(text(&vec![view, headless], Format::Table), expected);
     }

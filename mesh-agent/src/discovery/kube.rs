@@ -214,6 +214,26 @@ pub struct ServiceSpec {
     pub internal_traffic_policy: Option<String>,
     /// Such as `PreferSameZone`.
     pub traffic_distribution: Option<String>,
+    /// `None` or `ClientIP`.
+    pub session_affinity: Option<String>,
+    /// For how long.
+    pub session_affinity_config: Option<SessionAffinityConfig>,
+}
+
+/// `sessionAffinityConfig` of a Service.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct SessionAffinityConfig {
+    /// Of the only kind that there is.
+    #[serde(rename = "clientIP")]
+    pub client_ip: Option<ClientIpConfig>,
+}
+
+/// `clientIP` of such a one.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ClientIpConfig {
+    /// From one connection to the next.
+    pub timeout_seconds: Option<i32>,
 }
 
 /// One of `spec.ports` of a Service.

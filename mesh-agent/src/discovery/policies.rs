@@ -1,13 +1,16 @@
-//! What a Service asks about where its connections go: the meaning of `internalTrafficPolicy` and
-//! `trafficDistribution`.
+//! What a Service asks about where its connections go: the meaning of `internalTrafficPolicy`,
+//! `trafficDistribution` and `sessionAffinity`.
 //!
 //! An API server refuses values that it does not know, so wrong ones come from files: each is reported
 //! and counts as not given.
 
+use std::time::Duration;
+
+use mesh_core::affinity::{DEFAULT_TIMEOUT, MAX_TIMEOUT};
 use mesh_core::locality::InternalTraffic;
 use mesh_core::snapshot::Distribution;
 
-use super::kube::Service;
+use super::kube::{Service, ServiceSpec};
 use super::{Report, shown};
 
 /// What a Service asks for.
@@ -15,6 +18,7 @@ use super::{Report, shown};
 pub(super) struct Policies {
     pub(super) traffic: InternalTraffic,
     pub(super) distribution: Option<Distribution>,
+    pub(super) affinity: Option<Duration>,
 }
 
 impl Policies {
@@ -36,8 +40,39 @@ impl Policies {
             ],
             report,
         );
-        Self { traffic: traffic.unwrap_or_default(), distribution }
+        Self {
+            traffic: traffic.unwrap_or_default(),
+            distribution,
+            affinity: affinity(spec, report),
+        }
     }
+}
+
+fn affinity(spec: &ServiceSpec, report: &mut Report<'_>) -> Option<Duration> {
+    let asked = word(
+        "spec.sessionAffinity",
+        spec.session_affinity.as_deref(),
+        &[("None", false), ("ClientIP", true)],
+        report,
+    );
+    if asked != Some(true) {
+        return None;
+    }
+    let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+    let Some(seconds) = config.and_then(|config| config.timeout_seconds) else {
+        return Some(DEFAULT_TIMEOUT);
+    };
+    let wanted = u64::try_from(seconds).map(Duration::from_secs).unwrap_or_default();
+    if wanted.is_zero() || wanted > MAX_TIMEOUT {
+        let most = MAX_TIMEOUT.as_secs();
+        report.say(
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            format!("{seconds} is not possible; {} holds instead", DEFAULT_TIMEOUT.as_secs()),
+            format!("write a number from 1 to {most}"),
+        );
+        return Some(DEFAULT_TIMEOUT);
+    }
+    Some(wanted)
 }
 
 /// What one of a few words means, if it is given and one of them.

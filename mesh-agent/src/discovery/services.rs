@@ -145,6 +145,7 @@ pub(super) fn translate<'a>(
             selector: spec.selector.as_ref().is_some_and(|selector| !selector.is_empty()),
             traffic: policies.traffic,
             distribution: policies.distribution,
+            affinity: policies.affinity,
         }))
     });
     let services = translated.collect();

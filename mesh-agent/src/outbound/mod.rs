@@ -25,6 +25,7 @@
 //! and what the destination's agent allows ([`crate::inbound`]): this module puts them in order.
 
 mod error;
+mod targets;
 
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
@@ -34,13 +35,14 @@ use std::time::{Duration, Instant};
 use mesh_core::addr::{EndpointAddr, OrigDst};
 use mesh_core::authorize::Via;
 use mesh_core::direct;
-use mesh_core::route::{self, Candidates, Route, RouteRefusal};
+use mesh_core::route::{self, Route, RouteRefusal};
 use mesh_core::snapshot::{Endpoint, Snapshot, Workload};
 use mesh_core::stage::Stage;
 use mesh_core::wire;
 use tokio::net::TcpStream;
 
 pub use self::error::OutboundError;
+use self::targets::{Picker, Targets};
 use crate::capture::Role;
 use crate::inbound::{self, Arrival};
 use crate::net;
@@ -139,21 +141,6 @@ struct Connection<'a> {
     listener: u16,
 }
 
-/// Where a connection may go.
-enum Targets {
-    Service(Candidates),
-    One(Endpoint),
-}
-
-impl Targets {
-    fn as_slice(&self) -> &[Endpoint] {
-        match self {
-            Self::Service(candidates) => candidates.as_slice(),
-            Self::One(endpoint) => std::slice::from_ref(endpoint),
-        }
-    }
-}
-
 impl Connection<'_> {
     /// All stages up to a flow that an endpoint has accepted.
     async fn reach(
@@ -218,7 +205,12 @@ impl Connection<'_> {
         chosen: Option<EndpointAddr>,
         carried: &Carried,
     ) {
-        let (endpoints, here) = (targets.as_slice(), &self.snapshot.node);
+        let (mut endpoints, here) = (targets.as_slice(), &self.snapshot.node);
+        if targets.sticky(source, dst).is_some() {
+            // The kernel would be told of the one that the client keeps to, and of no other.
+            let kept = endpoints.iter().find(|one| one.addr == carried.picked.endpoint);
+            endpoints = kept.map_or(&[], std::slice::from_ref);
+        }
         let is_here =
             |endpoint: &Endpoint| endpoint.workload.as_ref().is_some_and(|w| w.node == *here);
         let is_new = chosen.is_none_or(|chosen| chosen != carried.picked.endpoint);
@@ -242,9 +234,16 @@ impl Connection<'_> {
     ) -> Result<(Flow, Picked, Option<Tracked>), OutboundError> {
         let node = &self.worker.node;
         let mut tried = Vec::new();
+        let picker = Picker {
+            node,
+            netns: self.pod.netns.cookie(),
+            endpoints: targets.as_slice(),
+            drawn: chosen,
+            sticky: targets.sticky(source, dst),
+        };
         loop {
             let asked = Instant::now();
-            let index = self.pick(targets.as_slice(), chosen, &tried, asked);
+            let index = picker.next(&tried, asked);
             // The first pick always finds one: a route has at least one endpoint.
             let Some(index) = index else {
                 let refusal = RouteRefusal::NoEndpoints;
@@ -278,25 +277,6 @@ impl Connection<'_> {
         }
     }
 
-    /// The endpoint to try next: first the one that the kernel drew, if it is still there.
-    fn pick(
-        &self,
-        endpoints: &[Endpoint],
-        chosen: Option<EndpointAddr>,
-        tried: &[EndpointAddr],
-        now: Instant,
-    ) -> Option<usize> {
-        let node = &self.worker.node;
-        let first = chosen.filter(|_chosen| tried.is_empty());
-        let drawn = first.and_then(|addr| endpoints.iter().position(|one| one.addr == addr));
-        let mut loads = node.loads();
-        if let Some(index) = drawn {
-            loads.take(endpoints[index].addr, now);
-            return drawn;
-        }
-        loads.pick(node.limits.balance, endpoints, tried, now, |n| fastrand::usize(..n))
-    }
-
     /// Where the application meant to go, as the kernel noted it before the SYN left, and to which
     /// endpoint, if a verdict says.
     fn orig_dst(&self) -> Result<(OrigDst, Option<EndpointAddr>), OutboundError> {
@@ -318,8 +298,8 @@ impl Connection<'_> {
     fn route(&self, dst: OrigDst, tracked: &Tracked) -> Result<Targets, OutboundError> {
         match route::route(&self.snapshot, dst) {
             Route::Service { service, candidates } => {
-                tracked.update(|facts| facts.service = Some(service));
-                Ok(Targets::Service(candidates))
+                tracked.update(|facts| facts.service = Some(Arc::clone(&service)));
+                Ok(Targets::Service(service, candidates))
             }
             Route::Workload { workload, addr } => {
                 Ok(Targets::One(Endpoint { addr, workload: Some(workload) }))

@@ -52,6 +52,7 @@ pub(crate) fn service(name: &str, vip: &str, pods: &[&Arc<Workload>]) -> Arc<Ser
         ports: vec![ServicePort::everywhere(80, "http", pods.iter().map(endpoint).collect())],
         traffic: InternalTraffic::Cluster,
         distribution: None,
+        affinity: None,
     })
 }
 

@@ -37,8 +37,8 @@ impl Shop {
         self.cluster.apply(&service)
     }
 
-    /// Whatever carries: the node's own for `near` and `close`, both for `free`, nobody for
-    /// `elsewhere`.
+    /// Whatever carries: the node's own for `near` and `close`, both for `free`, one of two for `sticky`,
+    /// nobody for `elsewhere`.
     fn check(&self) -> Result<()> {
         let both = BTreeSet::from(["near".to_owned(), "far".to_owned()]);
         wait::until(wait::SOON, "both servers behind the Service that says nothing", || {
@@ -54,6 +54,9 @@ impl Shop {
             })
             .with_context(|| format!("{service}: {last:?}"))?;
         }
+        let kept = self.heard("sticky")?;
+        ensure!(kept.len() == 1, "{kept:?}");
+        assert_eq!(self.heard("sticky")?, kept, "and the same again");
         let ask = ["curl", "--silent", "--max-time", "2", "http://elsewhere/"];
         let output = self.cluster.exec_output("client", &ask)?;
         ensure!(!output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
@@ -74,6 +77,7 @@ fn services_mean_in_the_mesh_what_they_mean_to_kube_proxy() -> Result<()> {
         ("free", "web", json!({})),
         ("local", "web", json!({"internalTrafficPolicy": "Local"})),
         ("close", "web", json!({"trafficDistribution": "PreferSameNode"})),
+        ("sticky", "web", json!({"sessionAffinity": "ClientIP"})),
         ("elsewhere", "far-only", json!({"internalTrafficPolicy": "Local"})),
     ] {
         shop.offer(name, app, &fields)?;
@@ -114,6 +118,7 @@ fn services_mean_in_the_mesh_what_they_mean_to_kube_proxy() -> Result<()> {
         ("local", "reach", json!(["local"])),
         ("close", "reach", json!(["same-node"])),
         ("close", "distribution", json!("PreferSameNode")),
+        ("sticky", "affinity_s", json!(10_800)),
     ] {
         let found = shown.iter().find(|one| one["service"] == name).context("not listed")?;
         assert_eq!(found[key], value, "{found}");

@@ -1,5 +1,7 @@
 //! What Services ask about where connections go, as people write it.
 
+use std::time::Duration;
+
 use mesh_core::locality::Scope;
 use mesh_core::snapshot::{Service, ServicePort};
 
@@ -29,9 +31,10 @@ const ONE: &str = "10.0.0.1:8080";
 const TWO: &str = "10.0.0.2:8080";
 
 #[test]
-fn service_that_says_nothing_means_all() {
+fn service_that_says_nothing_means_all_and_forgets_its_clients() {
     let text = with(&[SLICE]);
     let service = web(&snapshot(&text));
+    assert_eq!(service.affinity, None);
     assert_eq!(reach(&text), (vec![ONE.into(), TWO.into()], vec![Scope::All]));
     assert!(Arc::ptr_eq(&service.ports[0].endpoints, &service.ports[0].in_reach), "one list");
 }
@@ -110,13 +113,35 @@ fn where_nobody_else_writes_hints_they_follow_from_the_service() {
 }
 
 #[test]
+fn service_remembers_its_clients_for_as_long_as_it_says() {
+    let affinity = |spec: &str| web(&snapshot(&asking(spec))).affinity;
+    assert_eq!(affinity("  sessionAffinity: None\n"), None);
+    let config = |seconds: &str| {
+        format!("  sessionAffinityConfig: {{clientIP: {{timeoutSeconds: {seconds}}}}}\n")
+    };
+    assert_eq!(affinity(&config("60")), None, "nobody asked");
+    let asked = "  sessionAffinity: ClientIP\n";
+    assert_eq!(affinity(asked), Some(Duration::from_secs(10_800)));
+    for (seconds, expected) in [("1", 1), ("60", 60), ("86400", 86_400)] {
+        let spec = format!("{asked}{}", config(seconds));
+        assert_eq!(affinity(&spec), Some(Duration::from_secs(expected)));
+    }
+    for wrong in ["0", "-1", "86401"] {
+        let (snapshot, problems) = read(&asking(&format!("{asked}{}", config(wrong))));
+        let field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
+        assert_eq!(fields(&problems), [format!("Service shop/web: {field}")], "{wrong}");
+        assert_eq!(web(&snapshot).affinity, Some(Duration::from_secs(10_800)), "{wrong}");
+    }
+}
+
+#[test]
 fn word_that_is_not_understood_is_reported_and_counts_as_not_given() {
-    for field in ["internalTrafficPolicy", "trafficDistribution"] {
+    for field in ["internalTrafficPolicy", "trafficDistribution", "sessionAffinity"] {
         let (snapshot, problems) = read(&asking(&format!("  {field}: local\n")));
         assert_eq!(fields(&problems), [format!("Service shop/web: spec.{field}")]);
         assert!(problems[0].message.contains("`local`"), "{}", problems[0]);
         let service = web(&snapshot);
-        assert_eq!(service.distribution, None);
+        assert_eq!((service.affinity, service.distribution), (None, None));
         assert_eq!(service.ports[0].scopes, [Scope::All]);
     }
 }

@@ -1,0 +1,95 @@
+//! Where a connection may go, and which endpoint is tried next: balance, as [`mesh_core`] decides it, with
+//! what this agent remembers.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_core::addr::{EndpointAddr, OrigDst};
+use mesh_core::affinity::Client;
+use mesh_core::route::Candidates;
+use mesh_core::snapshot::{Endpoint, Service, Workload};
+
+use crate::node::Node;
+
+/// Where a connection may go.
+pub(super) enum Targets {
+    Service(Arc<Service>, Candidates),
+    One(Endpoint),
+}
+
+/// A client that keeps to an endpoint, for so long without a connection.
+pub(super) struct Sticky {
+    client: Client,
+    timeout: Duration,
+}
+
+impl Targets {
+    pub(super) fn as_slice(&self) -> &[Endpoint] {
+        match self {
+            Self::Service(_, candidates) => candidates.as_slice(),
+            Self::One(endpoint) => std::slice::from_ref(endpoint),
+        }
+    }
+
+    /// Whether `source` keeps to one of these.
+    pub(super) fn sticky(&self, source: &Workload, dst: OrigDst) -> Option<Sticky> {
+        let Self::Service(service, _) = self else { return None };
+        let client = Client { pod: Arc::clone(&source.uid), dst: OrigDst::canonical(dst.0) };
+        service.affinity.map(|timeout| Sticky { client, timeout })
+    }
+}
+
+/// Finds the endpoints that one connection tries.
+pub(super) struct Picker<'a> {
+    pub(super) node: &'a Node,
+    /// Cookie of the client's namespace.
+    pub(super) netns: u64,
+    pub(super) endpoints: &'a [Endpoint],
+    /// What the kernel drew.
+    pub(super) drawn: Option<EndpointAddr>,
+    pub(super) sticky: Option<Sticky>,
+}
+
+impl Picker<'_> {
+    /// The one to try next, or `None` if all have been tried.
+    pub(super) fn next(&self, tried: &[EndpointAddr], now: Instant) -> Option<usize> {
+        match &self.sticky {
+            None => self.balanced(tried, now),
+            Some(sticky) => self.kept(sticky, tried, now),
+        }
+    }
+
+    /// First the one that the kernel drew, if it is still there.
+    fn balanced(&self, tried: &[EndpointAddr], now: Instant) -> Option<usize> {
+        let first = self.drawn.filter(|_drawn| tried.is_empty());
+        let drawn = first.and_then(|addr| self.endpoints.iter().position(|one| one.addr == addr));
+        let mut loads = self.node.loads();
+        if let Some(index) = drawn {
+            loads.take(self.endpoints[index].addr, now);
+            return drawn;
+        }
+        let policy = self.node.limits.balance;
+        loads.pick(policy, self.endpoints, tried, now, |n| fastrand::usize(..n))
+    }
+
+    /// First the one that the client keeps to. From then on it keeps to the one that is returned, unless
+    /// that fails.
+    fn kept(&self, sticky: &Sticky, tried: &[EndpointAddr], now: Instant) -> Option<usize> {
+        let Sticky { client, timeout } = sticky;
+        // Held until it is decided: of two first connections the second one follows the first.
+        let mut affinities = self.node.affinities();
+        if let Some(index) = affinities.keep(client, *timeout, self.endpoints, tried, now) {
+            self.node.loads().take(self.endpoints[index].addr, now);
+            return Some(index);
+        }
+        let index = self.balanced(tried, now)?;
+        if affinities.bind(client, self.endpoints[index].addr, now).is_some() {
+            // What the kernel was told of the endpoint before must not outlive the move.
+            if let Err(error) = self.node.capture.remove_verdict(self.netns, client.dst) {
+                let error = crate::telemetry::chain(&error);
+                tracing::warn!(error, stage = "capture", "a client may be sent to where it was");
+            }
+        }
+        Some(index)
+    }
+}
