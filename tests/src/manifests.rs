@@ -139,6 +139,9 @@ impl Manifests {
                 if !name(index).is_empty() {
                     value["name"] = json!(name(index));
                 }
+                if let Some(protocol) = &spec.app_protocol {
+                    value["appProtocol"] = json!(protocol);
+                }
                 value
             })
             .collect();
@@ -147,10 +150,16 @@ impl Manifests {
         } else {
             vec![service.v4_ip().to_string(), service.v6_ip().to_string()]
         };
+        let annotations: Value =
+            spec.annotations.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
         let mut documents = vec![json!({
             "apiVersion": "v1",
             "kind": "Service",
-            "metadata": { "name": spec.name, "namespace": spec.namespace },
+            "metadata": {
+                "name": spec.name,
+                "namespace": spec.namespace,
+                "annotations": annotations,
+            },
             "spec": {
                 "clusterIP": ips[0],
                 "clusterIPs": ips,

@@ -242,6 +242,18 @@ impl Mesh {
         self.manifests.service(spec, addresses, &pods)
     }
 
+    /// Describes a service anew, at the addresses that it has.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is none of its name, or the manifest cannot be written.
+    pub fn change_service(&self, spec: &ServiceSpec) -> Result<()> {
+        let found = self.services.iter().find(|(known, _)| known.name == spec.name);
+        let (_, addresses) = found.with_context(|| format!("no service {}", spec.name))?;
+        let pods: Vec<&Pod> = spec.pods.iter().map(|name| self.pod(name)).collect();
+        self.manifests.service(spec, addresses, &pods)
+    }
+
     /// Deletes a pod's manifest; its namespace stays until the mesh goes.
     ///
     /// # Errors

@@ -110,6 +110,8 @@ pub struct ServiceSpec {
     pub(crate) pods: Vec<String>,
     pub(crate) headless: bool,
     pub(crate) fields: Vec<(String, Value)>,
+    pub(crate) annotations: Vec<(String, String)>,
+    pub(crate) app_protocol: Option<String>,
 }
 
 impl ServiceSpec {
@@ -122,6 +124,8 @@ impl ServiceSpec {
             pods: Vec::new(),
             headless: false,
             fields: Vec::new(),
+            annotations: Vec::new(),
+            app_protocol: None,
         }
     }
 
@@ -130,6 +134,20 @@ impl ServiceSpec {
     pub fn field(mut self, name: &str, value: Value) -> Self {
         self.fields.retain(|(known, _)| known != name);
         self.fields.push((name.to_owned(), value));
+        self
+    }
+
+    /// With an annotation more, or another value of one.
+    #[must_use]
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        set(&mut self.annotations, key, value);
+        self
+    }
+
+    /// With this `appProtocol` of each of its ports.
+    #[must_use]
+    pub fn app_protocol(mut self, name: &str) -> Self {
+        self.app_protocol = Some(name.to_owned());
         self
     }
 

@@ -1,5 +1,5 @@
-//! Services that say more than which pods stand behind them: whose clients may use which endpoints, and
-//! who keeps to one.
+//! Services that say more than which pods stand behind them: whose clients may use which endpoints, who
+//! keeps to one, and what is spoken there.
 
 use std::collections::BTreeSet;
 use std::io::Read as _;
@@ -267,5 +267,85 @@ fn client_that_stays_away_for_long_enough_is_free_again() -> Result<()> {
         greeting(&mesh, "a1", to).is_ok_and(|who| who != kept)
     });
     ensure!(other, "{kept} for ever");
+    Ok(())
+}
+
+/// What the record of a connection to a service says that is spoken, when bytes that are no HTTP went
+/// both ways.
+fn spoken(mesh: &Mesh, service: &str) -> Result<String> {
+    let before = mesh.agent("a").access_log().len();
+    let mut stream = mesh.pod("a1").connect(mesh.service(service).v4(80))?;
+    exchange(&mut stream, b"\x00\xff\r\n\r\nHTTP/9.9 \x16\x03\x01")?;
+    drop(stream);
+    let host = format!("{service}.default.svc.cluster.local");
+    let found = wait::until_some(wait::SOON, "the record", || {
+        let records = mesh.agent("a").access_log();
+        let new = records.get(before..)?.iter();
+        new.clone().find(|one| one.has(&[("dst.service", &host), ("response_flags", "-")])).cloned()
+    })?;
+    Ok(found.text("protocol").to_owned())
+}
+
+#[test]
+fn app_protocol_says_what_is_spoken() -> Result<()> {
+    harness::require!();
+    let web = ServiceSpec::new("web").port(80, 8080).pods(&["b1"]);
+    let mesh = Mesh::two_nodes_builder().service(web.clone()).start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    assert_eq!(spoken(&mesh, "web")?, "opaque", "nothing is said");
+    for (app_protocol, expected) in [
+        ("http", "http"),
+        ("kubernetes.io/h2c", "h2c"),
+        ("kubernetes.io/ws", "ws"),
+        ("https", "opaque"),
+        ("tls", "opaque"),
+        ("tcp", "opaque"),
+    ] {
+        mesh.change_service(&web.clone().app_protocol(app_protocol))?;
+        let is_shown = json!([format!("80/{expected}")]);
+        wait::until(wait::SOON, app_protocol, || {
+            shown(&mesh, "a", "web").is_ok_and(|web| web["protocols"] == is_shown)
+        })?;
+        assert_eq!(spoken(&mesh, "web")?, expected, "{app_protocol}");
+    }
+    Ok(())
+}
+
+#[test]
+fn opaque_ports_of_namespace_pod_and_service_are_opaque() -> Result<()> {
+    harness::require!();
+    const OPAQUE: &str = "malla.dev/opaque-ports";
+    let service = |name: &str| ServiceSpec::new(name).port(80, 8080).app_protocol("http");
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("b2", "b").annotation(OPAQUE, "1000, 8000-8100"))
+        .service(service("plain").pods(&["b1"]))
+        .service(service("of-pod").pods(&["b2"]))
+        .service(service("of-service").pods(&["b1"]).annotation(OPAQUE, "80"))
+        .service(service("wrong").pods(&["b1"]).annotation(OPAQUE, "eighty"))
+        .start()?;
+    let _servers = ["b1", "b2"].map(|pod| mesh.pod(pod).serve(8080, Serve::Echo));
+    for (name, expected) in
+        [("plain", "http"), ("of-pod", "opaque"), ("of-service", "opaque"), ("wrong", "http")]
+    {
+        assert_eq!(spoken(&mesh, name)?, expected, "{name}");
+    }
+    let cli = mesh.agent("a").cli(&["status", "-o", "json"])?;
+    let status: Value = serde_json::from_str(&cli.stdout)?;
+    let problems = status["problems"].as_array().context("a list")?;
+    let about = problems.iter().filter(|one| {
+        let field = one["field"].as_str().unwrap_or_default();
+        let message = one["message"].as_str().unwrap_or_default();
+        field.contains(OPAQUE) && message.contains("`eighty` is not understood")
+    });
+    assert_eq!(about.count(), 1, "{problems:?}");
+
+    // A namespace's list is its pods' and Services', unless they have their own.
+    let enabled = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: default\n  annotations:\n    \
+                   malla.dev/mesh: enabled\n    malla.dev/opaque-ports: \"80\"\n";
+    mesh.manifests().write("namespace-default", enabled)?;
+    wait::until(wait::SOON, "the namespace", || {
+        shown(&mesh, "a", "plain").is_ok_and(|plain| plain["protocols"] == json!(["80/opaque"]))
+    })?;
+    assert_eq!(spoken(&mesh, "plain")?, "opaque");
     Ok(())
 }

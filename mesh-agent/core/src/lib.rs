@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`route`] | route: which service or workload a destination means |
 //! | [`locality`] | route: which endpoints of a service are meant from here |
+//! | [`protocol`] | route: what is spoken with them, as declared |
 //! | [`balance`] | balance: which endpoint takes the connection |
 //! | [`affinity`] | balance: which endpoint a client keeps to |
 //! | [`direct`], [`generation`] | capture: what the kernel may decide by itself, and until when |
@@ -30,6 +31,7 @@ mod fixtures;
 pub mod generation;
 pub mod locality;
 pub mod polling;
+pub mod protocol;
 pub mod route;
 pub mod settings;
 pub mod sign;

@@ -50,6 +50,8 @@ pub struct Settings {
     /// `malla.dev/preserve-client-address` (default true): the application sees the client's
     /// address; otherwise its own pod's.
     pub preserve_client_address: bool,
+    /// `malla.dev/opaque-ports`: what is spoken there is carried and never parsed.
+    pub opaque_ports: PortList,
     /// `malla.dev/direct` (default on): between pods of one node, connections may leave the agent out.
     pub direct: bool,
 }
@@ -64,6 +66,7 @@ impl Default for Settings {
             skip_outbound_cidrs: Vec::new(),
             fail_open: false,
             preserve_client_address: true,
+            opaque_ports: PortList::default(),
             direct: true,
         }
     }

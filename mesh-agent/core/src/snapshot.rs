@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::addr::{EndpointAddr, PeerAddr};
 use crate::locality::{InternalTraffic, Scope};
+use crate::protocol::Protocol;
 use crate::settings::Settings;
 use crate::spiffe::{SpiffeId, TrustDomain};
 
@@ -132,6 +133,8 @@ pub struct ServicePort {
     pub in_reach: Arc<[Endpoint]>,
     /// By which rules they are those: of each family that has endpoints, each rule once.
     pub scopes: Vec<Scope>,
+    /// What is spoken, as declared.
+    pub protocol: Protocol,
 }
 
 /// One endpoint of a service's port.
@@ -312,10 +315,11 @@ impl Service {
 }
 
 impl ServicePort {
-    /// A port of which every endpoint is in reach.
+    /// A port of which every endpoint is in reach and nothing is declared.
     pub fn everywhere(port: u16, name: &str, endpoints: Arc<[Endpoint]>) -> Self {
         let in_reach = Arc::clone(&endpoints);
-        Self { port, name: name.into(), endpoints, in_reach, scopes: vec![Scope::All] }
+        let (scopes, protocol) = (vec![Scope::All], Protocol::default());
+        Self { port, name: name.into(), endpoints, in_reach, scopes, protocol }
     }
 }
 

@@ -157,6 +157,9 @@ pub struct ServiceView {
     /// Seconds for which a client keeps to an endpoint, if it does.
     #[serde(default)]
     pub affinity_s: Option<u64>,
+    /// What is spoken at each of its ports: `80/http`, `81/opaque`.
+    #[serde(default)]
+    pub protocols: Vec<String>,
 }
 
 /// `/certs`: a certificate.
@@ -316,6 +319,11 @@ fn service(service: &Service) -> ServiceView {
             Distribution::SameNode => "PreferSameNode".into(),
         }),
         affinity_s: service.affinity.map(|timeout| timeout.as_secs()),
+        protocols: service
+            .ports
+            .iter()
+            .map(|port| format!("{}/{}", port.port, port.protocol.as_str()))
+            .collect(),
     }
 }
 

@@ -8,11 +8,12 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use mesh_core::addr::{OrigDst, canonical};
+use mesh_core::addr::{EndpointAddr, OrigDst, canonical};
 use mesh_core::affinity::Client;
 use mesh_core::authorize::AuthorizeRefusal;
 use mesh_core::direct::{Open as Judged, still_allowed};
-use mesh_core::snapshot::{Snapshot, Workload, WorkloadUid};
+use mesh_core::protocol::Protocol;
+use mesh_core::snapshot::{Endpoint, Snapshot, Workload, WorkloadUid};
 use mesh_core::stage::Stage;
 use tracing::{info, warn};
 
@@ -174,6 +175,7 @@ impl Table {
             destination: party(canonical(facts.to.0), server),
             orig_dst: facts.orig_dst,
             service: snapshot.service_at(facts.orig_dst.0.ip()).cloned(),
+            protocol: protocol(snapshot, &facts, server),
             node: Arc::clone(&snapshot.node),
         };
         let started = Instant::now().checked_sub(facts.age).unwrap_or_else(Instant::now);
@@ -329,6 +331,17 @@ impl Table {
             }
         }
     }
+}
+
+/// What is spoken, if a service declares it.
+fn protocol(
+    snapshot: &Snapshot,
+    facts: &DirectFacts,
+    server: Option<&Arc<Workload>>,
+) -> Option<Protocol> {
+    let port = snapshot.service_at(facts.orig_dst.0.ip())?.port(facts.orig_dst.0.port())?;
+    let addr = EndpointAddr(canonical(facts.to.0));
+    Some(Protocol::of(port, &Endpoint { addr, workload: server.cloned() }))
 }
 
 /// The kernel does not tell why, but who was refused has not waited.

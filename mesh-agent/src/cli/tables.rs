@@ -51,6 +51,7 @@ impl Tabular for Vec<ServiceView> {
             "ENROLLED",
             "IN REACH",
             "AFFINITY",
+            "PROTOCOLS",
         ]);
         for view in self {
             let vips = match view.vips.as_slice() {
@@ -67,6 +68,7 @@ impl Tabular for Vec<ServiceView> {
                 in_reach(view),
                 view.affinity_s
                     .map_or_else(String::new, |seconds| format!("ClientIP {}", age(seconds))),
+                view.protocols.join(","),
             ]);
         }
         table
@@ -331,18 +333,20 @@ default     db-0           -                  node-1   no (host network)   permi
             reach: vec!["same-zone".into()],
             distribution: Some("PreferSameZone".into()),
             affinity_s: Some(10_800),
+            protocols: vec!["9080/http".into(), "9090/opaque".into()],
         };
         let headless = ServiceView {
             vips: Vec::new(),
             ports: Vec::new(),
             reach: Vec::new(),
             affinity_s: None,
+            protocols: Vec::new(),
             ..view.clone()
         };
         let expected = "\
-NAMESPACE   SERVICE NAME   SERVICE VIP   PORTS            ENDPOINTS   ENROLLED   IN REACH          AFFINITY
-default     ratings        10.96.0.7     9080/http,9090   2           1/2        1/2 (same-zone)   ClientIP 3h0m
-default     ratings        None          -                2           1/2        1/2               -
+NAMESPACE   SERVICE NAME   SERVICE VIP   PORTS            ENDPOINTS   ENROLLED   IN REACH          AFFINITY        PROTOCOLS
+default     ratings        10.96.0.7     9080/http,9090   2           1/2        1/2 (same-zone)   ClientIP 3h0m   9080/http,9090/opaque
+default     ratings        None          -                2           1/2        1/2               -               -
 ";
         assert_eq!(text(&vec![view, headless], Format::Table), expected);
     }

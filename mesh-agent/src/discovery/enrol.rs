@@ -1,4 +1,4 @@
-//! Who takes part in the mesh, and how: the meaning of `malla.dev/…` on a namespace and a pod.
+//! Who takes part in the mesh, and how: the meaning of `malla.dev/…` on a namespace, a pod and a Service.
 //!
 //! A pod's own word goes before its namespace's. A value that is not understood is reported and
 //! counts as not given, so that what holds is the namespace's value or the safe default.
@@ -28,6 +28,8 @@ pub const SKIP_OUTBOUND_CIDRS: &str = "malla.dev/skip-outbound-cidrs";
 pub const FAIL_OPEN: &str = "malla.dev/fail-open";
 /// `true` or `false`.
 pub const PRESERVE_CLIENT_ADDRESS: &str = "malla.dev/preserve-client-address";
+/// Ports of pods, and on a Service of it: carried, and never parsed as HTTP.
+pub const OPAQUE_PORTS: &str = "malla.dev/opaque-ports";
 /// `on` or `off`.
 pub const DIRECT: &str = "malla.dev/direct";
 /// On a pod, standalone: where its network namespace is.
@@ -49,8 +51,11 @@ const OF_NAMESPACE: &[&str] = &[
     SKIP_OUTBOUND_CIDRS,
     FAIL_OPEN,
     PRESERVE_CLIENT_ADDRESS,
+    OPAQUE_PORTS,
     DIRECT,
 ];
+
+const OF_SERVICE: &[&str] = &[OPAQUE_PORTS];
 
 /// Namespaces whose pods the mesh itself may need to start.
 const SYSTEM_NAMESPACES: &[&str] = &["kube-system", "malla-system"];
@@ -92,31 +97,41 @@ pub struct Wishes {
     skip_outbound_cidrs: Option<Vec<Cidr>>,
     fail_open: Option<bool>,
     preserve_client_address: Option<bool>,
+    opaque_ports: Option<PortList>,
     direct: Option<bool>,
+}
+
+/// What a Service says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct ServiceWishes {
+    opaque_ports: Option<PortList>,
+}
+
+impl ServiceWishes {
+    /// Those of its ports that are opaque, in a namespace with these wishes.
+    pub(super) fn settings_of(&self, namespace: Option<&Wishes>) -> PortList {
+        let inherited = namespace.and_then(|namespace| namespace.opaque_ports.clone());
+        first(&self.opaque_ports, &inherited)
+    }
 }
 
 impl Wishes {
     pub(super) fn of_namespace(meta: &ObjectMeta, report: &mut Report<'_>) -> Self {
-        Self::read(meta, &[], report)
+        foreign(meta, OF_NAMESPACE, &[], report);
+        Self::read(meta, report)
     }
 
     pub(super) fn of_pod(meta: &ObjectMeta, report: &mut Report<'_>) -> Self {
-        Self::read(meta, &[NETNS], report)
+        foreign(meta, OF_NAMESPACE, &[NETNS], report);
+        Self::read(meta, report)
     }
 
-    fn read(meta: &ObjectMeta, also: &[&str], report: &mut Report<'_>) -> Self {
-        // What the agent itself writes to say how enrolling went is no wish.
-        let ours = |key: &&String| key.starts_with(PREFIX) && *key != REDIRECTION;
-        let keys = meta.annotations.iter().flat_map(|map| map.keys()).filter(ours);
-        for key in keys {
-            if !OF_NAMESPACE.contains(&key.as_str()) && !also.contains(&key.as_str()) {
-                report.say(
-                    annotation(&shown(key)),
-                    "is no setting of this version here, and has no effect",
-                    format!("the settings are {}", OF_NAMESPACE.join(", ")),
-                );
-            }
-        }
+    pub(super) fn of_service(meta: &ObjectMeta, report: &mut Report<'_>) -> ServiceWishes {
+        foreign(meta, OF_SERVICE, &[], report);
+        ServiceWishes { opaque_ports: value(meta, OPAQUE_PORTS, PORTS, report, parsed) }
+    }
+
+    fn read(meta: &ObjectMeta, report: &mut Report<'_>) -> Self {
         Self {
             mesh: mesh(meta, report),
             mode: value(meta, MODE, "permissive or strict", report, |text| match text {
@@ -143,6 +158,7 @@ impl Wishes {
                 report,
                 parsed,
             ),
+            opaque_ports: value(meta, OPAQUE_PORTS, PORTS, report, parsed),
             direct: value(meta, DIRECT, "on or off", report, |text| match text {
                 "on" => Some(true),
                 "off" => Some(false),
@@ -165,6 +181,7 @@ impl Wishes {
                 .preserve_client_address
                 .or(namespace.preserve_client_address)
                 .unwrap_or(default.preserve_client_address),
+            opaque_ports: first(&self.opaque_ports, &namespace.opaque_ports),
             direct: self.direct.or(namespace.direct).unwrap_or(default.direct),
         }
     }
@@ -180,6 +197,21 @@ impl Wishes {
         match asked.and_then(|()| unfit(name, pod).map_or(Ok(()), Err)) {
             Ok(()) => Enrolment::Enrolled,
             Err(reason) => Enrolment::LeftAlone(reason),
+        }
+    }
+}
+
+/// Reports what is ours and is neither one of the `settings` of such an object nor `also` there.
+fn foreign(meta: &ObjectMeta, settings: &[&str], also: &[&str], report: &mut Report<'_>) {
+    // What the agent itself writes to say how enrolling went is no wish.
+    let ours = |key: &&String| key.starts_with(PREFIX) && *key != REDIRECTION;
+    for key in meta.annotations.iter().flat_map(|map| map.keys()).filter(ours) {
+        if !settings.contains(&key.as_str()) && !also.contains(&key.as_str()) {
+            report.say(
+                annotation(&shown(key)),
+                "is no setting of this version here, and has no effect",
+                format!("the settings are {}", settings.join(", ")),
+            );
         }
     }
 }

@@ -238,6 +238,7 @@ pub struct ClientIpConfig {
 
 /// One of `spec.ports` of a Service.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct ServicePort {
     /// Joins it with the port of the same name of a slice.
     pub name: Option<String>,
@@ -246,6 +247,8 @@ pub struct ServicePort {
     pub port: i32,
     /// TCP if nothing is said.
     pub protocol: Option<String>,
+    /// What is spoken, such as `http` or `kubernetes.io/h2c`.
+    pub app_protocol: Option<String>,
 }
 
 /// `discovery.k8s.io/v1` EndpointSlice.
@@ -316,6 +319,7 @@ pub struct EndpointConditions {
 
 /// One of `ports` of a slice.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct EndpointPort {
     /// Joins it with the port of the same name of the Service.
     pub name: Option<String>,
@@ -323,6 +327,8 @@ pub struct EndpointPort {
     pub port: Option<i32>,
     /// TCP if nothing is said.
     pub protocol: Option<String>,
+    /// What is spoken, such as `http` or `kubernetes.io/h2c`.
+    pub app_protocol: Option<String>,
 }
 
 /// Names another object.

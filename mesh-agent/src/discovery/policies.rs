@@ -1,5 +1,5 @@
-//! What a Service asks about where its connections go: the meaning of `internalTrafficPolicy`,
-//! `trafficDistribution` and `sessionAffinity`.
+//! What a Service asks about where its connections go and what they are: the meaning of
+//! `internalTrafficPolicy`, `trafficDistribution`, `sessionAffinity` and its annotation.
 //!
 //! An API server refuses values that it does not know, so wrong ones come from files: each is reported
 //! and counts as not given.
@@ -8,22 +8,31 @@ use std::time::Duration;
 
 use mesh_core::affinity::{DEFAULT_TIMEOUT, MAX_TIMEOUT};
 use mesh_core::locality::InternalTraffic;
+use mesh_core::settings::PortList;
 use mesh_core::snapshot::Distribution;
 
+use super::enrol::Wishes;
 use super::kube::{Service, ServiceSpec};
 use super::{Report, shown};
 
-/// What a Service asks for.
+/// What a Service asks for, and its namespace for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Policies {
     pub(super) traffic: InternalTraffic,
     pub(super) distribution: Option<Distribution>,
     pub(super) affinity: Option<Duration>,
+    /// Of its own ports, those that are never parsed.
+    pub(super) opaque: PortList,
 }
 
 impl Policies {
-    pub(super) fn read(service: &Service, report: &mut Report<'_>) -> Self {
-        let Some(spec) = &service.spec else { return Self::default() };
+    pub(super) fn read(
+        service: &Service,
+        namespace: Option<&Wishes>,
+        report: &mut Report<'_>,
+    ) -> Self {
+        let opaque = Wishes::of_service(&service.metadata, report).settings_of(namespace);
+        let Some(spec) = &service.spec else { return Self { opaque, ..Self::default() } };
         let traffic = word(
             "spec.internalTrafficPolicy",
             spec.internal_traffic_policy.as_deref(),
@@ -44,6 +53,7 @@ impl Policies {
             traffic: traffic.unwrap_or_default(),
             distribution,
             affinity: affinity(spec, report),
+            opaque,
         }
     }
 }

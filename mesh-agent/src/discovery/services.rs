@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use mesh_core::addr::EndpointAddr;
 use mesh_core::locality::{self, Facts, Here, InternalTraffic, Scope, State};
+use mesh_core::protocol::Protocol;
 use mesh_core::snapshot::{Distribution, Endpoint, Service, ServicePort, Workload};
 
+use super::enrol::Wishes;
 use super::kube::{Endpoint as KubeEndpoint, EndpointSlice, Service as KubeService, ServiceSpec};
 use super::objects::ObjectKey;
 use super::pods::Pods;
@@ -32,8 +34,16 @@ struct Candidate<'a> {
     for_zones: Vec<String>,
 }
 
-/// Candidates by namespace, service and port name.
-type Ports<'a> = BTreeMap<(&'a str, &'a str, &'a str), Vec<Candidate<'a>>>;
+/// What the slices say of a port.
+#[derive(Debug, Default)]
+struct Port<'a> {
+    candidates: Vec<Candidate<'a>>,
+    /// `appProtocol` of the first slice that has one.
+    app_protocol: Option<&'a str>,
+}
+
+/// Ports by namespace, service and port name.
+type Ports<'a> = BTreeMap<(&'a str, &'a str, &'a str), Port<'a>>;
 
 /// Where the clients are, and what is around.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +52,8 @@ pub(super) struct Around<'a> {
     pub(super) node: &'a str,
     /// Each node's zone.
     pub(super) zones: &'a HashMap<&'a str, &'a str>,
+    /// What namespaces say.
+    pub(super) namespaces: &'a BTreeMap<&'a str, Wishes>,
     /// Whether hints that are missing follow from `trafficDistribution`: where nobody else writes them.
     pub(super) writes_hints: bool,
 }
@@ -89,7 +101,8 @@ pub(super) fn translate<'a>(
     let services: BTreeMap<_, _> = services
         .map(|(key, service)| {
             let mut report = Report::of(key.to_string(), problems);
-            let policies = Policies::read(service, &mut report);
+            let namespace = around.namespaces.get(&*key.namespace);
+            let policies = Policies::read(service, namespace, &mut report);
             ((&*key.namespace, &*key.name), (key, service, policies))
         })
         .collect();
@@ -170,6 +183,11 @@ impl<'a> Reader<'a, '_> {
         if slice.address_type == "FQDN" {
             return unread; // Names of elsewhere: nothing to carry.
         }
+        for port in slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref())) {
+            let found = self.port(port.name.as_deref());
+            let said = port.app_protocol.as_deref().filter(|text| !text.is_empty());
+            found.app_protocol = found.app_protocol.or(said);
+        }
         for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
             // The API says of more than the first: "consumers should only use the first".
             let Some(text) = endpoint.addresses.first() else { continue };
@@ -197,7 +215,7 @@ impl<'a> Reader<'a, '_> {
             for port in slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref()))
             {
                 let Some(number) = port.port.and_then(port_number) else { continue };
-                self.port(port.name.as_deref()).push(Candidate {
+                self.port(port.name.as_deref()).candidates.push(Candidate {
                     addr: EndpointAddr((ip, number).into()),
                     workload: workload.clone(),
                     is_unread,
@@ -211,7 +229,7 @@ impl<'a> Reader<'a, '_> {
         unread
     }
 
-    fn port(&mut self, name: Option<&'a str>) -> &mut Vec<Candidate<'a>> {
+    fn port(&mut self, name: Option<&'a str>) -> &mut Port<'a> {
         let (of_namespace, of_name) = self.of;
         self.ports.entry((of_namespace, of_name, name.unwrap_or_default())).or_default()
     }
@@ -385,12 +403,18 @@ fn ports(
         let name = port.name.as_deref().unwrap_or_default();
         // The slice's own port number is the answer to `targetPort`, by name or by number.
         let of_port = found.get(&(&*key.namespace, &*key.name, name));
-        let candidates = of_port.map_or(&[][..], Vec::as_slice);
+        let candidates = of_port.map_or(&[][..], |found| &found.candidates);
         let chosen = choose(candidates, not_ready_too, policies.traffic, around);
         is_unread |= chosen.is_unread;
+        let declared = port.app_protocol.as_deref().filter(|text| !text.is_empty());
+        let declared = declared.or_else(|| of_port.and_then(|found| found.app_protocol));
+        let protocol = match policies.opaque.contains(number) {
+            true => Protocol::Opaque,
+            false => Protocol::declared(declared, name),
+        };
         let Chosen { endpoints, in_reach, scopes, .. } = chosen;
         let name = name.into();
-        ports.push(ServicePort { port: number, name, endpoints, in_reach, scopes });
+        ports.push(ServicePort { port: number, name, endpoints, in_reach, scopes, protocol });
     }
     (ports, is_unread)
 }

@@ -90,6 +90,7 @@ pub fn translate(
         &services::Around {
             node: &context.node,
             zones: &zones,
+            namespaces: &namespaces,
             // In a cluster the controller of slices does, and only what it says is what holds.
             writes_hints: context.netns == NetnsFrom::Annotation,
         },

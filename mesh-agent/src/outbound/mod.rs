@@ -250,6 +250,7 @@ impl Connection<'_> {
                 return Err(OutboundError::Route { dst, refusal });
             };
             let endpoint = &targets.as_slice()[index];
+            tracked.update(|facts| facts.protocol = targets.protocol(dst, endpoint));
             tracked.lap(Stage::Balance);
 
             let picked =

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use mesh_core::addr::{EndpointAddr, OrigDst};
 use mesh_core::affinity::Client;
+use mesh_core::protocol::Protocol;
 use mesh_core::route::Candidates;
 use mesh_core::snapshot::{Endpoint, Service, Workload};
 
@@ -36,6 +37,12 @@ impl Targets {
         let Self::Service(service, _) = self else { return None };
         let client = Client { pod: Arc::clone(&source.uid), dst: OrigDst::canonical(dst.0) };
         service.affinity.map(|timeout| Sticky { client, timeout })
+    }
+
+    /// What is spoken with `endpoint`, as declared; of what is no service's nothing is.
+    pub(super) fn protocol(&self, dst: OrigDst, endpoint: &Endpoint) -> Option<Protocol> {
+        let Self::Service(service, _) = self else { return None };
+        service.port(dst.0.port()).map(|port| Protocol::of(port, endpoint))
     }
 }
 

@@ -10,6 +10,7 @@
 //! | `direction` | which agent reports: the client's (`outbound`) or the server's (`inbound`) |
 //! | `bytes_sent`, `bytes_recv` | by the application on the reporting side, as in ztunnel |
 //! | `duration`, `setup` | accept to end; accept to the moment bytes could flow |
+//! | `protocol` | what is spoken, as the service declares it; nobody has looked |
 //! | `rtt`, `retransmits` | what the kernel measured, of a direct connection |
 //! | `carrier`, `way`, `peer.node` | how it went, and to or from which node |
 //! | `response_flags`, `stage`, `reason`, `error` | who is to blame, if it failed |
@@ -212,6 +213,9 @@ fn fields(ended: &Ended, put: Put<'_>) {
         put("setup", Value::Text(&format!("{}us", setup.as_micros())));
     }
 
+    if let Some(protocol) = facts.protocol {
+        put("protocol", Value::Text(protocol.as_str()));
+    }
     if let Some(carrier) = facts.carrier {
         put("carrier", Value::Text(carrier.as_str()));
     }

@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use mesh_core::addr::OrigDst;
+use mesh_core::protocol::Protocol;
 use mesh_core::snapshot::{Service, Workload};
 use mesh_core::spiffe::SpiffeId;
 use mesh_core::stage::Stage;
@@ -202,6 +203,8 @@ pub struct ConnectionFacts {
     pub orig_dst: Option<OrigDst>,
     /// The service meant, if it was one.
     pub service: Option<Arc<Service>>,
+    /// What is spoken, as that service declares it for the endpoint chosen.
+    pub protocol: Option<Protocol>,
     /// The node of the other agent.
     pub peer_node: Option<Arc<str>>,
     /// What carries it.
@@ -225,6 +228,7 @@ impl ConnectionFacts {
             destination: Party::default(),
             orig_dst: None,
             service: None,
+            protocol: None,
             peer_node: None,
             carrier: None,
             way: None,

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use mesh_core::addr::OrigDst;
+use mesh_core::protocol::Protocol;
 use mesh_core::snapshot::Service;
 
 use super::Telemetry;
@@ -25,6 +26,8 @@ pub struct Neighbours {
     pub orig_dst: OrigDst,
     /// The service meant, if it was one.
     pub service: Option<Arc<Service>>,
+    /// What is spoken, if a service declares it.
+    pub protocol: Option<Protocol>,
     /// The node of both.
     pub node: Arc<str>,
 }
@@ -40,11 +43,12 @@ pub struct DirectTracked {
 impl Telemetry {
     /// A direct connection that began at `started`.
     pub fn open_direct(&self, neighbours: Neighbours, started: Instant) -> DirectTracked {
-        let Neighbours { source, destination, orig_dst, service, node } = neighbours;
-        let facts = |direction, orig_dst, service| ConnectionFacts {
+        let Neighbours { source, destination, orig_dst, service, protocol, node } = neighbours;
+        let facts = |direction, orig_dst, service, protocol| ConnectionFacts {
             destination: destination.clone(),
             orig_dst,
             service,
+            protocol,
             peer_node: Some(Arc::clone(&node)),
             carrier: Some(Carrier::Local),
             way: Some(Way::Direct),
@@ -52,10 +56,10 @@ impl Telemetry {
             security: SecurityPolicy::MutualTls,
             ..ConnectionFacts::new(direction, source.clone())
         };
-        let outbound = facts(Direction::Outbound, Some(orig_dst), service);
+        let outbound = facts(Direction::Outbound, Some(orig_dst), service, protocol);
         let outbound = Tracked::new(self.clone(), outbound, Counters::default(), started);
         let shared = Counters::Mirrored(Arc::clone(outbound.live()));
-        let inbound = facts(Direction::Inbound, None, None);
+        let inbound = facts(Direction::Inbound, None, None, None);
         let inbound = Tracked::new(self.clone(), inbound, shared, started);
         DirectTracked { outbound, inbound }
     }

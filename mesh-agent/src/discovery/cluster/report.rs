@@ -145,6 +145,7 @@ fn event(known: Known<'_>, of: &ObjectKey, reason: &str, message: &str) -> Optio
     let (kind, uid) = match known.objects.get(of)? {
         Object::Pod(pod) => ("Pod", pod.metadata.uid.clone()?),
         Object::Namespace(namespace) => ("Namespace", namespace.metadata.uid.clone()?),
+        Object::Service(service) => ("Service", service.metadata.uid.clone()?),
         _ => return None,
     };
     // The same on every node and after every restart, so that it is there once: the API refuses a
@@ -185,8 +186,8 @@ fn event(known: Known<'_>, of: &ObjectKey, reason: &str, message: &str) -> Optio
     Some((key, write))
 }
 
-/// The object that a problem is about, if it is for this agent to tell it: a pod of this node, or a
-/// namespace that has one, and something that they ask of the mesh.
+/// The object that a problem is about, if it is for this agent to tell it: a pod of this node, a
+/// namespace that has one, or a Service of such a namespace, and something that they ask of the mesh.
 fn whose(known: Known<'_>, problem: &Problem) -> Option<ObjectKey> {
     if !problem.field.contains("malla.dev/") {
         return None;
@@ -204,6 +205,14 @@ fn whose(known: Known<'_>, problem: &Problem) -> Option<ObjectKey> {
             namespace: String::new(),
             name: name.to_owned(),
         }),
+        "Service" => {
+            let (namespace, name) = name.split_once('/')?;
+            local.any(|pod| &*pod.namespace == namespace).then(|| ObjectKey {
+                kind: Kind::Service,
+                namespace: namespace.to_owned(),
+                name: name.to_owned(),
+            })
+        }
         _ => None,
     }
 }

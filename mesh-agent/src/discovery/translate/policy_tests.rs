@@ -1,11 +1,12 @@
-//! What Services ask about where connections go, as people write it.
+//! What Services ask about where connections go and what they are, as people write it.
 
 use std::time::Duration;
 
 use mesh_core::locality::Scope;
+use mesh_core::protocol::Protocol;
 use mesh_core::snapshot::{Service, ServicePort};
 
-use super::tests::{SLICE, context, fields, objects, read, snapshot, with};
+use super::tests::{CLUSTER, SLICE, context, fields, objects, read, snapshot, with};
 use super::*;
 
 /// The cluster and its slice, with `spec` in the Service's.
@@ -144,6 +145,75 @@ fn word_that_is_not_understood_is_reported_and_counts_as_not_given() {
         assert_eq!((service.affinity, service.distribution), (None, None));
         assert_eq!(service.ports[0].scopes, [Scope::All]);
     }
+}
+
+/// What is spoken at the ports `http` and `admin`.
+fn spoken(text: &str) -> [Protocol; 2] {
+    let service = web(&snapshot(text));
+    [service.ports[0].protocol, service.ports[1].protocol]
+}
+
+#[test]
+fn app_protocol_is_the_services_or_else_the_slices_and_goes_before_the_name() {
+    use Protocol::{H2c, Http, Opaque};
+    assert_eq!(spoken(CLUSTER), [Http, Opaque], "by name");
+    let of_slice = with(&[SLICE])
+        .replace("name: http, port: 8080}", "name: http, port: 8080, appProtocol: tcp}")
+        .replace("name: admin, port: 9001,", "name: admin, port: 9001, appProtocol: http,");
+    assert_eq!(spoken(&of_slice), [Opaque, Http]);
+    let of_service = of_slice.replace("port: 80, ", "port: 80, appProtocol: kubernetes.io/h2c, ");
+    assert_eq!(spoken(&of_service), [H2c, Http]);
+}
+
+#[test]
+fn opaque_ports_are_the_services_or_else_the_namespaces() {
+    use Protocol::{Http, Opaque};
+    let on_service = |list: &str| {
+        let meta = format!(
+            "{{name: web, namespace: shop, annotations: {{malla.dev/opaque-ports: \"{list}\"}}}}\nspec"
+        );
+        with(&[SLICE]).replace("{name: web, namespace: shop}\nspec", &meta)
+    };
+    assert_eq!(spoken(&on_service("80")), [Opaque, Opaque]);
+    assert_eq!(spoken(&on_service("70-90, 8443")), [Opaque, Opaque]);
+    assert_eq!(spoken(&on_service("8080")), [Http, Opaque], "its own ports, not its pods'");
+    let on_namespace = |text: &str, list: &str| {
+        let more = format!("malla.dev/mode: strict, malla.dev/opaque-ports: \"{list}\"");
+        text.replace("malla.dev/mode: strict", &more)
+    };
+    assert_eq!(spoken(&on_namespace(CLUSTER, "80")), [Opaque, Opaque]);
+    assert_eq!(spoken(&on_namespace(&on_service("1"), "80")), [Http, Opaque], "its own word");
+
+    let (found, problems) = read(&on_service("http"));
+    let field = "metadata.annotations[\"malla.dev/opaque-ports\"]";
+    assert_eq!(fields(&problems), [format!("Service shop/web: {field}")]);
+    assert_eq!(web(&found).ports[0].protocol, Http);
+    let (found, problems) = read(&on_namespace(&on_service("http"), "80"));
+    assert_eq!(problems.len(), 1);
+    assert_eq!(web(&found).ports[0].protocol, Opaque, "the namespace's holds");
+}
+
+#[test]
+fn pods_own_list_is_in_its_settings() {
+    let annotated =
+        CLUSTER.replace("uid: u2}", "uid: u2, annotations: {malla.dev/opaque-ports: \"8080\"}}");
+    let snapshot = snapshot(&annotated);
+    let opaque = |ip: &str| {
+        let pod = snapshot.workload_at(ip.parse().unwrap()).unwrap();
+        pod.settings.opaque_ports.contains(8080)
+    };
+    assert_eq!([opaque("10.0.0.1"), opaque("10.0.0.2")], [false, true]);
+}
+
+#[test]
+fn other_annotations_of_ours_mean_nothing_on_a_service() {
+    let text = CLUSTER.replace(
+        "{name: web, namespace: shop}\nspec",
+        "{name: web, namespace: shop, annotations: {malla.dev/mode: strict}}\nspec",
+    );
+    let (_, problems) = read(&text);
+    assert_eq!(fields(&problems), ["Service shop/web: metadata.annotations[\"malla.dev/mode\"]"]);
+    assert!(problems[0].remedy.contains("malla.dev/opaque-ports"), "{}", problems[0]);
 }
 
 /// A pod of another node that nobody needs to read: only those of this node are meant.

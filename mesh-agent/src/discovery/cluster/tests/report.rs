@@ -78,10 +78,19 @@ async fn value_that_is_not_understood_is_told_where_it_stands() {
         json!({"metadata": {"name": name, "uid": format!("uid-{name}"), "annotations": annotations}})
     };
     api.has("/api/v1/namespaces", vec![namespace("default"), namespace("nobody-here")]);
+    let service = |namespace: &str| {
+        let annotations = json!({"malla.dev/opaque-ports": "eighty"});
+        let uid = format!("uid-service-{namespace}");
+        json!({
+            "metadata": {"name": "web", "namespace": namespace, "uid": uid, "annotations": annotations},
+            "spec": {"clusterIP": if namespace == "default" { "10.96.0.1" } else { "10.96.0.2" }},
+        })
+    };
+    api.has("/api/v1/services", vec![service("default"), service("nobody-here")]);
     api.has(PODS, vec![confused]);
     let mut followed = api.follow();
     followed.until_pods(&["one"]).await;
-    until("two events", || api.written("POST").len() == 2).await;
+    until("three events", || api.written("POST").len() == 3).await;
     let events = api.written("POST");
     let of = |kind: &str| events.iter().find(|(_, event)| event["involvedObject"]["kind"] == kind);
     let (_, event) = of("Pod").unwrap();
@@ -91,4 +100,9 @@ async fn value_that_is_not_understood_is_told_where_it_stands() {
     assert_eq!(path, "/api/v1/namespaces/default/events");
     assert_eq!(event["involvedObject"]["name"], "default", "that with a pod of this node");
     assert!(event["involvedObject"].get("namespace").is_none());
+    let (path, event) = of("Service").unwrap();
+    assert_eq!(path, "/api/v1/namespaces/default/events");
+    assert_eq!(event["involvedObject"]["uid"], "uid-service-default");
+    let message = event["message"].as_str().unwrap();
+    assert!(message.contains("malla.dev/opaque-ports"), "{message}");
 }
