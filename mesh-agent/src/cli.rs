@@ -177,6 +177,12 @@ pub struct Run {
     )]
     pub kubelet_cgroup: String,
 
+    /// How long connections into the mesh are refused of a new pod that the Kubernetes API has not told
+    /// of yet; 0: not at all. Too short and, while that API is slow, a pod of the mesh talks in plain text;
+    /// too long and, while it is down, others cannot talk to the mesh when they start.
+    #[arg(long = "unknown-pods-s", env = "MESH_UNKNOWN_PODS_S", value_name = "N", default_value = "5", value_parser = seconds)]
+    pub unknown_pods: Duration,
+
     /// Directory of the certificate authority, made by `mesh-agent ca init`. Agents that do not
     /// share a root refuse each other. Without it certificates are asked for over the Kubernetes API.
     #[arg(long, env = "MESH_CA_DIR", value_name = "DIR")]
@@ -488,6 +494,7 @@ mod tests {
         assert_eq!(run.max_verdicts, sizes.max_verdicts);
         assert_eq!(run.redirect_peer.is_on(), sizes.redirect_peer);
         assert_eq!(run.connect_timeout, Duration::from_secs(5));
+        assert_eq!(run.unknown_pods, Duration::from_secs(5));
         assert_eq!(run.drain, Duration::from_secs(25));
         assert_eq!(run.cert_lifetime, Duration::from_secs(86_400));
         assert_eq!(run.signer, "malla.dev/workload");

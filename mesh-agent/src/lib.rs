@@ -22,6 +22,7 @@ pub mod inbound;
 pub mod net;
 pub mod node;
 pub mod outbound;
+pub mod pod_cgroups;
 pub mod polling;
 pub mod processes;
 pub mod relay;

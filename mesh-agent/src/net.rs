@@ -266,6 +266,27 @@ pub fn has_address(netns: &Netns, ip: IpAddr) -> bool {
     netns.run(bound).is_ok_and(|bound| bound.is_ok())
 }
 
+/// The addresses of the device `eth0` in `netns`, which is what every container runtime calls a pod's
+/// own: one, or one of each family, IPv4 first. `None` while there are none, one cannot be used yet
+/// (duplicate address detection), or a family has several, of which only the runtime knows the pod's.
+pub fn pod_addresses(netns: &Netns) -> Option<Vec<IpAddr>> {
+    let found = || -> io::Result<Vec<IpAddr>> {
+        let netlink = netlink::Rtnetlink::open()?;
+        let Some(link) = netlink.index_of("eth0")? else { return Ok(Vec::new()) };
+        let all = netlink.addresses()?;
+        Ok(all.into_iter().filter(|(_ip, index)| *index == link).map(|(ip, _)| ip).collect())
+    };
+    let mut ips = netns.run(found).ok()?.ok()?;
+    ips.retain(|ip| match ip {
+        IpAddr::V4(ip) => !ip.is_link_local() && !ip.is_loopback(),
+        IpAddr::V6(ip) => !ip.is_unicast_link_local() && !ip.is_loopback(),
+    });
+    ips.sort_unstable();
+    let v4 = ips.iter().filter(|ip| ip.is_ipv4()).count();
+    let is_clear = !ips.is_empty() && v4 <= 1 && ips.len() - v4 <= 1;
+    (is_clear && ips.iter().all(|ip| has_address(netns, *ip))).then_some(ips)
+}
+
 /// Connects from inside `netns` to a destination outside of the mesh, as the application would have.
 ///
 /// Cancel-safe: dropping the future closes the socket.

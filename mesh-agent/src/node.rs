@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use mesh_core::addr::OrigDst;
@@ -89,6 +89,8 @@ pub struct LocalPod {
     pub uid: WorkloadUid,
     /// Where its sockets live.
     pub netns: Netns,
+    /// Until then its connections wait for its certificate.
+    pub certificate_by: Instant,
 }
 
 /// What one worker has for itself.

@@ -26,7 +26,7 @@ use crate::net::{self, Netns};
 
 /// How deep pods' cgroups may lie: `kubelet.slice/kubelet-kubepods.slice/….slice/….slice` of a node that
 /// is itself a container, and some to spare.
-const DEEPEST: usize = 10;
+pub(crate) const DEEPEST: usize = 10;
 /// Processes of one pod that are looked at: all but few share one namespace.
 const MOST_PROCESSES: usize = 256;
 
@@ -124,6 +124,23 @@ impl Processes {
             }
         }
         Err(why)
+    }
+
+    /// The addresses of the pod with this UID, whose cgroup this is: those of the namespace of its first
+    /// process that is in another one than the node's. `None` while it has none, or they are not clear, or
+    /// when it is more than a sandbox: an application may change the addresses of its namespace.
+    pub fn addresses(&self, uid: &str, cgroup: &Path) -> Option<Vec<IpAddr>> {
+        // CRI-O keeps what watches over a container beside it.
+        let is_container = |(name, _): &(String, PathBuf)| !name.contains("conmon");
+        let is_sandbox = || directories(cgroup).filter(is_container).count() == 1;
+        if !is_sandbox() {
+            return None;
+        }
+        let mut namespaces = processes(cgroup).filter_map(|process| self.netns_of(process, uid));
+        let netns = namespaces.find(|netns| netns.inode() != self.own)?;
+        let ips = net::pod_addresses(&netns)?;
+        // No process is there before its cgroup.
+        is_sandbox().then_some(ips)
     }
 
     /// Whether the pod still has a process in the namespace with this inode; `None` if it has none at
@@ -230,7 +247,7 @@ fn is_inhabited(cgroup: &Path) -> bool {
 }
 
 /// The processes in a cgroup and below it.
-fn processes(cgroup: &Path) -> impl Iterator<Item = u32> {
+pub(crate) fn processes(cgroup: &Path) -> impl Iterator<Item = u32> {
     let mut places = vec![cgroup.to_owned()];
     let lists = std::iter::from_fn(move || {
         let place = places.pop()?;
@@ -245,7 +262,7 @@ fn processes(cgroup: &Path) -> impl Iterator<Item = u32> {
     numbers.take(MOST_PROCESSES)
 }
 
-fn directories(path: &Path) -> impl Iterator<Item = (String, PathBuf)> {
+pub(crate) fn directories(path: &Path) -> impl Iterator<Item = (String, PathBuf)> {
     let entries = fs::read_dir(path).into_iter().flatten().flatten();
     let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
     directories.filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))

@@ -52,6 +52,12 @@ counters! {
     ConnectNoStorage = "connect_no_storage",
     /// `connect`: the kubelet's, to a pod that is enrolled.
     ConnectKubelet = "connect_kubelet",
+    /// `connect`: refused; a pod that is to be in the mesh is not captured yet.
+    ConnectPending = "connect_pending",
+    /// `connect`: refused; the agent does not know this pod yet.
+    ConnectUnknown = "connect_unknown",
+    /// `connect`: passed; the agent has not come to know this pod in time.
+    ConnectStillUnknown = "connect_still_unknown",
     /// `connect`: sent straight to an endpoint on this node.
     DirectTaken = "direct_taken",
     /// `connect`: a verdict chose an endpoint that the agent is to carry it to.

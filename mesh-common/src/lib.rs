@@ -15,6 +15,7 @@ pub mod counter;
 pub mod direct;
 pub mod maps;
 pub mod packet;
+pub mod pending;
 pub mod redirect;
 pub mod verdict;
 

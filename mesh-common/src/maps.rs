@@ -58,6 +58,8 @@ pub const FAIL_OPEN: u32 = 1 << 1;
 pub const HAS_SKIP_CIDRS: u32 = 1 << 2;
 /// [`PodInbound::flags`]: refuse plain text.
 pub const STRICT: u32 = 1 << 3;
+/// [`PendingPod::flags`]: the agent does not know this pod.
+pub const UNKNOWN: u32 = 1 << 4;
 
 /// [`SockMeta::role`]: an application's socket.
 pub const ROLE_APP: u8 = 0;
@@ -250,6 +252,19 @@ impl SockMeta {
 }
 
 map_struct! {
+    /// A pod that has a cgroup and is not captured yet: how what it connects is treated until then. Map
+    /// `PENDING`, by the ID of the cgroup that the kubelet made for the pod.
+    pub struct PendingPod {
+        /// `CLOCK_BOOTTIME` from which on it is left alone; 0: not before the agent says so.
+        pub until_ns: u64,
+        /// Destination ports that are never captured.
+        pub skip: PortRanges,
+        /// [`OUTBOUND_ALL`], [`FAIL_OPEN`], [`UNKNOWN`].
+        pub flags: u32,
+    }
+}
+
+map_struct! {
     /// What the agent tells all programs. Map `CONTROL`, one element.
     pub struct Control {
         /// `CLOCK_BOOTTIME` when the agent last said that it lives.
@@ -258,6 +273,8 @@ map_struct! {
         pub node_netns: u64,
         /// ID of the cgroup of the node's kubelet; 0 if it is not known.
         pub kubelet_cgroup: u64,
+        /// How many entries `PENDING` has: with none, nobody looks there.
+        pub pending: u64,
     }
 }
 
@@ -320,7 +337,7 @@ pub const SKIP_CIDRS_PER_POD: usize = 8;
 pub const EVENTS_BYTES: usize = 1 << 20;
 
 /// Every pinned map.
-pub const SPECS: [MapSpec; 18] = [
+pub const SPECS: [MapSpec; 19] = [
     spec("POD_OUTBOUND", HASH, size_of::<u64>(), size_of::<PodOutbound>(), MapSize::PerPod(1)),
     spec("POD_INBOUND", HASH, size_of::<WireIp>(), size_of::<PodInbound>(), MapSize::PerPod(2)),
     spec("DESTINATIONS", HASH, size_of::<WireIp>(), size_of::<u64>(), MapSize::Destinations),
@@ -361,6 +378,7 @@ pub const SPECS: [MapSpec; 18] = [
         size_of::<PeerFlow>(),
         MapSize::Redirected(65_536),
     ),
+    spec("PENDING", HASH, size_of::<u64>(), size_of::<PendingPod>(), MapSize::PerPod(1)),
     spec("CONTROL", ARRAY, size_of::<u32>(), size_of::<Control>(), MapSize::Fixed(1)),
     spec(
         "COUNTERS",
@@ -396,6 +414,7 @@ pub(crate) const fn layout_hash(mut hash: u64) -> u64 {
         ListenerKey::HASH,
         SkipCidr::HASH,
         SockMeta::HASH,
+        PendingPod::HASH,
         Control::HASH,
         Secrets::HASH,
         VerdictKey::HASH,

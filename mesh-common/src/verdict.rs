@@ -175,7 +175,7 @@ pub fn decide_lookup(
 
 /// 127.0.0.0/8, 0.0.0.0, `::1`, `::`: never leaves the pod. Linux connects "unspecified" to loopback.
 #[inline(always)]
-fn is_local(ip: &WireIp) -> bool {
+pub(crate) fn is_local(ip: &WireIp) -> bool {
     let last = u32::from_be(ip[3]);
     if is_v4(ip) {
         return last >> 24 == 127 || last == 0;
@@ -185,7 +185,7 @@ fn is_local(ip: &WireIp) -> bool {
 
 /// 169.254.0.0/16 and fe80::/10.
 #[inline(always)]
-fn is_link_local(ip: &WireIp) -> bool {
+pub(crate) fn is_link_local(ip: &WireIp) -> bool {
     if is_v4(ip) {
         return u32::from_be(ip[3]) >> 16 == 0xa9fe;
     }
@@ -417,7 +417,7 @@ mod tests {
 
     #[test]
     fn kubelet_is_its_cgroup_in_the_nodes_namespace() {
-        let control = Control { heartbeat_ns: 1, node_netns: 3, kubelet_cgroup: 77 };
+        let control = Control { heartbeat_ns: 1, node_netns: 3, kubelet_cgroup: 77, pending: 0 };
         assert!(is_kubelet(&control, 3, || 77));
         assert!(!is_kubelet(&control, 3, || 78), "another process of the node");
         assert!(!is_kubelet(&control, 4, || panic!("not even asked")), "a pod");

@@ -7,19 +7,22 @@
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock_addr};
 use aya_ebpf::helpers::{
-    bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
+    bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
+    bpf_set_retval, bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
 };
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::maps::{ROLE_APP, ROLE_DELIVER, ROLE_DIRECT, SkipCidr, SockMeta};
+use mesh_common::pending::{self, decide_pending};
 use mesh_common::verdict::{Connect, decide_connect, is_kubelet};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
 use crate::direct::{Way, way};
 use crate::maps::{
-    CONTROL, DESTINATIONS, POD_INBOUND, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count, now_ns,
+    CONTROL, DESTINATIONS, PENDING, POD_INBOUND, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count,
+    now_ns,
 };
 
 const ALLOW: i32 = 1;
@@ -67,11 +70,14 @@ fn capture(
     // SAFETY: the helper only reads the context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let Some(slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
-        let is_kubelets = CONTROL.get(0).is_some_and(|control| {
-            // SAFETY: the helper has no arguments; 0 is no kubelet's.
-            is_kubelet(control, netns, || unsafe { bpf_get_current_cgroup_id() })
-        });
-        if is_kubelets {
+        // An array of one element has its element: `None` is for the verifier.
+        let Some(control) = CONTROL.get(0) else { return ALLOW };
+        // What shares the node's namespace is no pod that could be captured.
+        if control.pending != 0 && netns != control.node_netns {
+            return while_pending(&dst(ctx.sock_addr));
+        }
+        // SAFETY: the helper has no arguments; 0 is no kubelet's.
+        if is_kubelet(control, netns, || unsafe { bpf_get_current_cgroup_id() }) {
             let_in(ctx, &dst(ctx.sock_addr));
         }
         return ALLOW;
@@ -135,6 +141,53 @@ fn capture(
             ALLOW
         }
     }
+}
+
+/// Decides over a process that is in no enrolled pod, while there are pods that are not captured yet: it
+/// is one of theirs if one of the cgroups that it lies in is.
+#[inline(always)]
+fn while_pending(dst: &WireAddr) -> i32 {
+    for level in 1..=pending::DEEPEST {
+        // SAFETY: the helper only reads the current task.
+        let cgroup = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if cgroup == 0 {
+            return ALLOW; // Its own was the level before.
+        }
+        let Some(pod) = PENDING.get_ptr(cgroup) else { continue };
+        // SAFETY: RCU keeps the element mapped for this call. One that is recycled meanwhile is another
+        // pending pod's, and the worst outcome one connection more, or less, refused.
+        let pod = unsafe { &*pod };
+        let is_destination = || DESTINATIONS.get_ptr(dst.ip).is_some();
+        return match decide_pending(pod, dst, now_ns(), is_destination, agent) {
+            Connect::Deny(reason) => {
+                count(reason);
+                refuse()
+            }
+            Connect::Pass(reason) => {
+                count(reason);
+                ALLOW
+            }
+            Connect::Capture { .. } => ALLOW, // Nothing that is pending has listeners.
+        };
+    }
+    ALLOW
+}
+
+/// Whether the kernel has `bpf_set_retval` for this hook (Linux 6.1), as [`HAS_MPTCP`].
+#[unsafe(no_mangle)]
+static HAS_RETVAL: u8 = 0;
+
+/// `ECONNREFUSED`, which applications take for "not yet" and try again; without `bpf_set_retval` it is
+/// `EPERM`.
+#[inline(always)]
+fn refuse() -> i32 {
+    const ECONNREFUSED: i32 = 111;
+    // SAFETY: a constant of this object; volatile, since the loader changes it after compilation.
+    if unsafe { core::ptr::read_volatile(&raw const HAS_RETVAL) } != 0 {
+        // SAFETY: the helper only writes what the system call returns. It cannot fail with an errno.
+        unsafe { bpf_set_retval(-ECONNREFUSED) };
+    }
+    DENY
 }
 
 /// Has `sock_ops` announce the kubelet's connection to an enrolled pod as it does a delivery of the agent:

@@ -10,8 +10,8 @@ use mesh_common::Counter;
 use mesh_common::addr::WireIp;
 use mesh_common::direct::{DirectConn, Flow, Verdict, VerdictKey};
 use mesh_common::maps::{
-    Admission, AdmissionKey, Control, DeliveryKey, EVENTS_BYTES, FlowKey, ListenerKey, PodInbound,
-    PodOutbound, Secrets, SkipCidr, SockMeta,
+    Admission, AdmissionKey, Control, DeliveryKey, EVENTS_BYTES, FlowKey, ListenerKey, PendingPod,
+    PodInbound, PodOutbound, Secrets, SkipCidr, SockMeta,
 };
 use mesh_common::redirect::{Peer, PeerFlow, PeerFlowKey};
 use mesh_common::verdict::Agent;
@@ -85,6 +85,10 @@ pub(crate) static PEERS: HashMap<WireIp, Peer> = HashMap::with_max_entries(2048,
 #[map]
 pub(crate) static PEER_FLOWS: LruHashMap<PeerFlowKey, PeerFlow> =
     LruHashMap::with_max_entries(65_536, 0);
+
+/// Pods that have a cgroup and are not captured yet.
+#[map]
+pub(crate) static PENDING: HashMap<u64, PendingPod> = HashMap::with_max_entries(1024, 0);
 
 #[map]
 pub(crate) static CONTROL: Array<Control> = Array::with_max_entries(1, 0);

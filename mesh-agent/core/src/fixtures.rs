@@ -33,6 +33,7 @@ pub(crate) fn workload(name: &str, node: &str, ips: &[&str]) -> Arc<Workload> {
         },
         enrolment: Enrolment::Enrolled,
         settings: Settings::default(),
+        provisional: false,
         netns: None,
     })
 }

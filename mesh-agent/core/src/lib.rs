@@ -15,6 +15,7 @@
 //! | [`wire`] | tunnel: what two agents say to each other |
 //! | [`authorize`] | authorize: whether the destination's agent delivers |
 //! | [`cgroup`] | capture: which pod a process belongs to |
+//! | [`pending`] | capture: what becomes of a pod before it is captured |
 //! | [`sign`] | no stage: whether the cluster's CA certifies a workload |
 //! | [`addr`], [`spiffe`], [`snapshot`], [`settings`], [`stage`] | the vocabulary of all of them |
 #![forbid(unsafe_code)]
@@ -30,6 +31,7 @@ pub mod direct;
 mod fixtures;
 pub mod generation;
 pub mod locality;
+pub mod pending;
 pub mod polling;
 pub mod protocol;
 pub mod route;

@@ -28,6 +28,20 @@ pub enum Outbound {
     All,
 }
 
+/// What becomes of a connection that a pod opens before it is captured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum UnknownPods {
+    /// The pod is captured as soon as it has a namespace with an address, before the API tells its
+    /// address, and its connections wait for what is missing; in the moment before they are refused.
+    /// Default.
+    #[default]
+    Hold,
+    /// Refused until the pod is captured as the API tells.
+    Deny,
+    /// Passes, in plain text.
+    Allow,
+}
+
 /// Ports and ranges of ports, as in `4567,8000-8100`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct PortList(Vec<RangeInclusive<u16>>);
@@ -54,6 +68,8 @@ pub struct Settings {
     pub opaque_ports: PortList,
     /// `malla.dev/direct` (default on): between pods of one node, connections may leave the agent out.
     pub direct: bool,
+    /// `malla.dev/unknown-pods`, in a cluster.
+    pub unknown_pods: UnknownPods,
 }
 
 impl Default for Settings {
@@ -68,6 +84,7 @@ impl Default for Settings {
             preserve_client_address: true,
             opaque_ports: PortList::default(),
             direct: true,
+            unknown_pods: UnknownPods::default(),
         }
     }
 }

@@ -57,6 +57,8 @@ pub struct Workload {
     pub enrolment: Enrolment,
     /// How it takes part.
     pub settings: Settings,
+    /// Its addresses are those that were seen in its namespace: the API does not tell any yet.
+    pub provisional: bool,
     /// Where its network namespace is found: the annotation `malla.dev/netns` in standalone mode.
     pub netns: Option<Arc<str>>,
 }
@@ -352,6 +354,7 @@ mod tests {
             },
             enrolment,
             settings: Settings::default(),
+            provisional: false,
             netns: None,
         })
     }

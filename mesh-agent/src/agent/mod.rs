@@ -20,7 +20,9 @@ mod shortfall;
 mod signer;
 mod source;
 mod turn;
+mod uncertified;
 mod uninstall;
+mod unknown;
 mod views;
 
 use std::collections::{HashMap, HashSet};
@@ -53,6 +55,7 @@ pub use self::signer::run_ca;
 use self::source::Source;
 use self::turn::Turn;
 pub use self::uninstall::remove_files;
+use self::unknown::{Unknown, standings};
 use self::views::Views;
 use crate::admin::{self, AdminSocket};
 use crate::capture::{Capture, CaptureConfig};
@@ -123,7 +126,9 @@ struct Agent {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     views: Arc<Views>,
     drain: watch::Sender<bool>,
-    heart: Heart,
+    heart: Option<Heart>,
+    /// Only in a cluster.
+    unknown: Option<Unknown>,
     /// Only where it is known.
     owner: Option<Arc<Owner>>,
     /// Only where a successor may wait for it.
@@ -236,7 +241,14 @@ impl Agent {
         });
         telemetry.set_sources(Arc::clone(&views).telemetry_sources());
         serve_http(&options, &telemetry, &views, log, &mut shared).await?;
+        let mut unknown = None;
         if let Some(demands) = source.demands() {
+            unknown = Some(Unknown::start(unknown::Config {
+                capture: Arc::clone(&capture),
+                cgroup: options.cgroup.clone(),
+                limit: options.unknown_pods,
+                demands: demands.clone(),
+            })?);
             control.spawn(source::tell_used(contexts.clone(), demands));
             control.spawn(kubelet::follow(
                 Arc::clone(&capture),
@@ -268,7 +280,8 @@ impl Agent {
             snapshots,
             views,
             drain,
-            heart,
+            heart: Some(heart),
+            unknown,
             owner,
             turn,
             tunnels,
@@ -317,7 +330,11 @@ impl Agent {
         if let Some(connections) = &self.connections {
             connections.judge(&snapshot);
         }
-        self.pods.follow(&snapshot).await;
+        self.tell_standings(&snapshot);
+        let snapshots = &self.snapshots;
+        // Ended is superseded: the caller then ends too.
+        self.pods.follow(&snapshot, || snapshots.has_changed().unwrap_or(true)).await;
+        self.tell_standings(&snapshot);
         self.follow_direct();
         let endpoints: HashSet<_> = snapshot.endpoints().map(|endpoint| endpoint.addr).collect();
         let is_live = |addr: &EndpointAddr| {
@@ -328,6 +345,13 @@ impl Agent {
         self.node.affinities().retain(Instant::now(), lives);
         self.node.telemetry.retain(&snapshot);
         self.views.applied(snapshot);
+    }
+
+    /// Tells what is known of pods to whoever holds back those that are not captured yet.
+    fn tell_standings(&self, snapshot: &Snapshot) {
+        if let Some(unknown) = &self.unknown {
+            unknown.tell(standings(snapshot, |workload| self.pods.has(workload)));
+        }
     }
 
     /// Begins to follow direct connections, once: the pods have to be known whose they are.
@@ -350,14 +374,19 @@ impl Agent {
             Some(owner) => owner.is_gone().await,
             None => false,
         };
+        // A successor holds pods back by itself.
+        drop(self.unknown.take());
         if is_last {
+            self.node.capture.let_all_go();
             // What pods open from here on is theirs again; what they have open goes on meanwhile.
             let nothing = Snapshot::empty(
                 self.options.node.as_str().into(),
                 self.options.trust_domain.clone(),
             );
-            self.pods.follow(&nothing).await;
+            self.pods.follow(&nothing, || false).await;
         } else if let Some(turn) = self.turn.take() {
+            // And two would tell the programs what only one of them means.
+            drop(self.heart.take());
             self.shared.shutdown().await;
             if let Some(connections) = self.connections.take() {
                 connections.let_go();

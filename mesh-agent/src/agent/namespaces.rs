@@ -12,7 +12,7 @@ use crate::net::{self, Netns};
 use crate::processes::Processes;
 
 /// The processes of the node that the agent is on; its pod shares the node's.
-const PROC: &str = "/proc";
+pub(super) const PROC: &str = "/proc";
 
 /// How a pod's namespace is found.
 #[derive(Debug)]

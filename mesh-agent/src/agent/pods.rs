@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_core::settings::Settings;
-use mesh_core::snapshot::{Snapshot, Workload, WorkloadUid};
+use mesh_core::snapshot::{Enrolment, Snapshot, Workload, WorkloadUid};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -20,7 +20,9 @@ use tracing::{error, info, warn};
 
 use super::namespaces::Namespaces;
 use super::shortfall::{EnrolError, NotEnrolled, Shortfall};
+use super::uncertified::Uncertified;
 use crate::capture::{Capture, CaptureError, Destinations, Listeners, PodCapture};
+use crate::discovery::enrol::left_alone;
 use crate::discovery::{Outcome, Outcomes};
 use crate::identity::store::Identities;
 use crate::node::{LocalPod, Worker};
@@ -34,9 +36,9 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Between looks at whether the last connection that needs a namespace's routes has ended: the first,
 /// and in the end.
 const RETIRE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-/// How long enrolling waits for pods' certificates, all together: without one a pod's connections are
-/// refused.
-const CERTIFICATE_WAIT: Duration = Duration::from_secs(2);
+/// How long the connections of a pod that has just started wait for its certificate: it is asked for when
+/// the pod's object comes, and in a busy cluster may take longer than the sandbox.
+const STARTING: Duration = Duration::from_secs(10);
 
 /// What the kernel's configuration of a pod has room for.
 const MAX_LISTENERS: usize = 16;
@@ -53,6 +55,7 @@ pub(super) struct Pods {
     enrolled: HashMap<WorkloadUid, Enrolled>,
     /// What could not be enrolled.
     failing: HashMap<WorkloadUid, NotEnrolled>,
+    uncertified: Uncertified,
     uncaptured: Option<String>,
     everything: Option<String>,
     published: watch::Sender<Shortfall>,
@@ -73,6 +76,23 @@ struct Enrolled {
     is_stuck: bool,
 }
 
+impl Enrolled {
+    /// Whether the pod has the addresses and the namespace with which it was enrolled.
+    fn is(&self, workload: &Workload) -> bool {
+        // The API may tell them in another order than they were seen in.
+        let has = |ip| self.ips.contains(ip);
+        workload.ips.len() == self.ips.len()
+            && workload.ips.iter().all(has)
+            && workload.netns == self.netns
+    }
+}
+
+/// Whether the pod is of this node, and is to take part now or as soon as it has an address.
+fn is_to_take_part(snapshot: &Snapshot, workload: &Workload) -> bool {
+    let starts = Enrolment::LeftAlone(left_alone::NO_ADDRESS);
+    workload.node == snapshot.node && (workload.is_enrolled() || workload.enrolment == starts)
+}
+
 impl Pods {
     pub(super) fn new(
         workers: Arc<Workers>,
@@ -87,6 +107,7 @@ impl Pods {
             namespaces,
             enrolled: HashMap::new(),
             failing: HashMap::new(),
+            uncertified: Uncertified::default(),
             uncaptured: None,
             everything: None,
             published: watch::Sender::default(),
@@ -134,6 +155,12 @@ impl Pods {
         self.namespaces.is_replaced(uid, pod.netns.as_deref(), pod.inode)
     }
 
+    /// Whether the pod is captured as it is described, and is to stay so.
+    pub(super) fn has(&self, workload: &Workload) -> bool {
+        let is_it = |pod: &Enrolled| !pod.is_stuck && pod.is(workload);
+        self.enrolled.get(&workload.uid).is_some_and(is_it)
+    }
+
     /// What is not as it should be.
     pub(super) fn shortfall(&self) -> watch::Receiver<Shortfall> {
         self.published.subscribe()
@@ -160,28 +187,31 @@ impl Pods {
         });
     }
 
-    /// Brings kernel and listeners in line with `snapshot`.
-    pub(super) async fn follow(&mut self, snapshot: &Snapshot) {
+    /// Brings kernel and listeners in line with `snapshot`. If another one comes while pods wait for their
+    /// certificates, which `is_superseded` says, they are left to that: pods that start must not wait too.
+    pub(super) async fn follow(&mut self, snapshot: &Snapshot, is_superseded: impl Fn() -> bool) {
         while self.serving.try_join_next().is_some() {}
         let wanted: HashMap<WorkloadUid, Arc<Workload>> = snapshot
             .local_enrolled()
             .map(|workload| (Arc::clone(&workload.uid), Arc::clone(workload)))
             .collect();
-        self.identities.wanted(wanted.values().map(|w| w.identity.clone()).collect());
+        // Also of pods that are about to start: a certificate takes longer than a sandbox.
+        let needed = snapshot.workloads().filter(|workload| is_to_take_part(snapshot, workload));
+        self.identities.wanted(needed.map(|workload| workload.identity.clone()).collect());
         self.give_up(&wanted);
 
         let node = Arc::clone(&self.contexts[0].node);
         // Destinations first: a pod enrolled before them would talk in plain text for a moment.
         let set = node.capture.set_destinations(&snapshot.captured_destinations());
         self.note_destinations(set);
-        self.certificates(&wanted).await;
+        self.certificates(&wanted, is_superseded).await;
         // Not before: who takes over an address would talk in plain text while its certificate is made.
         let (released, mut predecessors) = self.release(&wanted);
         let now = Instant::now();
         for (uid, workload) in &wanted {
             // What has left may have been what was in the way.
             let is_due = |failed: &NotEnrolled| released || failed.is_due(workload, now);
-            if !self.failing.get(uid).is_none_or(is_due) {
+            if !self.failing.get(uid).is_none_or(is_due) || self.uncertified.has(uid) {
                 continue;
             }
             match self.enrol(workload, &mut predecessors) {
@@ -251,10 +281,7 @@ impl Pods {
         wanted: &HashMap<WorkloadUid, Arc<Workload>>,
     ) -> (bool, HashMap<u64, (WorkloadUid, Enrolled)>) {
         let stays = |(uid, enrolled): &(&WorkloadUid, &Enrolled)| {
-            let is_same = |workload: &Arc<Workload>| {
-                workload.ips == enrolled.ips && workload.netns == enrolled.netns
-            };
-            let is_wanted = wanted.get(*uid).is_some_and(is_same);
+            let is_wanted = wanted.get(*uid).is_some_and(|workload| enrolled.is(workload));
             is_wanted && !enrolled.is_stuck && !self.is_replaced(uid, enrolled)
         };
         let leaving: Vec<WorkloadUid> = self
@@ -324,7 +351,9 @@ impl Pods {
             return Ok(());
         }
         let netns = self.namespaces.open(workload)?;
-        let pod = Arc::new(LocalPod { uid: Arc::clone(&workload.uid), netns });
+        let patience = if workload.provisional { STARTING } else { Duration::ZERO };
+        let certificate_by = Instant::now().into_std() + patience;
+        let pod = Arc::new(LocalPod { uid: Arc::clone(&workload.uid), netns, certificate_by });
         // Known before captured: its first connection may come at once.
         let mut pods = HashMap::clone(&node.pods.load());
         pods.insert(Arc::clone(&pod.uid), Arc::clone(&pod));
@@ -366,17 +395,23 @@ impl Pods {
         Ok(())
     }
 
-    /// Waits for the certificates of pods that are to be enrolled: without one a pod would be refused
-    /// everywhere. After the wait they are enrolled all the same, which fails closed.
-    async fn certificates(&self, wanted: &HashMap<WorkloadUid, Arc<Workload>>) {
-        let deadline = Instant::now() + CERTIFICATE_WAIT;
-        let lacks_one = |(uid, workload): (&WorkloadUid, &Arc<Workload>)| {
-            let is_new = !self.enrolled.contains_key(uid) && !self.failing.contains_key(uid);
-            is_new && self.identities.certified(&workload.identity).is_none()
+    /// Waits for the certificates of pods that are to be enrolled.
+    async fn certificates(
+        &mut self,
+        wanted: &HashMap<WorkloadUid, Arc<Workload>>,
+        is_superseded: impl Fn() -> bool,
+    ) {
+        // One that is about to start is captured first: its connections wait.
+        let is_new = |(uid, workload): &(&WorkloadUid, &Arc<Workload>)| {
+            let is_known = self.enrolled.contains_key(*uid) || self.failing.contains_key(*uid);
+            !workload.provisional && !is_known
         };
-        while wanted.iter().any(lacks_one) && Instant::now() < deadline {
-            sleep(Duration::from_millis(5)).await;
-        }
+        let new = wanted.iter().filter(is_new).map(|(uid, _workload)| Arc::clone(uid));
+        let lacks_one = |uid: &WorkloadUid| {
+            let identity = wanted.get(uid).map(|workload| &workload.identity);
+            identity.is_some_and(|identity| self.identities.certified(identity).is_none())
+        };
+        self.uncertified.wait(new, lacks_one, is_superseded).await;
     }
 
     /// Keeps, and logs once, what setting the destinations came to.

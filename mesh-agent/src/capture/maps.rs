@@ -13,8 +13,8 @@ use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash}
 use mesh_common::addr::{V4_MAPPED_BITS, WireIp, from_ip};
 use mesh_common::direct::{DirectConn, Verdict, VerdictKey};
 use mesh_common::maps::{
-    FAIL_OPEN, HAS_SKIP_CIDRS, ListenerKey, MAX_PORTS, OUTBOUND_ALL, PodInbound, PodOutbound,
-    PortRange, PortRanges, SPECS, STRICT, SkipCidr, words,
+    FAIL_OPEN, HAS_SKIP_CIDRS, ListenerKey, MAX_PORTS, OUTBOUND_ALL, PendingPod, PodInbound,
+    PodOutbound, PortRange, PortRanges, SPECS, STRICT, SkipCidr, words,
 };
 use mesh_common::redirect::Peer;
 use mesh_common::{Counter, abi};
@@ -235,7 +235,7 @@ where
 }
 
 /// The error of the system call, which is what an operator can look up.
-fn io_error(error: MapError) -> io::Error {
+pub(super) fn io_error(error: MapError) -> io::Error {
     match error {
         MapError::SyscallError(error) => error.io_error,
         MapError::KeyNotFound | MapError::ElementNotFound => {
@@ -312,8 +312,7 @@ pub(super) fn outbound(
         ports6: [0; MAX_PORTS],
         skip: ranges(&settings.skip_outbound_ports),
         ports_len: 0,
-        flags: flag(outbound == Outbound::All, OUTBOUND_ALL)
-            | flag(settings.fail_open, FAIL_OPEN)
+        flags: outbound_flags(settings, outbound)
             | flag(!settings.skip_outbound_cidrs.is_empty(), HAS_SKIP_CIDRS),
         turn: 0,
         pod: pod_hash(uid),
@@ -348,6 +347,16 @@ pub(super) fn inbound(
         pod: pod_hash(uid),
         generation: words(generation),
     }
+}
+
+/// The value of `PENDING` for a pod that takes part like this, until it is captured.
+pub(super) fn pending(settings: &Settings) -> PendingPod {
+    let flags = outbound_flags(settings, settings.outbound);
+    PendingPod { until_ns: 0, skip: ranges(&settings.skip_outbound_ports), flags }
+}
+
+fn outbound_flags(settings: &Settings, outbound: Outbound) -> u32 {
+    flag(outbound == Outbound::All, OUTBOUND_ALL) | flag(settings.fail_open, FAIL_OPEN)
 }
 
 fn flag(on: bool, flag: u32) -> u32 {

@@ -28,6 +28,7 @@ pub mod fuzzing;
 mod log;
 mod maps;
 mod orig_dst;
+mod pending;
 mod pins;
 mod pods;
 pub mod probe;
@@ -59,11 +60,13 @@ pub use events::{DirectFacts, DirectRecord, Ended, KernelEvents};
 pub use log::KernelLog;
 pub use maps::PodTag;
 pub use orig_dst::OrigDstTable;
+pub use pending::HeldBack;
 pub use pods::Generations;
 pub use redirect::NotRedirected;
 
 use crate::net::Netns;
 use attach::Programs;
+use pending::Pending;
 use pins::Pins;
 use pods::Pods;
 use redirect::Redirect;
@@ -176,6 +179,7 @@ pub struct Detached {
 #[derive(Debug)]
 pub struct Capture {
     pods: Mutex<Pods>,
+    pending: Mutex<Pending>,
     programs: Programs,
     redirect: Option<Redirect>,
     pins: Pins,
@@ -223,6 +227,7 @@ impl Capture {
         let log = Mutex::new(Some(KernelLog::take(&mut ebpf)?));
         let events = Mutex::new(Some(KernelEvents::take(&mut ebpf)?));
         let generation_key = direct::generation_key(&open_map(&pins, "SECRETS")?)?;
+        let pending = Pending::new(maps::typed(&mut ebpf, "PENDING")?, config.max_pods)?;
         let pods = Mutex::new(Pods::new(maps::Maps::take(&mut ebpf, config)?, routes)?);
 
         let capture = Self {
@@ -231,7 +236,13 @@ impl Capture {
             redirect,
             pins,
             control,
-            told: Mutex::new(Control { heartbeat_ns: 0, node_netns: 0, kubelet_cgroup: 0 }),
+            told: Mutex::new(Control {
+                heartbeat_ns: 0,
+                node_netns: 0,
+                kubelet_cgroup: 0,
+                pending: pending.count(),
+            }),
+            pending: Mutex::new(pending),
             sock_meta,
             flows,
             log,
@@ -382,21 +393,23 @@ impl Capture {
     /// Tells the programs that the agent lives. Once a second: after 5 s of silence pods that fail open
     /// bypass it, after a day all do.
     pub fn beat(&self) {
-        let mut told = lock(&self.told);
+        self.tell(&mut lock(&self.told));
+    }
+
+    /// Tells the programs `told`, and that the agent lives.
+    fn tell(&self, told: &mut Control) {
         told.heartbeat_ns = sys::boot_ns();
         // Writing the one element of an array cannot fail; were it to, silence is what it means.
-        drop(sys::update(self.control.as_fd(), &0u32, &*told));
+        drop(sys::update(self.control.as_fd(), &0u32, told));
     }
 
     /// From now on connections from the cgroup with this ID, made in the namespace `node`, reach the
     /// applications of enrolled pods in any mode: they are the kubelet's. `None`: nobody's do.
     pub fn let_kubelet_in(&self, node: &Netns, cgroup: Option<u64>) {
-        {
-            let mut told = lock(&self.told);
-            told.node_netns = node.cookie();
-            told.kubelet_cgroup = cgroup.unwrap_or_default();
-        }
-        self.beat();
+        let mut told = lock(&self.told);
+        told.node_netns = node.cookie();
+        told.kubelet_cgroup = cgroup.unwrap_or_default();
+        self.tell(&mut told);
     }
 
     /// What the programs counted since the maps were made, by reason. One that cannot be read is left
@@ -447,7 +460,12 @@ fn loader() -> EbpfLoader<'static> {
     static ON: u8 = 1;
     let mptcp =
         is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_skc_to_mptcp_sock);
+    let retval = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval);
     let mut loader = EbpfLoader::new();
+    // Without it what a pod connects too early fails with `EPERM`.
+    if retval.unwrap_or(false) {
+        loader.override_global("HAS_RETVAL", &ON, true);
+    }
     // Without it an application that uses MPTCP sees the listener as its peer.
     if mptcp.unwrap_or(false) && Path::new("/sys/kernel/btf/vmlinux").exists() {
         loader.override_global("HAS_MPTCP", &ON, true);

@@ -186,6 +186,11 @@ impl Pods {
         Ok(())
     }
 
+    /// Whether pods capture everything, for want of room.
+    pub(super) fn captures_everything(&self) -> bool {
+        self.everything
+    }
+
     /// Makes pods capture everything, or again what their settings say.
     fn capture_everything(&mut self, everything: bool) -> Result<(), CaptureError> {
         if !everything && !self.everything {

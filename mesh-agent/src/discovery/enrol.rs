@@ -6,7 +6,7 @@
 use std::str::FromStr;
 
 use mesh_core::addr::Cidr;
-use mesh_core::settings::{Mode, Outbound, PortList, Settings};
+use mesh_core::settings::{Mode, Outbound, PortList, Settings, UnknownPods};
 use mesh_core::snapshot::Enrolment;
 
 use super::kube::{Namespace, ObjectMeta, Pod};
@@ -32,6 +32,8 @@ pub const PRESERVE_CLIENT_ADDRESS: &str = "malla.dev/preserve-client-address";
 pub const OPAQUE_PORTS: &str = "malla.dev/opaque-ports";
 /// `on` or `off`.
 pub const DIRECT: &str = "malla.dev/direct";
+/// `hold`, `deny` or `allow`; in a cluster.
+pub const UNKNOWN_PODS: &str = "malla.dev/unknown-pods";
 /// On a pod, standalone: where its network namespace is.
 pub const NETNS: &str = "malla.dev/netns";
 /// On a node: the port of its agent, if not everybody's.
@@ -53,6 +55,7 @@ const OF_NAMESPACE: &[&str] = &[
     PRESERVE_CLIENT_ADDRESS,
     OPAQUE_PORTS,
     DIRECT,
+    UNKNOWN_PODS,
 ];
 
 const OF_SERVICE: &[&str] = &[OPAQUE_PORTS];
@@ -80,6 +83,8 @@ pub mod left_alone {
     pub const LINKERD: &str = "has a Linkerd proxy";
     /// Not scheduled, or no sandbox yet.
     pub const NO_ADDRESS: &str = "has no address yet";
+    /// What its namespace says has not been read yet.
+    pub const NAMESPACE_UNREAD: &str = "its namespace is not read yet";
     /// Two pods claim one address, and another keeps it.
     pub const ADDRESS_TAKEN: &str = "its address is another pod's";
     /// Standalone: nothing says where its network namespace is.
@@ -99,6 +104,7 @@ pub struct Wishes {
     preserve_client_address: Option<bool>,
     opaque_ports: Option<PortList>,
     direct: Option<bool>,
+    unknown_pods: Option<UnknownPods>,
 }
 
 /// What a Service says.
@@ -164,6 +170,18 @@ impl Wishes {
                 "off" => Some(false),
                 _ => None,
             }),
+            unknown_pods: value(
+                meta,
+                UNKNOWN_PODS,
+                "hold, deny or allow",
+                report,
+                |text| match text {
+                    "hold" => Some(UnknownPods::Hold),
+                    "deny" => Some(UnknownPods::Deny),
+                    "allow" => Some(UnknownPods::Allow),
+                    _ => None,
+                },
+            ),
         }
     }
 
@@ -183,6 +201,10 @@ impl Wishes {
                 .unwrap_or(default.preserve_client_address),
             opaque_ports: first(&self.opaque_ports, &namespace.opaque_ports),
             direct: self.direct.or(namespace.direct).unwrap_or(default.direct),
+            unknown_pods: self
+                .unknown_pods
+                .or(namespace.unknown_pods)
+                .unwrap_or(default.unknown_pods),
         }
     }
 
@@ -416,15 +438,19 @@ mod tests {
                 (SKIP_OUTBOUND_PORTS, "25"),
                 (FAIL_OPEN, "true"),
                 (OUTBOUND, "all"),
+                (UNKNOWN_PODS, "deny"),
             ],
             &[],
         );
         let pod = meta(&[(MODE, "permissive"), (SKIP_OUTBOUND_CIDRS, "10.0.0.0/8, fd00::/8")], &[]);
+        let allowed = wishes(&meta(&[(UNKNOWN_PODS, "allow")], &[])).0;
         let (namespace, none) = wishes(&namespace);
         assert_eq!(none, []);
         let settings = wishes(&pod).0.settings(&namespace);
         assert_eq!(settings.mode, Mode::Permissive);
         assert_eq!(settings.outbound, Outbound::All);
+        assert_eq!(settings.unknown_pods, UnknownPods::Deny);
+        assert_eq!(allowed.settings(&namespace).unknown_pods, UnknownPods::Allow);
         assert!(settings.fail_open && settings.preserve_client_address);
         assert!(settings.skip_outbound_ports.contains(25));
         assert_eq!(settings.skip_outbound_cidrs.len(), 2);
@@ -443,6 +469,7 @@ mod tests {
             (SKIP_OUTBOUND_CIDRS, "10.0.0.0/8,x"),
             (FAIL_OPEN, "1"),
             (PRESERVE_CLIENT_ADDRESS, "no"),
+            (UNKNOWN_PODS, "refuse"),
         ];
         let (own, problems) = wishes(&meta(&wrong, &[]));
         assert_eq!(own, Wishes::default());

@@ -78,6 +78,13 @@ pub enum Demand {
     },
     /// Connections of these pods of other nodes began since this was last said.
     Used(Vec<WorkloadUid>),
+    /// A pod of this node has these addresses. They count until the source tells some.
+    Seen {
+        /// Which.
+        uid: String,
+        /// Those in its namespace.
+        ips: Vec<IpAddr>,
+    },
 }
 
 /// What became of a pod of this node that takes part.

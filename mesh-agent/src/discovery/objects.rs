@@ -118,9 +118,32 @@ pub struct Objects {
     /// Set if pods of other nodes are read when somebody needs them: what was looked for and does not
     /// exist, by UID or address.
     absent: Option<HashSet<String>>,
+    /// Addresses that were seen inside of pods of this node, by UID.
+    seen: BTreeMap<String, Vec<IpAddr>>,
 }
 
 impl Objects {
+    /// The pod with this UID was seen to have these addresses. Says whether that is news.
+    pub fn see(&mut self, uid: String, ips: Vec<IpAddr>) -> bool {
+        let before = self.seen.insert(uid.clone(), ips);
+        before.as_ref() != self.seen.get(&uid)
+    }
+
+    /// Forgets what was seen of pods that are not here any more.
+    pub fn forget_seen(&mut self) {
+        let uid = |object: &Object| match object {
+            Object::Pod(pod) => pod.metadata.uid.clone(),
+            _ => None,
+        };
+        let here: HashSet<String> = self.all.values().filter_map(uid).collect();
+        self.seen.retain(|uid, _ips| here.contains(uid));
+    }
+
+    /// What addresses the pod with this UID was seen to have.
+    pub fn seen(&self, uid: &str) -> &[IpAddr] {
+        self.seen.get(uid).map_or(&[], Vec::as_slice)
+    }
+
     /// Without pods of other nodes, which come when they are needed.
     pub fn on_demand() -> Self {
         Self { absent: Some(HashSet::new()), ..Self::default() }

@@ -11,8 +11,8 @@ use mesh_core::spiffe::SpiffeId;
 use super::enrol::{
     NETNS, Wishes, annotation, has_completed, left_alone, shares_the_nodes_network,
 };
-use super::kube::Pod;
-use super::objects::ObjectKey;
+use super::kube::{Pod, PodStatus};
+use super::objects::{ObjectKey, Objects};
 use super::translate::{Context, NetnsFrom};
 use super::{Problem, Report, shown};
 
@@ -74,17 +74,20 @@ impl Pods {
 /// Makes workloads of `pods`.
 pub(super) fn translate<'a>(
     pods: impl Iterator<Item = (&'a ObjectKey, &'a Pod)>,
+    objects: &Objects,
     namespaces: &BTreeMap<&str, Wishes>,
     accounts: &BTreeSet<(&str, &str)>,
     context: &Context,
     problems: &mut Vec<Problem>,
 ) -> Pods {
     let mut pods: Vec<_> = pods.collect();
-    // Who is first keeps a contested address: one that stays before one that is going, then the
-    // younger, since addresses are handed on; names only make it certain.
+    // Who is first keeps a contested address: one that was told before one that was only seen, one that
+    // stays before one that is going, then the younger, since addresses are handed on; names only make
+    // it certain.
     pods.sort_by_key(|(key, pod)| {
         let created = pod.metadata.creation_timestamp;
-        (pod.metadata.deletion_timestamp.is_some(), Reverse(created), *key)
+        let is_going = pod.metadata.deletion_timestamp.is_some();
+        (!has_address(pod), is_going, Reverse(created), *key)
     });
     let mut this = Pods::default();
     let mut uids = HashMap::new();
@@ -103,7 +106,11 @@ pub(super) fn translate<'a>(
             uids.insert(Arc::clone(&found.uid), other);
             continue;
         }
-        let addresses = addresses(pod, &mut report);
+        let mut addresses = addresses(pod, &mut report);
+        if addresses.is_empty() {
+            addresses = objects.seen(&found.uid).to_vec();
+            found.provisional = !addresses.is_empty();
+        }
         let index = this.found.len();
         let addresses = if has_completed(pod) {
             Vec::new() // They may be another pod's by now.
@@ -158,7 +165,13 @@ fn workload(
     }
     let wishes = Wishes::of_pod(&pod.metadata, report);
     let nothing = Wishes::default();
+    // In a cluster there is one, and news of it may come after those of its pod.
+    let is_unread = namespace.is_none() && context.netns == NetnsFrom::Processes;
     let namespace = namespace.unwrap_or(&nothing);
+    let mut enrolment = wishes.enrolment(namespace, &key.namespace, pod);
+    if is_unread && enrolment == Enrolment::LeftAlone(left_alone::NOT_ENROLLED) {
+        enrolment = Enrolment::LeftAlone(left_alone::NAMESPACE_UNREAD);
+    }
     // A hand-written manifest has no UID, and its name stands in.
     let uid = pod.metadata.uid.clone().filter(|uid| !uid.is_empty());
     let uid = uid.unwrap_or_else(|| format!("{}/{}", key.namespace, key.name));
@@ -170,10 +183,16 @@ fn workload(
         node: spec.and_then(|spec| spec.node_name.as_deref()).unwrap_or_default().into(),
         ips: Vec::new(),
         names: names(key, pod),
-        enrolment: wishes.enrolment(namespace, &key.namespace, pod),
+        enrolment,
         settings: wishes.settings(namespace),
+        provisional: false,
         netns: None,
     })
+}
+
+fn has_address(pod: &Pod) -> bool {
+    let told = |status: &PodStatus| status.pod_ips.is_some() || status.pod_ip.is_some();
+    pod.status.as_ref().is_some_and(told)
 }
 
 /// `status.podIPs`, or the older `status.podIP`, each once.

@@ -78,8 +78,14 @@ pub fn translate(
             Object::EndpointSlice(slice) => slices.push((key, &**slice)),
         }
     }
-    let pods =
-        pods::translate(kube_pods.into_iter(), &namespaces, &accounts, context, &mut problems);
+    let pods = pods::translate(
+        kube_pods.into_iter(),
+        objects,
+        &namespaces,
+        &accounts,
+        context,
+        &mut problems,
+    );
     let unread = objects.unread();
     let node_ips = objects.node_ips();
     let services::Services { services, unread: unread_addresses } = services::translate(

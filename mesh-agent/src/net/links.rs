@@ -54,6 +54,18 @@ impl Rtnetlink {
         Ok(found.iter().filter_map(|payload| address(payload)).collect())
     }
 
+    /// The index of the device of this name; `None` if there is none.
+    pub(super) fn index_of(&self, name: &str) -> io::Result<Option<u32>> {
+        let mut body = vec![0; IFINFOMSG_LEN];
+        attribute(&mut body, libc::IFLA_IFNAME, &[name.as_bytes(), &[0]].concat());
+        attribute(&mut body, libc::IFLA_EXT_MASK, &SKIP_STATS.to_ne_bytes());
+        match self.ask(libc::RTM_GETLINK, 0, &body) {
+            Ok(found) => Ok(found.first().and_then(|payload| Some(device(payload)?.index))),
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The device with this index; `None` if there is none.
     pub(super) fn device(&self, index: u32) -> io::Result<Option<Device>> {
         // struct ifinfomsg: family, padding, type (16 bits), index, flags, which flags change.

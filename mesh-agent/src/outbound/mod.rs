@@ -37,6 +37,7 @@ use mesh_core::authorize::Via;
 use mesh_core::direct;
 use mesh_core::route::{self, Route, RouteRefusal};
 use mesh_core::snapshot::{Endpoint, Snapshot, Workload};
+use mesh_core::spiffe::SpiffeId;
 use mesh_core::stage::Stage;
 use mesh_core::wire;
 use tokio::net::TcpStream;
@@ -62,6 +63,9 @@ const SETTLE: [Duration; 4] = [
     Duration::from_millis(200),
     Duration::from_millis(400),
 ];
+
+/// Between looks for the certificate of a pod that is just starting.
+const CERTIFICATE_LOOK: Duration = Duration::from_millis(5);
 
 /// A flow to the endpoint that took the connection.
 struct Carried {
@@ -401,6 +405,7 @@ impl Connection<'_> {
             destination: to,
             source: self.client,
         };
+        self.certificate(&source.identity).await;
         let mut last = None;
         // A node with an address of each family is tried at the second if the first is unreachable.
         for peer in peers {
@@ -422,6 +427,14 @@ impl Connection<'_> {
         }
         let source = last.unwrap_or(tunnel::OpenError::NoCertificate);
         Err(OutboundError::Tunnel { endpoint: to, source })
+    }
+
+    /// Waits for the certificate of a pod that is just starting.
+    async fn certificate(&self, identity: &SpiffeId) {
+        let is_missing = || !self.worker.tunnels.has_certificate(identity);
+        while is_missing() && Instant::now() < self.pod.certificate_by {
+            tokio::time::sleep(CERTIFICATE_LOOK).await;
+        }
     }
 
     /// A plain connection from inside the client's pod, as if the mesh were not there.

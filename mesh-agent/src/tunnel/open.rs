@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
+use mesh_core::spiffe::SpiffeId;
 use mesh_core::wire::{
     HEADER_LEN, MAX_EARLY, OPEN_LEN, Open, Reason, Refusal, ResetReason, data_header,
 };
@@ -40,6 +41,11 @@ impl From<OpenError> for Attempt {
 }
 
 impl Tunnels {
+    /// Whether a workload of this node has a certificate to call with.
+    pub fn has_certificate(&self, from: &SpiffeId) -> bool {
+        self.dialler.has_certificate(from)
+    }
+
     /// Opens a flow and returns when the peer has accepted it.
     ///
     /// Meanwhile at most [`MAX_EARLY`] bytes of what `app` sends go along, and stay in `held`: pass

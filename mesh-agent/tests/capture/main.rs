@@ -10,6 +10,7 @@
 mod enrol;
 mod inbound;
 mod outbound;
+mod pending;
 mod pins;
 mod routes;
 #[path = "../skip/mod.rs"]

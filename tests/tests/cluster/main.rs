@@ -16,6 +16,7 @@ mod certificates;
 mod load;
 mod operations;
 mod services;
+mod unknown;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};

@@ -343,6 +343,10 @@ impl State {
                 self.remote.used(&self.objects, &uids, now);
                 Vec::new()
             }
+            Demand::Seen { uid, ips } => {
+                self.is_stale |= self.objects.see(uid, ips);
+                Vec::new()
+            }
         }
     }
 
@@ -359,6 +363,7 @@ impl State {
         if self.is_failing() {
             return Vec::new();
         }
+        self.objects.forget_seen();
         self.is_stale |= self.remote.expire(&mut self.objects, now);
         self.is_reportable = true;
         self.prefetch(now)

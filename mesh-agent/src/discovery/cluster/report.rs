@@ -133,7 +133,12 @@ fn state(pod: &Workload, outcomes: &Outcomes) -> Option<Option<String>> {
         (Enrolment::Enrolled, None) => None,
         (Enrolment::LeftAlone(left_alone::NOT_ENROLLED | left_alone::DISABLED), _) => Some(None),
         // It has none yet, or needs none any more.
-        (Enrolment::LeftAlone(left_alone::NO_ADDRESS | left_alone::COMPLETED), _) => None,
+        (
+            Enrolment::LeftAlone(
+                left_alone::NO_ADDRESS | left_alone::COMPLETED | left_alone::NAMESPACE_UNREAD,
+            ),
+            _,
+        ) => None,
         (Enrolment::LeftAlone(reason), _) => Some(Some(format!("refused: {reason}"))),
     }
 }

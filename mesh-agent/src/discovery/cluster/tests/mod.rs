@@ -2,6 +2,7 @@
 
 mod demand;
 mod report;
+mod seen;
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -189,12 +190,16 @@ impl Api {
     }
 
     /// An event of everybody who watches pods.
-    fn event(&self, kind: &str, mut object: Value) {
+    fn event(&self, kind: &str, object: Value) {
+        self.event_at(PODS, kind, object);
+    }
+
+    fn event_at(&self, path: &str, kind: &str, mut object: Value) {
         let mut held = self.held.lock().unwrap();
         held.version += 1;
         object["metadata"]["resourceVersion"] = json!(held.version.to_string());
         let line = json!({"type": kind, "object": object}).to_string();
-        for watch in held.watches.entry(PODS.into()).or_default() {
+        for watch in held.watches.entry(path.into()).or_default() {
             watch.send(line.clone()).ok();
         }
     }

@@ -22,6 +22,7 @@ async fn what_became_of_a_pod_is_written_on_it_once() {
     let mut left = pod("left", "10.0.0.4");
     left["metadata"]["annotations"] = json!({"malla.dev/redirection": "enabled"});
     let (one, two) = (asking("one", "10.0.0.1"), asking("two", "10.0.0.2"));
+    api.has("/api/v1/namespaces", vec![json!({"metadata": {"name": "default"}})]);
     api.has(PODS, vec![one.clone(), two, shared, left, pod("never", "10.0.0.5")]);
     let mut followed = api.follow();
     followed.until_pods(&["left", "never", "one", "shared", "two"]).await;

@@ -1,0 +1,90 @@
+//! Pods that wait for their certificates before they are enrolled.
+//!
+//! Without one a pod would be refused everywhere. After [`LIMIT`] they are enrolled all the same, which
+//! fails closed. A newer snapshot ends the wait for this time, since there may be pods in it that must not
+//! wait; each pod's own time goes on.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use mesh_core::snapshot::WorkloadUid;
+use tokio::time::{Instant, sleep};
+
+/// How long a pod waits.
+const LIMIT: Duration = Duration::from_secs(2);
+/// Between looks.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Who waits, and until when.
+#[derive(Debug, Default)]
+pub(super) struct Uncertified(HashMap<WorkloadUid, Instant>);
+
+impl Uncertified {
+    /// Waits until none of the pods in `new` lacks a certificate, or has waited long enough, or
+    /// something newer is there.
+    pub(super) async fn wait(
+        &mut self,
+        new: impl Iterator<Item = WorkloadUid>,
+        lacks_one: impl Fn(&WorkloadUid) -> bool,
+        is_superseded: impl Fn() -> bool,
+    ) {
+        let begun = std::mem::take(&mut self.0);
+        let limit = Instant::now() + LIMIT;
+        self.0 = new
+            .map(|uid| {
+                let until = begun.get(&uid).copied().unwrap_or(limit);
+                (uid, until)
+            })
+            .collect();
+        loop {
+            let now = Instant::now();
+            self.0.retain(|uid, until| now < *until && lacks_one(uid));
+            if self.0.is_empty() || is_superseded() {
+                return;
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    /// Whether the pod still waits.
+    pub(super) fn has(&self, uid: &WorkloadUid) -> bool {
+        self.0.contains_key(uid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    fn uid() -> WorkloadUid {
+        "web".into()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pod_waits_for_its_certificate_and_not_for_ever() {
+        let mut waiting = Uncertified::default();
+        let began = Instant::now();
+        let lacks = |_: &WorkloadUid| began.elapsed() < Duration::from_millis(300);
+        waiting.wait([uid()].into_iter(), lacks, || false).await;
+        assert!(!waiting.has(&uid()) && began.elapsed() < Duration::from_millis(310));
+        let began = Instant::now();
+        waiting.wait([uid()].into_iter(), |_| true, || false).await;
+        assert!(!waiting.has(&uid()), "enrolled without one");
+        assert!((LIMIT..LIMIT + LOOK).contains(&began.elapsed()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn newer_snapshot_is_not_kept_waiting_and_takes_nobodys_time() {
+        let mut waiting = Uncertified::default();
+        let began = Instant::now();
+        let looks = Cell::new(0);
+        let superseded = || looks.replace(looks.get() + 1) >= 100;
+        waiting.wait([uid()].into_iter(), |_| true, superseded).await;
+        assert!(waiting.has(&uid()) && began.elapsed() < LIMIT / 2, "left to the next one");
+        waiting.wait([uid()].into_iter(), |_| true, || false).await;
+        assert!(!waiting.has(&uid()));
+        assert!((LIMIT..LIMIT + 2 * LOOK).contains(&began.elapsed()), "its time went on");
+    }
+}
