@@ -13,6 +13,7 @@ mod connections;
 mod direct;
 mod identities;
 mod kubelet;
+mod listeners;
 mod namespaces;
 mod pods;
 mod redirects;
@@ -26,9 +27,7 @@ mod unknown;
 mod views;
 
 use std::collections::{HashMap, HashSet};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
-use std::path::Path;
 use std::pin::pin;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -42,7 +41,6 @@ use mesh_core::addr::EndpointAddr;
 use mesh_core::affinity::Client;
 use mesh_core::balance::Loads;
 use mesh_core::snapshot::Snapshot;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc as queue, watch};
 use tokio::task::JoinSet;
@@ -50,6 +48,7 @@ use tracing::{debug, error, info, warn};
 
 use self::connections::Connections;
 use self::direct::{Verdicts, WISHES};
+use self::listeners::{serve_http, serve_tunnels};
 use self::pods::Pods;
 pub use self::signer::run_ca;
 use self::source::Source;
@@ -57,19 +56,16 @@ use self::turn::Turn;
 pub use self::uninstall::remove_files;
 use self::unknown::{Unknown, standings};
 use self::views::Views;
-use crate::admin::{self, AdminSocket};
 use crate::capture::{Capture, CaptureConfig};
 use crate::cli::Run;
 use crate::discovery::owner::Owner;
 use crate::identity::store::Identities;
 use crate::identity::verify::verify_peer;
+use crate::net;
 use crate::node::{Limits, Node, Wish, Worker};
 use crate::telemetry::{self, LogLevel, Telemetry};
-use crate::tunnel::{
-    Credentials, Credit, ResetKey, TicketKeys, TunnelConfig, TunnelStats, Tunnels,
-};
+use crate::tunnel::{Credentials, Credit, TicketKeys, TunnelConfig, TunnelStats, Tunnels};
 use crate::workers::Workers;
-use crate::{inbound, net};
 
 /// The programs take the agent for gone when its heartbeat is 5 s old.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -471,111 +467,5 @@ fn credentials(identities: &Arc<Identities>) -> Credentials {
         served: Box::new(move |name| served.served(name)),
         verify: Box::new(move |chain, role, now| verify_peer(&verify.trust(), chain, role, now)),
         trusted: identities.trusted(),
-    }
-}
-
-/// Listens for tunnels: a TCP listener on every worker (the kernel spreads connections over them)
-/// and the QUIC endpoint on the first, since one socket must see all packets of a connection.
-fn serve_tunnels(
-    options: &Run,
-    workers: &Workers,
-    contexts: &[Arc<Worker>],
-    node: &Arc<Node>,
-    tunnels: &mut JoinSet<()>,
-) -> Result<()> {
-    let port = options.tunnel_port.get();
-    let any = net::any_address();
-    for (index, context) in contexts.iter().enumerate() {
-        let listener = net::listen_shared(SocketAddr::new(any, port))
-            .with_context(|| format!("listen for tunnels on TCP port {port}"))?;
-        let (context, drain) = (Arc::clone(context), node.draining.clone());
-        let serving = workers.spawn(index, async move {
-            let listener = match TcpListener::from_std(listener) {
-                Ok(listener) => listener,
-                Err(error) => return error!(%error, stage = "tunnel", "lanes are not served"),
-            };
-            let tunnels = Arc::clone(&context.tunnels);
-            let handler = move |request| inbound::serve_request(Arc::clone(&context), request);
-            if let Err(error) = tunnels.serve_lanes(listener, drain, handler).await {
-                error!(%error, stage = "tunnel", "lanes are not served");
-            }
-        });
-        tunnels.spawn(joined(serving));
-    }
-    let socket = net::udp_socket(SocketAddr::new(any, port))
-        .with_context(|| format!("listen for tunnels on UDP port {port}"))?;
-    let key = reset_key(&options.admin.socket)?;
-    let (context, drain) = (Arc::clone(&contexts[0]), node.draining.clone());
-    let serving = workers.spawn(0, async move {
-        let tunnels = Arc::clone(&context.tunnels);
-        let handler = move |request| inbound::serve_request(Arc::clone(&context), request);
-        if let Err(error) = tunnels.serve_quic(socket, &key, drain, handler).await {
-            error!(%error, stage = "tunnel", "QUIC is not served");
-        }
-    });
-    tunnels.spawn(joined(serving));
-    Ok(())
-}
-
-/// The key that the agent before this one had. Without it peers take longer to learn of a restart.
-fn reset_key(admin_socket: &Path) -> Result<ResetKey> {
-    let path = ResetKey::path(admin_socket);
-    ResetKey::open(&path).or_else(|error| {
-        warn!(
-            %error, path = %path.display(), stage = "tunnel",
-            "no lasting key for QUIC resets: after a restart peers' QUIC connections hang until they time out",
-        );
-        ResetKey::random().context("make a key for QUIC resets")
-    })
-}
-
-async fn joined(task: tokio::task::JoinHandle<()>) {
-    if let Err(error) = task.await
-        && error.is_panic()
-    {
-        error!(%error, stage = "tunnel", "a tunnel listener panicked");
-    }
-}
-
-async fn serve_http(
-    options: &Run,
-    telemetry: &Telemetry,
-    views: &Arc<Views>,
-    log: LogLevel,
-    control: &mut JoinSet<()>,
-) -> Result<()> {
-    let listen = async |addr| {
-        if options.standby.is_on() {
-            return Ok(TcpListener::from_std(net::listen_shared(usable(addr))?)?);
-        }
-        listen(addr).await
-    };
-    let metrics = listen(options.metrics_addr).await.context("--metrics-addr")?;
-    let probes = listen(options.ready_addr).await.context("--ready-addr")?;
-    let socket = AdminSocket::bind(&options.admin.socket).context("--admin-socket")?;
-    let telemetry_for_metrics = telemetry.clone();
-    control.spawn(async move {
-        let exposition = move || telemetry_for_metrics.exposition();
-        match telemetry::serve_metrics(metrics, exposition).await {}
-    });
-    let readiness = Arc::clone(views).readiness();
-    control.spawn(async move { match telemetry::serve_probes(probes, readiness).await {} });
-    let sources = Arc::clone(views).admin_sources(telemetry.clone(), log);
-    control.spawn(async move { match admin::serve(socket, sources).await {} });
-    Ok(())
-}
-
-async fn listen(addr: SocketAddr) -> Result<TcpListener> {
-    let addr = usable(addr);
-    TcpListener::bind(addr).await.with_context(|| format!("listen on {addr}"))
-}
-
-/// `addr`, or its IPv4 counterpart where the node has no IPv6.
-fn usable(addr: SocketAddr) -> SocketAddr {
-    match addr {
-        SocketAddr::V6(v6) if v6.ip() == &Ipv6Addr::UNSPECIFIED && net::any_address().is_ipv4() => {
-            SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), v6.port())
-        }
-        addr => addr,
     }
 }

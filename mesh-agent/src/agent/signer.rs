@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::info;
 
-use super::listen;
+use super::listeners::listen;
 use crate::cli::CaRun;
 use crate::discovery::client;
 use crate::identity::kubernetes::election::Candidate;

@@ -47,7 +47,7 @@ impl Turn {
             return Ok(Self { lock });
         }
         info!(lock = %path.display(), "another agent runs here: waiting for it to drain");
-        let probes = net::listen_shared(super::usable(options.ready_addr));
+        let probes = net::listen_shared(super::listeners::usable(options.ready_addr));
         let probes = TcpListener::from_std(probes.context("--ready-addr")?)?;
         let waiting = async {
             while !try_lock(&lock)? {

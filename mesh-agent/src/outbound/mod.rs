@@ -431,8 +431,9 @@ impl Connection<'_> {
 
     /// Waits for the certificate of a pod that is just starting.
     async fn certificate(&self, identity: &SpiffeId) {
-        let is_missing = || !self.worker.tunnels.has_certificate(identity);
-        while is_missing() && Instant::now() < self.pod.certificate_by {
+        // The time first: nearly all pods have started long ago, and need not look.
+        let is_starting = || Instant::now() < self.pod.certificate_by;
+        while is_starting() && !self.worker.tunnels.has_certificate(identity) {
             tokio::time::sleep(CERTIFICATE_LOOK).await;
         }
     }

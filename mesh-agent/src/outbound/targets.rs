@@ -35,8 +35,9 @@ impl Targets {
     /// Whether `source` keeps to one of these.
     pub(super) fn sticky(&self, source: &Workload, dst: OrigDst) -> Option<Sticky> {
         let Self::Service(service, _) = self else { return None };
+        let timeout = service.affinity?;
         let client = Client { pod: Arc::clone(&source.uid), dst: OrigDst::canonical(dst.0) };
-        service.affinity.map(|timeout| Sticky { client, timeout })
+        Some(Sticky { client, timeout })
     }
 
     /// What is spoken with `endpoint`, as declared; of what is no service's nothing is.

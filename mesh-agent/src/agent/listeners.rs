@@ -1,0 +1,126 @@
+//! Where others reach the agent: other nodes' agents, Prometheus, the kubelet, and the command line.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tracing::{error, warn};
+
+use super::views::Views;
+use crate::admin::{self, AdminSocket};
+use crate::cli::Run;
+use crate::node::{Node, Worker};
+use crate::telemetry::{self, LogLevel, Telemetry};
+use crate::tunnel::ResetKey;
+use crate::workers::Workers;
+use crate::{inbound, net};
+
+/// Listens for tunnels: a TCP listener on every worker (the kernel spreads connections over them)
+/// and the QUIC endpoint on the first, since one socket must see all packets of a connection.
+pub(super) fn serve_tunnels(
+    options: &Run,
+    workers: &Workers,
+    contexts: &[Arc<Worker>],
+    node: &Arc<Node>,
+    tunnels: &mut JoinSet<()>,
+) -> Result<()> {
+    let port = options.tunnel_port.get();
+    let any = net::any_address();
+    for (index, context) in contexts.iter().enumerate() {
+        let listener = net::listen_shared(SocketAddr::new(any, port))
+            .with_context(|| format!("listen for tunnels on TCP port {port}"))?;
+        let (context, drain) = (Arc::clone(context), node.draining.clone());
+        let serving = workers.spawn(index, async move {
+            let listener = match TcpListener::from_std(listener) {
+                Ok(listener) => listener,
+                Err(error) => return error!(%error, stage = "tunnel", "lanes are not served"),
+            };
+            let tunnels = Arc::clone(&context.tunnels);
+            let handler = move |request| inbound::serve_request(Arc::clone(&context), request);
+            if let Err(error) = tunnels.serve_lanes(listener, drain, handler).await {
+                error!(%error, stage = "tunnel", "lanes are not served");
+            }
+        });
+        tunnels.spawn(joined(serving));
+    }
+    let socket = net::udp_socket(SocketAddr::new(any, port))
+        .with_context(|| format!("listen for tunnels on UDP port {port}"))?;
+    let key = reset_key(&options.admin.socket)?;
+    let (context, drain) = (Arc::clone(&contexts[0]), node.draining.clone());
+    let serving = workers.spawn(0, async move {
+        let tunnels = Arc::clone(&context.tunnels);
+        let handler = move |request| inbound::serve_request(Arc::clone(&context), request);
+        if let Err(error) = tunnels.serve_quic(socket, &key, drain, handler).await {
+            error!(%error, stage = "tunnel", "QUIC is not served");
+        }
+    });
+    tunnels.spawn(joined(serving));
+    Ok(())
+}
+
+/// The key that the agent before this one had. Without it peers take longer to learn of a restart.
+fn reset_key(admin_socket: &Path) -> Result<ResetKey> {
+    let path = ResetKey::path(admin_socket);
+    ResetKey::open(&path).or_else(|error| {
+        warn!(
+            %error, path = %path.display(), stage = "tunnel",
+            "no lasting key for QUIC resets: after a restart peers' QUIC connections hang until they time out",
+        );
+        ResetKey::random().context("make a key for QUIC resets")
+    })
+}
+
+async fn joined(task: tokio::task::JoinHandle<()>) {
+    if let Err(error) = task.await
+        && error.is_panic()
+    {
+        error!(%error, stage = "tunnel", "a tunnel listener panicked");
+    }
+}
+
+/// Serves metrics, probes and the admin socket: in place of the agent before this one, or beside nobody.
+pub(super) async fn serve_http(
+    options: &Run,
+    telemetry: &Telemetry,
+    views: &Arc<Views>,
+    log: LogLevel,
+    control: &mut JoinSet<()>,
+) -> Result<()> {
+    let listen = async |addr| {
+        if options.standby.is_on() {
+            return Ok(TcpListener::from_std(net::listen_shared(usable(addr))?)?);
+        }
+        listen(addr).await
+    };
+    let metrics = listen(options.metrics_addr).await.context("--metrics-addr")?;
+    let probes = listen(options.ready_addr).await.context("--ready-addr")?;
+    let socket = AdminSocket::bind(&options.admin.socket).context("--admin-socket")?;
+    let telemetry_for_metrics = telemetry.clone();
+    control.spawn(async move {
+        let exposition = move || telemetry_for_metrics.exposition();
+        match telemetry::serve_metrics(metrics, exposition).await {}
+    });
+    let readiness = Arc::clone(views).readiness();
+    control.spawn(async move { match telemetry::serve_probes(probes, readiness).await {} });
+    let sources = Arc::clone(views).admin_sources(telemetry.clone(), log);
+    control.spawn(async move { match admin::serve(socket, sources).await {} });
+    Ok(())
+}
+
+pub(super) async fn listen(addr: SocketAddr) -> Result<TcpListener> {
+    let addr = usable(addr);
+    TcpListener::bind(addr).await.with_context(|| format!("listen on {addr}"))
+}
+
+/// `addr`, or its IPv4 counterpart where the node has no IPv6.
+pub(super) fn usable(addr: SocketAddr) -> SocketAddr {
+    match addr {
+        SocketAddr::V6(v6) if v6.ip() == &Ipv6Addr::UNSPECIFIED && net::any_address().is_ipv4() => {
+            SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), v6.port())
+        }
+        addr => addr,
+    }
+}
