@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
@@ -36,7 +37,6 @@ pub async fn serve<H, F>(
     H: Fn(TcpStream, SocketAddr) -> F + Send + Sync + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
-    let handle = Arc::new(handle);
     let mut connections = JoinSet::new();
     let mut waiting = Vec::new();
     loop {
@@ -78,19 +78,15 @@ pub async fn serve<H, F>(
 
 fn spawn<H, F>(
     connections: &mut JoinSet<()>,
-    handle: &Arc<H>,
+    handle: &H,
     permit: OwnedSemaphorePermit,
     (stream, from): (TcpStream, SocketAddr),
 ) where
     H: Fn(TcpStream, SocketAddr) -> F + Send + Sync + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
-    let handle = Arc::clone(handle);
-    connections.spawn(async move {
-        // Made in here: what a task captures and then awaits has a place in it twice.
-        handle(stream, from).await;
-        drop(permit);
-    });
+    // Not an `async` block: what that captures and then awaits has a place in it twice.
+    connections.spawn(handle(stream, from).map(move |()| drop(permit)));
 }
 
 fn report_panic(ended: Result<(), tokio::task::JoinError>) {

@@ -130,6 +130,19 @@ pub(crate) fn run_program(name: &str, args: &[String]) -> Result<()> {
     Err(command.exec()).with_context(|| format!("start {}", program.display()))
 }
 
+/// Runs the benchmarks of single stages.
+///
+/// # Errors
+///
+/// Fails if they do not build, or do not run.
+pub(crate) fn micro(args: &[String]) -> Result<()> {
+    setup::toolchain()?;
+    let mut bench = cargo("bench --package mesh-core --package mesh-agent")?;
+    bench.args(["--features", "mesh-agent/bench", "--bench", "decisions", "--bench", "bytes"]);
+    bench.arg("--").args(args);
+    attached(bench)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

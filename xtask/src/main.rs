@@ -42,6 +42,8 @@ enum Task {
     E2e(test::E2e),
     /// Plain TCP and the mesh between the same pods, measured in one run.
     Bench(Program),
+    /// What single stages cost, without a mesh: decisions, sealing, the relay's loop.
+    Micro(Program),
     /// Feed the parsers of what peers send with random input for a while.
     Fuzz(fuzz::Fuzz),
     /// Two nodes, four services, a load, and the proof that it crossed the wire encrypted.
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
         Task::Test => Ok(test::everything()),
         Task::E2e(e2e) => e2e.run(),
         Task::Bench(program) => build::run_program("malla-bench", &program.args).map(well),
+        Task::Micro(program) => build::micro(&program.args).map(well),
         Task::Fuzz(fuzz) => fuzz.run().map(well),
         Task::Demo(program) => build::run_program("malla-demo", &program.args).map(well),
         Task::Cluster(task) => task.run().map(well),

@@ -119,7 +119,8 @@ impl Tally {
         };
         let agent = built.iter().find(|e| e.name == "mesh-agent" && !e.is_test);
         let agent = agent.map(|agent| agent.path.clone());
-        let mut tests: Vec<_> = built.iter().filter(|e| e.is_test && wanted(e)).collect();
+        let is_test = |e: &&Executable| e.is_test && e.kind != "bench" && wanted(e);
+        let mut tests: Vec<_> = built.iter().filter(is_test).collect();
         // What is quick and needs nothing fails first.
         tests.sort_by_key(|e| (e.package == E2E_PACKAGE, e.package.clone(), e.name.clone()));
         for test in tests {

@@ -94,10 +94,12 @@ pub fn carry(
         };
         tracked.established();
         let live = Arc::clone(tracked.live());
-        let end = relay::relay(app, carried.flow, carried.held, &live).await;
-        drop(carried.picked);
+        // Apart: whole, it would keep the place of what the relay takes.
+        let Carried { flow, held, picked, arrival } = carried;
+        let end = relay::relay(app, flow, held, &live).await;
+        drop(picked);
         let outcome = Outcome::from(end);
-        if let Some(arrival) = carried.arrival {
+        if let Some(arrival) = arrival {
             arrival.finish(outcome.clone());
         }
         tracked.finish(outcome);

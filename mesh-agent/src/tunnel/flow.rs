@@ -12,6 +12,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::Carrier;
+use super::buffers::Buf;
 use super::lane::{Lane, LaneEvent};
 use super::pool::Lease;
 use super::stream::{QuicAnswer, QuicFlow};
@@ -54,9 +55,12 @@ impl Held {
         read: impl FnOnce(&mut [u8]) -> std::io::Result<usize>,
     ) -> std::io::Result<&[u8]> {
         let old = self.bytes.len();
-        self.bytes.resize(MAX_EARLY, 0);
-        let result = read(&mut self.bytes[old..]);
-        self.bytes.truncate(old + *result.as_ref().unwrap_or(&0));
+        // By way of a buffer that was written to before: room for all that may come would have to be
+        // zeroed for each connection, and most send a few hundred bytes.
+        let mut buffer = Buf::default();
+        let room = &mut buffer.room()[..MAX_EARLY - old];
+        let result = read(room);
+        self.bytes.extend_from_slice(&room[..*result.as_ref().unwrap_or(&0)]);
         match result {
             Ok(0) => self.ended = true,
             Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => return Err(error),

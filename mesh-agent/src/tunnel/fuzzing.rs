@@ -1,26 +1,18 @@
 //! What a peer sends before and behind the handshake, as the fuzzer makes it up.
 
 use std::pin::pin;
-use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 
 use mesh_core::wire::{HEADER_LEN, MAX_CONTROL};
-use rcgen::KeyPair;
-use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, Error, RootCertStore, ServerConfig};
+use rustls::Error;
 
 use super::buffers::Buf;
-use super::records::{Record, Records};
-use super::session::Session;
+use super::ends::{End, FLIGHTS, connected, sessions};
+use super::records::Record;
 use super::stream;
 
-/// The name under which both ends of a fuzzed connection know the server.
-const NAME: &str = "fuzz.malla";
 /// The types of records' contents that TLS 1.3 knows.
 const KINDS: [u8; 3] = [23, 22, 21];
-/// More flights than any handshake has.
-const FLIGHTS: usize = 16;
 
 /// Records of any kind and in any order from a peer that has the keys, and any bytes from whoever sits
 /// between: what is opened is what the peer has sealed, in its order and from its beginning.
@@ -44,9 +36,7 @@ pub fn records(input: &[u8]) {
                 };
                 // Up to more than a record may hold.
                 let content = content.repeat(if step & 0x80 == 0 { 1 } else { 65 });
-                if kind == KINDS[0] {
-                    sent.extend_from_slice(&content);
-                }
+                sent.extend_from_slice(payload(kind, &content));
                 if peer.records.seal_as(kind, &content, &mut peer.outbox).is_err() {
                     return;
                 }
@@ -99,6 +89,16 @@ pub fn records(input: &[u8]) {
                 return;
             }
         }
+    }
+}
+
+/// What of a record of `kind` is payload. A type of 0 is padding, and what is in front of it the type
+/// (RFC 9846 section 5.4).
+fn payload(kind: u8, content: &[u8]) -> &[u8] {
+    match (kind, content.iter().rposition(|byte| *byte != 0)) {
+        (0, Some(last)) if content[last] == KINDS[0] => &content[..last],
+        (kind, _) if kind == KINDS[0] => content,
+        _ => &[],
     }
 }
 
@@ -180,14 +180,6 @@ fn at_once<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// One end behind its handshake, and what lies at it.
-struct End {
-    records: Records,
-    inbox: Buf,
-    outbox: Buf,
-    plain: Buf,
-}
-
 impl End {
     /// Opens what there is to the end of `opened`, and says what ended it.
     fn open_all(&mut self, opened: &mut Vec<u8>) -> Result<Record, Error> {
@@ -203,65 +195,6 @@ impl End {
     }
 }
 
-/// Both ends of a connection, ours first.
-fn connected(we_are_client: bool) -> Option<(End, End)> {
-    let (client, server) = sessions()?;
-    let mut ends = [client, server].map(|session| (session, Buf::default(), Buf::default()));
-    for _ in 0..FLIGHTS / 2 {
-        let [(client, to_client, from_client), (server, to_server, from_server)] = &mut ends;
-        client.handshake(to_client, from_client).ok()?;
-        to_server.push(from_client.bytes());
-        from_client.clear();
-        server.handshake(to_server, from_server).ok()?;
-        to_client.push(from_server.bytes());
-        from_server.clear();
-    }
-    let ends = ends.map(|(session, inbox, outbox)| {
-        let records = session.into_records().ok()?;
-        Some(End { records, inbox, outbox, plain: Buf::default() })
-    });
-    let [Some(client), Some(server)] = ends else { return None };
-    Some(if we_are_client { (client, server) } else { (server, client) })
-}
-
-fn sessions() -> Option<(Session, Session)> {
-    static CONFIGS: OnceLock<Option<(Arc<ClientConfig>, Arc<ServerConfig>)>> = OnceLock::new();
-    let (client, server) = CONFIGS.get_or_init(configs).as_ref()?;
-    let name = ServerName::try_from(NAME).ok()?;
-    Some((
-        Session::client(Arc::clone(client), name).ok()?,
-        Session::server(Arc::clone(server)).ok()?,
-    ))
-}
-
-/// As lanes have them, but with the quickest key exchange and without names of workloads.
-fn configs() -> Option<(Arc<ClientConfig>, Arc<ServerConfig>)> {
-    let mut provider = aws_lc_rs::default_provider();
-    provider.kx_groups = vec![aws_lc_rs::kx_group::X25519];
-    let provider = Arc::new(provider);
-    let key = KeyPair::generate().ok()?;
-    let cert = rcgen::CertificateParams::new([NAME.to_owned()]).ok()?.self_signed(&key).ok()?;
-    let cert = CertificateDer::clone(cert.der());
-    let mut roots = RootCertStore::empty();
-    roots.add(cert.clone()).ok()?;
-    let key = PrivateKeyDer::try_from(key.serialize_der()).ok()?;
-    let versions = &[&rustls::version::TLS13];
-    let mut client = ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_protocol_versions(versions)
-        .ok()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    client.enable_secret_extraction = true;
-    let mut server = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(versions)
-        .ok()?
-        .with_no_client_auth()
-        .with_single_cert(vec![cert], key)
-        .ok()?;
-    server.enable_secret_extraction = true;
-    Some((Arc::new(client), Arc::new(server)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -271,17 +204,5 @@ mod tests {
         crate::fuzzing::replay("records", records);
         crate::fuzzing::replay("session", session);
         crate::fuzzing::replay("streams", streams);
-    }
-
-    #[test]
-    fn what_the_fuzzer_stands_on_is_a_connection() {
-        for we_are_client in [true, false] {
-            let (mut ours, mut peer) = connected(we_are_client).unwrap();
-            peer.records.seal(b"hello", &mut peer.outbox).unwrap();
-            assert!(ours.inbox.push(peer.outbox.bytes()));
-            let mut opened = Vec::new();
-            ours.open_all(&mut opened).unwrap();
-            assert_eq!(opened, b"hello");
-        }
     }
 }

@@ -34,6 +34,8 @@ mod config;
 mod credentials;
 mod credit;
 mod dial;
+#[cfg(any(feature = "bench", fuzzing, test))]
+pub mod ends;
 mod error;
 mod flow;
 #[cfg(any(fuzzing, test))]

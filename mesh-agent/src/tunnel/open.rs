@@ -6,13 +6,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use mesh_core::spiffe::SpiffeId;
-use mesh_core::wire::{
-    HEADER_LEN, MAX_EARLY, OPEN_LEN, Open, Reason, Refusal, ResetReason, data_header,
-};
+use mesh_core::wire::{HEADER_LEN, Open, Reason, Refusal, ResetReason, data_header};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::timeout_at;
 
+use super::buffers::Buf;
 use super::error::{DialError, OpenError};
 use super::flow::{Flow, Held, LaneFlow};
 use super::lane::{Lane, LaneError, LaneEvent};
@@ -48,7 +47,7 @@ impl Tunnels {
 
     /// Opens a flow and returns when the peer has accepted it.
     ///
-    /// Meanwhile at most [`MAX_EARLY`] bytes of what `app` sends go along, and stay in `held`: pass
+    /// Meanwhile at most [`MAX_EARLY`](mesh_core::wire::MAX_EARLY) bytes of what `app` sends go along, and stay in `held`: pass
     /// the same `held` on when trying another endpoint, and then to the relay.
     ///
     /// # Errors
@@ -207,25 +206,24 @@ async fn open_lane(
     }
 }
 
-/// Queues OPEN, and DATA if there is any, in one record and so in one packet. Apart from the futures,
-/// which would otherwise keep the buffer as long as they live.
+/// Queues OPEN, and DATA if there is any, in one record and so in one packet.
 fn queue_open(lane: &mut Lane, open: &Open, payload: &[u8]) -> io::Result<()> {
-    let mut frames = [0; OPEN_LEN + HEADER_LEN + MAX_EARLY];
-    let (head, data) = frames.split_at_mut(OPEN_LEN);
-    head.copy_from_slice(&open.encode());
-    if payload.is_empty() {
-        return lane.codec.queue(head);
+    let mut frames = Buf::default();
+    let mut fits = frames.push(&open.encode());
+    if !payload.is_empty() {
+        fits = fits && frames.push(&data_header(payload.len())) && frames.push(payload);
     }
-    data[..HEADER_LEN].copy_from_slice(&data_header(payload.len()));
-    data[HEADER_LEN..HEADER_LEN + payload.len()].copy_from_slice(payload);
-    lane.codec.queue(&frames[..OPEN_LEN + HEADER_LEN + payload.len()])
+    if fits { lane.codec.queue(frames.bytes()) } else { Err(io::ErrorKind::FileTooLarge.into()) }
 }
 
 fn queue_payload(lane: &mut Lane, payload: &[u8]) -> io::Result<()> {
-    let mut frame = [0; HEADER_LEN + MAX_EARLY];
-    let frame = &mut frame[..HEADER_LEN + payload.len()];
-    frame[HEADER_LEN..].copy_from_slice(payload);
-    lane.codec.queue_data(frame)
+    let mut frame = Buf::default();
+    let fits = frame.push(&[0; HEADER_LEN]) && frame.push(payload);
+    if fits {
+        lane.codec.queue_data(frame.bytes_mut())
+    } else {
+        Err(io::ErrorKind::FileTooLarge.into())
+    }
 }
 
 /// The application has gone: the peer is told, once.

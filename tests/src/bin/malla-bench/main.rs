@@ -13,6 +13,7 @@ mod machine;
 mod results;
 mod run;
 mod server;
+mod stages;
 mod stats;
 mod usage;
 mod world;
@@ -197,6 +198,7 @@ fn measure(
                 server: world.server_address(),
                 agents,
                 carries: &|connections| world.carries(*side, connections),
+                stages: &|| agents.map(|_agents| world.stages()).transpose(),
                 plan,
                 groups,
                 found: &mut |measure, value| results.add(*side, measure, value),

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use clap::ValueEnum;
 use serde_json::{Map, Value, json};
 
+use crate::stages::Stage;
 use crate::stats::Spread;
 
 /// What carries the bytes between the two pods.
@@ -120,6 +121,7 @@ pub(crate) enum Measure {
     CpuPerNew,
     ClientAgentPerNew,
     ServerAgentPerNew,
+    MeanOf(Stage),
     NewBy16,
     NewDecayBy16,
     NewFailed,
@@ -130,9 +132,9 @@ pub(crate) enum Measure {
 
 use Measure::{
     BesideBulk, BesideP50, BesideP99, Bulk1, Bulk8, ClientAgentPerGb1, ClientAgentPerGb8,
-    ClientAgentPerNew, CpuPerGb1, CpuPerGb8, CpuPerNew, NewBy1, NewBy16, NewDecayBy1, NewDecayBy16,
-    NewFailed, P50Of1, P50Of16, P50Of64, P99Of1, P99Of16, P99Of64, RateOf1, RateOf16, RateOf64,
-    RssIdle, RssPerIdleClient, RssPerIdleServer, ServerAgentPerGb1, ServerAgentPerGb8,
+    ClientAgentPerNew, CpuPerGb1, CpuPerGb8, CpuPerNew, MeanOf, NewBy1, NewBy16, NewDecayBy1,
+    NewDecayBy16, NewFailed, P50Of1, P50Of16, P50Of64, P99Of1, P99Of16, P99Of64, RateOf1, RateOf16,
+    RateOf64, RssIdle, RssPerIdleClient, RssPerIdleServer, ServerAgentPerGb1, ServerAgentPerGb8,
     ServerAgentPerNew,
 };
 
@@ -167,6 +169,10 @@ impl Measure {
             CpuPerNew => ("cpu_per_conn_us", "CPU per new connection: whole machine", "us"),
             ClientAgentPerNew => ("cpu_per_conn_us_client_agent", "... client's agent", "us"),
             ServerAgentPerNew => ("cpu_per_conn_us_server_agent", "... server's agent", "us"),
+            MeanOf(stage) => {
+                let (name, label) = stage.spec();
+                (name, label, "us")
+            }
             NewBy16 => ("new_conns_16", "new connections, 16 clients", "1/s"),
             NewDecayBy16 => ("new_conns_16_decay", "... last quarter \u{f7} first", "x"),
             NewFailed => ("new_conns_failed", "... that failed, 1 and 16 clients", "count"),

@@ -13,6 +13,7 @@ use clap::ValueEnum;
 use crate::client::{Order, Outcome, Work};
 use crate::results::Measure;
 use crate::server;
+use crate::stages::Taken;
 use crate::usage::{machine_cpu_s, process_cpu_s, resident_kib};
 
 /// Between two kinds of work: what the first one left behind (closing connections) settles.
@@ -142,6 +143,8 @@ pub(crate) struct Round<'a> {
     pub(crate) agents: Option<Agents>,
     /// Fails unless so many connections are open and carried as this side is to carry them.
     pub(crate) carries: &'a dyn Fn(usize) -> Result<()>,
+    /// What the stages of the agents have taken until now, `None` where no agent carries.
+    pub(crate) stages: &'a dyn Fn() -> Result<Option<Taken>>,
     /// How long and how much.
     pub(crate) plan: Plan,
     /// What is measured.
@@ -251,7 +254,13 @@ impl Round<'_> {
     }
 
     fn new_connections(&mut self) -> Result<()> {
+        let before = (self.stages)()?;
         let (one, used) = self.work(Work::Connect, 1, self.plan.connect_seconds)?;
+        if let Some((before, now)) = before.zip((self.stages)()?) {
+            for (stage, mean_us) in now.means_us_since(before) {
+                (self.found)(Measure::MeanOf(stage), mean_us);
+            }
+        }
         (self.found)(Measure::NewBy1, one.rate);
         (self.found)(Measure::NewDecayBy1, one.decay);
         #[expect(clippy::cast_precision_loss, reason = "far below 2^53 connections")]

@@ -14,6 +14,7 @@ use crate::hops::Hop;
 use crate::results::{Place, Side};
 use crate::run::Agents;
 use crate::server::{ECHO_MANY, ECHO_ONE, SINK};
+use crate::stages::Taken;
 
 /// What is set in both pods, for readers of the table.
 pub(crate) const SETTINGS: &str = "In both pods net.ipv4.tcp_tw_reuse=1 and \
@@ -176,6 +177,16 @@ impl World {
             side.name(),
         );
         Ok(())
+    }
+
+    /// What the stages of both nodes' agents have taken until now.
+    ///
+    /// # Errors
+    ///
+    /// Fails when an agent does not tell.
+    pub(crate) fn stages(&self) -> Result<Taken> {
+        let [client, server] = NODES.map(|node| self.mesh.agent(node));
+        Taken::so_far(client, server)
     }
 
     /// On the direct sides: lets the agent decide about all that clients will dial, and says how
