@@ -23,6 +23,7 @@ mod routes;
 mod sock_diag;
 mod source_port;
 mod sysctl;
+mod udp;
 
 use std::cell::OnceCell;
 use std::fs::File;
@@ -41,12 +42,15 @@ pub use cable::{Cable, NoCable, cable};
 use clients::Clients;
 pub use deliver::deliver;
 pub use nsid::namespace_id;
-pub use own::{any_address, give_back_memory, listen_shared, raise_file_limit, udp_socket};
+pub use own::{any_address, give_back_memory, listen_shared, raise_file_limit};
 pub use routes::{
     add_client_address_routes, raise_loopback, remove_client_address_routes,
     retire_client_address_routes,
 };
 pub use sock_diag::{Ends, SockDiag, TcpInfo};
+#[cfg(test)]
+pub use udp::testing::udp_gro;
+pub use udp::{Instruction, choose_socket_by, set_udp_gro, udp_socket, udp_sockets_at};
 
 /// The mark of deliveries that keep the client's address. `routes` sends marked replies back over
 /// loopback. The value is only ever seen inside a pod's namespace, by that namespace's rules.

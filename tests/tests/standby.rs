@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Mesh, Predecessor, Serve, exchange, wait};
+use harness::{Carrier, Family, Mesh, Predecessor, Serve, exchange, wait};
 
 /// From SIGTERM of the old agent until it lets go.
 const TAKEOVER: Duration = Duration::from_secs(10);
@@ -15,11 +15,22 @@ const TAKEOVER: Duration = Duration::from_secs(10);
 #[test]
 fn agent_that_stands_by_is_ready_and_takes_over_when_the_old_one_drains() -> Result<()> {
     harness::require!();
-    let mut mesh = Mesh::two_nodes_builder().flag("--standby=on").start()?;
-    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    for carrier in Carrier::BOTH {
+        stands_by(carrier).with_context(|| format!("{carrier:?}"))?;
+    }
+    Ok(())
+}
+
+fn stands_by(carrier: Carrier) -> Result<()> {
+    let mut mesh = Mesh::two_nodes_builder().carrier(carrier).flag("--standby=on").start()?;
+    let _servers = ["a1", "b1"].map(|pod| mesh.pod(pod).serve(8080, Serve::Echo));
     let to = mesh.service("b").v4(80);
-    let mut held = mesh.pod("a1").connect(to)?;
-    exchange(&mut held, b"before")?;
+    // From the agent that is replaced, and to it.
+    let mut held = [("a1", "b1"), ("b1", "a1")]
+        .map(|(from, to)| mesh.pod(from).connect(mesh.pod(to).v4(8080)))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+    held.iter_mut().try_for_each(|held| exchange(held, b"before"))?;
 
     let mut old = mesh.agent_mut("a").start_beside()?;
     wait::until(wait::SOON, "the new one to wait", || {
@@ -40,7 +51,11 @@ fn agent_that_stands_by_is_ready_and_takes_over_when_the_old_one_drains() -> Res
     mesh.agent_mut("a").wait_until_ready()?;
     exchange(&mut mesh.pod("a1").connect(to)?, b"the new one carries")?;
     ensure!(old.runs()?, "it should still carry what it has accepted");
-    exchange(&mut held, b"by the old one")?;
+    for _ in 0..20 {
+        // Beside connections that are the new one's.
+        exchange(&mut mesh.pod("b1").connect(mesh.pod("a1").v4(8080))?, b"the new one carries")?;
+        held.iter_mut().try_for_each(|held| exchange(held, &[7; 20_000]))?;
+    }
     let status = mesh.agent("a").cli(&["status"])?;
     ensure!(status.code == 0, "{status:?}");
 
@@ -52,7 +67,15 @@ fn agent_that_stands_by_is_ready_and_takes_over_when_the_old_one_drains() -> Res
 #[test]
 fn no_connection_is_refused_while_one_agent_follows_the_other() -> Result<()> {
     harness::require!();
-    let mut mesh = Mesh::two_nodes_builder().flag("--standby=on").flag("--drain-s=2").start()?;
+    for carrier in Carrier::BOTH {
+        is_followed(carrier).with_context(|| format!("{carrier:?}"))?;
+    }
+    Ok(())
+}
+
+fn is_followed(carrier: Carrier) -> Result<()> {
+    let builder = Mesh::two_nodes_builder().carrier(carrier);
+    let mut mesh = builder.flag("--standby=on").flag("--drain-s=2").start()?;
     let _there = mesh.pod("b1").serve(8080, Serve::Echo)?;
     let _here = mesh.pod("a1").serve(8080, Serve::Echo)?;
     let old = mesh.agent_mut("a").start_beside()?;
@@ -61,19 +84,21 @@ fn no_connection_is_refused_while_one_agent_follows_the_other() -> Result<()> {
     })?;
     let end = AtomicBool::new(false);
     let mesh = RwLock::new(mesh);
-    let [out, into] = thread::scope(|scope| {
-        let dial = |from: &'static str, to: &'static str| {
+    let dialled = thread::scope(|scope| {
+        let dial = |family: Family, from: &'static str, to: &'static str| {
             let (mesh, end) = (&mesh, &end);
-            scope.spawn(move || keep_dialling(mesh, from, to, end))
+            scope.spawn(move || keep_dialling(mesh, family, from, to, end))
         };
-        let dialling = [dial("a1", "b1"), dial("b1", "a1")];
+        let dialling =
+            Family::BOTH.map(|family| [dial(family, "a1", "b1"), dial(family, "b1", "a1")]);
         let replaced = replace(&mesh, old);
         end.store(true, Ordering::Release);
-        let dialled = dialling.map(|one| one.join().unwrap_or_else(|panic| resume_unwind(panic)));
-        replaced.map(|()| dialled)
+        let joined = dialling.into_iter().flatten().map(|one| one.join());
+        let dialled = joined.map(|one| one.unwrap_or_else(|panic| resume_unwind(panic)));
+        let dialled = dialled.collect::<Result<Vec<_>>>();
+        replaced.and(dialled)
     })?;
-    let (out, into) = (out?, into?);
-    ensure!(out > 20 && into > 20, "hardly any traffic: {out}, {into}");
+    ensure!(dialled.iter().all(|times| *times > 20), "hardly any traffic: {dialled:?}");
     Ok(())
 }
 
@@ -86,12 +111,19 @@ fn replace(mesh: &RwLock<Mesh>, mut old: Predecessor) -> Result<()> {
     mesh.agent_mut("a").wait_until_ready()
 }
 
-fn keep_dialling(mesh: &RwLock<Mesh>, from: &str, to: &str, end: &AtomicBool) -> Result<usize> {
+fn keep_dialling(
+    mesh: &RwLock<Mesh>,
+    family: Family,
+    from: &str,
+    to: &str,
+    end: &AtomicBool,
+) -> Result<usize> {
     let mut dialled = 0;
     while !end.load(Ordering::Acquire) {
         let mesh = mesh.read().unwrap_or_else(PoisonError::into_inner);
-        let told = || format!("{from} to {to} after {dialled} connections");
-        let mut stream = mesh.pod(from).connect(mesh.pod(to).v4(8080)).with_context(told)?;
+        let told = || format!("{from} to {to}, {family:?}, after {dialled} connections");
+        let addr = mesh.pod(to).addr(family, 8080);
+        let mut stream = mesh.pod(from).connect(addr).with_context(told)?;
         stream.set_read_timeout(Some(wait::SOON))?;
         exchange(&mut stream, b"here?").with_context(told)?;
         dialled += 1;

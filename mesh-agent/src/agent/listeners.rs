@@ -14,19 +14,20 @@ use crate::admin::{self, AdminSocket};
 use crate::cli::Run;
 use crate::node::{Node, Worker};
 use crate::telemetry::{self, LogLevel, Telemetry};
-use crate::tunnel::ResetKey;
+use crate::tunnel::{ResetKey, Steering};
 use crate::workers::Workers;
 use crate::{inbound, net};
 
 /// Listens for tunnels: a TCP listener on every worker (the kernel spreads connections over them)
-/// and the QUIC endpoint on the first, since one socket must see all packets of a connection.
+/// and the QUIC endpoint on the first, since one socket must see all packets of a connection. Returns what
+/// chooses between that socket and those of the agents before and after this one.
 pub(super) fn serve_tunnels(
     options: &Run,
     workers: &Workers,
     contexts: &[Arc<Worker>],
     node: &Arc<Node>,
     tunnels: &mut JoinSet<()>,
-) -> Result<()> {
+) -> Result<Steering> {
     let port = options.tunnel_port.get();
     let any = net::any_address();
     for (index, context) in contexts.iter().enumerate() {
@@ -48,17 +49,19 @@ pub(super) fn serve_tunnels(
     }
     let socket = net::udp_socket(SocketAddr::new(any, port))
         .with_context(|| format!("listen for tunnels on UDP port {port}"))?;
+    let steering = Steering::new(&socket).context("share the UDP port with other agents")?;
     let key = reset_key(&options.admin.socket)?;
+    let tag = steering.tag();
     let (context, drain) = (Arc::clone(&contexts[0]), node.draining.clone());
     let serving = workers.spawn(0, async move {
         let tunnels = Arc::clone(&context.tunnels);
         let handler = move |request| inbound::serve_request(Arc::clone(&context), request);
-        if let Err(error) = tunnels.serve_quic(socket, &key, drain, handler).await {
+        if let Err(error) = tunnels.serve_quic(socket, &key, tag, drain, handler).await {
             error!(%error, stage = "tunnel", "QUIC is not served");
         }
     });
     tunnels.spawn(joined(serving));
-    Ok(())
+    Ok(steering)
 }
 
 /// The key that the agent before this one had. Without it peers take longer to learn of a restart.

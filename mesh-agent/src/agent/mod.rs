@@ -64,7 +64,9 @@ use crate::identity::verify::verify_peer;
 use crate::net;
 use crate::node::{Limits, Node, Wish, Worker};
 use crate::telemetry::{self, LogLevel, Telemetry};
-use crate::tunnel::{Credentials, Credit, TicketKeys, TunnelConfig, TunnelStats, Tunnels};
+use crate::tunnel::{
+    Credentials, Credit, Steering, TicketKeys, TunnelConfig, TunnelStats, Tunnels,
+};
 use crate::workers::Workers;
 
 /// The programs take the agent for gone when its heartbeat is 5 s old.
@@ -129,6 +131,10 @@ struct Agent {
     owner: Option<Arc<Owner>>,
     /// Only where a successor may wait for it.
     turn: Option<Turn>,
+    /// Whose QUIC connections' packets come here.
+    steering: Steering,
+    /// Whether new ones do.
+    leads: bool,
     /// Tunnel listeners, one a worker and carrier.
     tunnels: JoinSet<()>,
     /// What a successor does instead as soon as this agent drains: answers at shared ports and at the
@@ -205,7 +211,7 @@ impl Agent {
         let stats = Arc::new(TunnelStats::default());
         let contexts = start_tunnels(&options, &workers, &node, &identities, &stats).await?;
         let mut tunnels = JoinSet::new();
-        serve_tunnels(&options, &workers, &contexts, &node, &mut tunnels)?;
+        let steering = serve_tunnels(&options, &workers, &contexts, &node, &mut tunnels)?;
 
         let pods =
             Pods::new(Arc::clone(&workers), contexts.clone(), Arc::clone(&identities), namespaces);
@@ -280,6 +286,8 @@ impl Agent {
             unknown,
             owner,
             turn,
+            steering,
+            leads: false,
             tunnels,
             shared,
             control,
@@ -340,7 +348,25 @@ impl Agent {
         let lives = |client: &Client| snapshot.workload(&client.pod).is_some();
         self.node.affinities().retain(Instant::now(), lives);
         self.node.telemetry.retain(&snapshot);
+        self.lead();
         self.views.applied(snapshot);
+    }
+
+    /// Takes new QUIC connections, once: an agent before this one has taken them until now, and keeps its
+    /// own.
+    fn lead(&mut self) {
+        if std::mem::replace(&mut self.leads, true) {
+            return;
+        }
+        if let Err(error) = self.steering.take_over() {
+            warn!(%error, stage = "tunnel", "QUIC connections may be reset until the agent before this one has ended");
+        }
+        let steering = self.steering.clone();
+        self.control.spawn(async move {
+            if let Err(error) = steering.settle().await {
+                warn!(%error, stage = "tunnel", "QUIC connections may be reset when the next agent starts");
+            }
+        });
     }
 
     /// Tells what is known of pods to whoever holds back those that are not captured yet.
@@ -386,6 +412,9 @@ impl Agent {
             self.shared.shutdown().await;
             if let Some(connections) = self.connections.take() {
                 connections.let_go();
+            }
+            if let Err(error) = self.steering.make_room() {
+                warn!(%error, stage = "tunnel", "QUIC connections may be reset by the next agent");
             }
             turn.hand_over(&self.options.admin.socket).await;
         }

@@ -1,9 +1,9 @@
 //! The agent's own sockets, limits and memory, in its own namespace.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 use super::{BACKLOG, check, domain, stream_socket};
 
@@ -31,22 +31,6 @@ pub fn listen_shared(addr: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_port(true)?;
     socket.bind(&addr.into())?;
     socket.listen(BACKLOG)?;
-    Ok(socket.into())
-}
-
-/// A non-blocking UDP socket for both families.
-///
-/// # Errors
-///
-/// Of `socket()` and `bind()`.
-pub fn udp_socket(addr: SocketAddr) -> io::Result<UdpSocket> {
-    let kind = Type::DGRAM.nonblocking().cloexec();
-    let socket = Socket::new(domain(addr.ip()), kind, Some(Protocol::UDP))?;
-    if addr.is_ipv6() {
-        socket.set_only_v6(false)?;
-    }
-    socket.set_reuse_port(true)?;
-    socket.bind(&addr.into())?;
     Ok(socket.into())
 }
 

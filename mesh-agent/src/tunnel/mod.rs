@@ -52,6 +52,7 @@ mod reset_key;
 mod serve;
 mod session;
 mod stats;
+mod steering;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -65,6 +66,7 @@ pub use error::{DialError, OpenError};
 pub use flow::{Flow, Held, LaneFlow, Request};
 pub use reset_key::ResetKey;
 pub use stats::{SessionKind, Side, TunnelStats};
+pub use steering::{Steering, Tag};
 pub use stream::QuicFlow;
 pub use tunnels::{Peer, TicketKeys, TunnelView, Tunnels};
 

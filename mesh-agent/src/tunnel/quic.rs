@@ -21,6 +21,7 @@ use super::error::DialError;
 use super::proof::Proof;
 use super::reset_key::ResetKey;
 use super::stats::{Gauged, TunnelStats};
+use super::steering::{ID_LEN, Tag};
 use super::tls;
 use crate::identity::verify::PeerRefused;
 
@@ -33,22 +34,25 @@ const QUIET: Duration = Duration::from_secs(1);
 /// How long after its last flow a connection is kept for what was sent last: several round trips.
 const SETTLED: Duration = Duration::from_millis(300);
 
-/// Ids of a server's connections: 64 random bits. quinn's own have 24, and a check by a key of the
-/// process: the next agent would take none of them for a connection's, or, knowing that key, would soon
-/// give an id to two connections, whose reset tokens are then the same (RFC 9000 section 10.3.2).
+/// Ids of a server's connections: the agent's tag and 48 random bits. quinn's own have 24, and a check by a
+/// key of the process: the next agent would take none of them for a connection's, or, knowing that key,
+/// would soon give an id to two connections, whose reset tokens are then the same (RFC 9000 section
+/// 10.3.2).
 #[derive(Debug)]
-struct RandomIds;
+struct TaggedIds(Tag);
 
-impl ConnectionIdGenerator for RandomIds {
+impl ConnectionIdGenerator for TaggedIds {
     fn generate_cid(&mut self) -> ConnectionId {
-        let mut id = [0; size_of::<u64>()];
+        let mut id = [0; ID_LEN];
+        let (tag, random) = id.split_at_mut(self.0.0.len());
+        tag.copy_from_slice(&self.0.0);
         #[expect(clippy::expect_used, reason = "aws-lc ends the process rather than fail here")]
-        aws_lc_rs::rand::fill(&mut id).expect("randomness");
+        aws_lc_rs::rand::fill(random).expect("randomness");
         ConnectionId::new(&id)
     }
 
     fn cid_len(&self) -> usize {
-        size_of::<u64>()
+        ID_LEN
     }
 
     fn cid_lifetime(&self) -> Option<Duration> {
@@ -292,10 +296,11 @@ pub(super) fn server_endpoint(
     socket: UdpSocket,
     server: quinn::ServerConfig,
     key: &ResetKey,
+    tag: Tag,
 ) -> io::Result<Endpoint> {
     let mut config = EndpointConfig::new(Arc::new(key.hmac()));
     config
-        .cid_generator(|| Box::new(RandomIds))
+        .cid_generator(move || Box::new(TaggedIds(tag)))
         // After a restart all peers ask within a keep-alive. A reset is smaller than what it answers, so
         // it amplifies nothing; the limit is for what it costs us.
         .min_reset_interval(BETWEEN_RESETS);

@@ -7,9 +7,9 @@
 //! # Guarantees
 //!
 //! - Readable by root alone, and only if it is: a key that others can read or write is replaced.
-//! - One agent of a node has it at a time, and only for the endpoint that serves: RFC 9000 section 21.11
-//!   forbids to reset what another endpoint of the same key may still hold. What dials has keys of its
-//!   own.
+//! - It is for endpoints that see the packets of no other's connections, which RFC 9000 section 21.11 forbids
+//!   to reset: those that serve, of which a node has one, or while one agent follows the other two
+//!   (`steering`). What dials has keys of its own.
 //!
 //! # Not here
 //!

@@ -22,6 +22,7 @@ use crate::tunnel::flow::{AnswerOn, Request};
 use crate::tunnel::quic::{self, QuicLink};
 use crate::tunnel::reset_key::ResetKey;
 use crate::tunnel::stats::{SessionKind, Side};
+use crate::tunnel::steering::Tag;
 use crate::tunnel::stream::{self, Head, QuicAnswer};
 use crate::tunnel::tls::{self, Refusals, ServedBySni};
 use crate::tunnel::tunnels::Tunnels;
@@ -32,7 +33,8 @@ const UNVALIDATED: usize = 4;
 
 impl Tunnels {
     /// Serves QUIC connections in the same way, on a UDP socket that the caller has bound. With the
-    /// `key` of the agent before this one, peers of that one learn that it is gone.
+    /// `key` of the agent before this one, peers of that one learn that it is gone; with a `tag` of its own
+    /// both can have the port ([`Steering`](super::super::Steering)).
     ///
     /// # Errors
     ///
@@ -41,6 +43,7 @@ impl Tunnels {
         self: Arc<Self>,
         socket: UdpSocket,
         key: &ResetKey,
+        tag: Tag,
         drain: watch::Receiver<bool>,
         handler: H,
     ) -> io::Result<()>
@@ -51,7 +54,7 @@ impl Tunnels {
         let server = Arc::new(Server::new(self, handler, drain.clone())?);
         let transport = quic::transport(&server.tunnels.config);
         let first = quic::server_config(server.tls.clone(), &transport)?;
-        let endpoint = quic::server_endpoint(socket, first, key)?;
+        let endpoint = quic::server_endpoint(socket, first, key, tag)?;
         let most = server.config().max_handshakes;
         let handshakes = Arc::new(Semaphore::new(most));
         let mut connections = take(&endpoint, drain, |incoming: quinn::Incoming, open| {

@@ -260,9 +260,10 @@ impl Agent {
             tasks.spawn(async move { serve.await.unwrap() });
         }
         if serves != Serves::OnlyLanes {
-            let serve =
-                async move { tunnels.serve_quic(socket, &key, draining, handler).await.unwrap() };
-            tasks.spawn(serve);
+            tasks.spawn(async move {
+                let serve = tunnels.serve_quic(socket, &key, Tag([7; 2]), draining, handler);
+                serve.await.unwrap();
+            });
         }
         Self { node, stats, drain, behaviour, requests, tasks }
     }
