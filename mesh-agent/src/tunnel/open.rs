@@ -164,9 +164,11 @@ async fn open_lane(
                     Ok(()) => return Ok(Flow::Lane(LaneFlow::of_client(lane, lease))),
                     Err(refusal) => {
                         // After these the lane ends: the peer closes it, and another one is needed.
-                        let over =
-                            has_outlived(refusal.reason) || refusal.reason == Reason::Version;
-                        if lane.used && has_outlived(refusal.reason) {
+                        let over = matches!(
+                            refusal.reason,
+                            Reason::Draining | Reason::CallerCertificate | Reason::Version
+                        );
+                        if has_outlived(refusal.reason, lane.used) {
                             return Err(Attempt::Outlived(refusal.reason));
                         }
                         if !over && lane.codec.queue_fin().is_ok() && lane.flush().await.is_ok() {
@@ -234,9 +236,11 @@ async fn abandon(mut lane: Box<Lane>) {
     }
 }
 
-/// Whether the refusal is about the carrier, and not about this flow.
-fn has_outlived(reason: Reason) -> bool {
-    matches!(reason, Reason::Draining | Reason::CallerCertificate)
+/// Whether the refusal is about the carrier, and another one may be better. An agent that drains may have
+/// a successor already, which takes what is dialled now, also if this carrier came just before it; a
+/// certificate that was refused in a fresh handshake is not taken the next time either.
+fn has_outlived(reason: Reason, used: bool) -> bool {
+    reason == Reason::Draining || (used && reason == Reason::CallerCertificate)
 }
 
 /// The lane broke without a word. A lane that had been idle may have been closed by a peer that went
@@ -330,11 +334,11 @@ async fn open_quic(
         }
         Ok(Err(refusal)) => {
             flow.refused();
-            if has_outlived(refusal.reason) {
+            if matches!(refusal.reason, Reason::Draining | Reason::CallerCertificate) {
                 link.retire();
-                if link.has_accepted() {
-                    return Err(Attempt::Outlived(refusal.reason));
-                }
+            }
+            if has_outlived(refusal.reason, link.has_accepted()) {
+                return Err(Attempt::Outlived(refusal.reason));
             }
             Err(OpenError::Refused(refusal).into())
         }

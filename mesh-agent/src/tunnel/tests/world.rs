@@ -181,6 +181,8 @@ fn verify(
 pub(super) enum Behaviour {
     Deliver,
     Refuse(Reason),
+    /// Refuses the first request, and delivers the others.
+    RefuseFirst(Reason),
     /// Accepts, then vanishes without a word.
     Vanish,
     /// Takes requests and never answers.
@@ -278,29 +280,39 @@ impl Agent {
 }
 
 async fn handle(request: Request, behaviour: Behaviour, requests: Arc<Mutex<Vec<Seen>>>) {
-    requests.lock().unwrap().push(Seen {
+    let now = Seen {
         caller: request.caller.clone(),
         served_as: request.served_as.clone(),
         peer: request.peer,
         carrier: request.carrier(),
         open: request.open,
-    });
+    };
+    let before = {
+        let mut seen = requests.lock().unwrap();
+        seen.push(now);
+        seen.len() - 1
+    };
     match behaviour {
+        Behaviour::RefuseFirst(reason) if before == 0 => {
+            request.refuse(Refusal::new(Stage::Authorize, reason)).await;
+        }
         Behaviour::Refuse(reason) => {
             request.refuse(Refusal::new(Stage::Authorize, reason)).await;
         }
         Behaviour::Vanish => drop(request.accept().await),
         Behaviour::Hang => pending().await,
-        Behaviour::Deliver => match TcpStream::connect(request.open.destination.0).await {
-            Ok(app) => {
-                if let Some(flow) = request.accept().await {
-                    relay(app, flow, Held::default(), &Live::default()).await;
+        Behaviour::Deliver | Behaviour::RefuseFirst(_) => {
+            match TcpStream::connect(request.open.destination.0).await {
+                Ok(app) => {
+                    if let Some(flow) = request.accept().await {
+                        relay(app, flow, Held::default(), &Live::default()).await;
+                    }
+                }
+                Err(_) => {
+                    request.refuse(Refusal::new(Stage::Deliver, Reason::ConnectionRefused)).await;
                 }
             }
-            Err(_) => {
-                request.refuse(Refusal::new(Stage::Deliver, Reason::ConnectionRefused)).await;
-            }
-        },
+        }
     }
 }
 
