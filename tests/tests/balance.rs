@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::io::Read as _;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use harness::{Family, Mesh, Serve, ServiceSpec, exchange};
+use harness::{Carrier, Family, Mesh, Serve, ServiceSpec, exchange, linger_zero, wait};
 
 /// Three endpoints, one of them on the client's own node.
 const PODS: [&str; 3] = ["a2", "b1", "b2"];
@@ -56,5 +57,38 @@ fn random_reaches_all_and_takes_no_turns() -> Result<()> {
     }
     // Without a repetition in 60: once in 10^10 times.
     ensure!(who.windows(2).any(|two| two[0] == two[1]), "these are turns: {who:?}");
+    Ok(())
+}
+
+/// How long an endpoint that has failed once is tried last.
+const AVOIDED: Duration = Duration::from_secs(2);
+
+#[test]
+fn application_that_gives_up_does_not_blame_the_endpoint() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mut mesh = Mesh::two_nodes_builder()
+            .service(ServiceSpec::new("all").port(80, 8080).pods(&["b1", "b2"]))
+            .carrier(carrier)
+            .flag("--balance=round-robin")
+            .start()?;
+        let _servers = ["b1", "b2"].map(|pod| mesh.pod(pod).serve(8080, Serve::Greet(pod)));
+        // So that there are carriers, and nobody is new.
+        greeted(&mesh, Family::V4, 4)?;
+        mesh.agent_mut("b").signal(libc::SIGSTOP)?;
+        let stream = mesh.pod("a1").connect(mesh.service("all").v4(80))?;
+        wait::until(wait::SOON, "the connection to be opened", || {
+            let open = mesh.agent("a").ask(&["connections"]);
+            open.is_ok_and(|open| open.as_array().is_some_and(|open| !open.is_empty()))
+        })?;
+        let gave_up = Instant::now();
+        linger_zero(&stream)?;
+        drop(stream);
+        mesh.agent("a").wait_for_record(&[("reason", "application_reset")])?;
+        mesh.agent_mut("b").signal(libc::SIGCONT)?;
+        let who = greeted(&mesh, Family::V4, 2)?;
+        ensure!(gave_up.elapsed() < AVOIDED, "too slow to tell");
+        ensure!(who[0] != who[1], "{carrier:?}: {who:?}");
+    }
     Ok(())
 }

@@ -64,6 +64,12 @@ impl InboundError {
         !matches!(self, Self::Refused(AuthorizeRefusal::PlaintextInStrict))
     }
 
+    /// Whether it is the pod that cannot be reached, and not the caller that may not, or this agent that
+    /// cannot.
+    pub fn blames_application(&self) -> bool {
+        matches!(self, Self::NoNamespace { .. } | Self::Deliver { .. })
+    }
+
     /// What the caller's agent is told.
     pub fn refusal(&self) -> Refusal {
         let reason = match self {

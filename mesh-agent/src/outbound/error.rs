@@ -121,6 +121,20 @@ impl OutboundError {
         }
     }
 
+    /// Whether the endpoint is to blame, or what leads to it: others are preferred to it for a while. Not
+    /// for what an application did, what this agent lacks, or what a policy says of one client.
+    pub fn blames_endpoint(&self) -> bool {
+        match self {
+            Self::NotCaptured { .. }
+            | Self::ClientGone { .. }
+            | Self::UnknownSource
+            | Self::Route { .. } => false,
+            Self::UnknownNode { .. } | Self::Passthrough { .. } => true,
+            Self::Tunnel { source, .. } => source.blames_peer(),
+            Self::Local(error) => error.blames_application(),
+        }
+    }
+
     /// What telemetry records.
     pub fn failure(&self) -> Failure {
         let failure = Failure::new(self.stage(), self.reason(), crate::telemetry::chain(self));

@@ -267,7 +267,9 @@ impl Connection<'_> {
                     return Ok((flow, picked, arrival));
                 }
                 Err(error) => {
-                    picked.failed();
+                    if error.blames_endpoint() {
+                        picked.failed();
+                    }
                     tried.push(endpoint.addr);
                     let is_last = tried.len() >= node.limits.attempts.min(targets.as_slice().len());
                     if is_last || !error.may_retry() {

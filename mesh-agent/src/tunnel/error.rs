@@ -201,6 +201,18 @@ impl OpenError {
         }
     }
 
+    /// Whether the peer, or what is behind it or on the way there, is to blame.
+    pub fn blames_peer(&self) -> bool {
+        match self {
+            Self::NoCertificate | Self::Application(_) => false,
+            Self::Dial(error) | Self::BackingOff(error) => {
+                !matches!(**error, DialError::NoCertificate)
+            }
+            Self::Refused(refusal) => refusal.reason != Reason::Denied,
+            Self::Lost { .. } | Self::Protocol(_) | Self::TimedOut { .. } => true,
+        }
+    }
+
     /// Whether another endpoint may be tried with the same bytes: only if none of them can have
     /// reached an application, and if another endpoint could answer differently.
     pub fn may_retry(&self) -> bool {
