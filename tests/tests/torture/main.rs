@@ -3,6 +3,7 @@
 
 mod capture;
 mod change;
+mod clock;
 mod crash;
 mod crowd;
 mod disk;
