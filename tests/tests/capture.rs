@@ -436,10 +436,11 @@ fn same_source_port_of_two_pods_is_never_mixed_up() -> Result<()> {
         let mut streams = Vec::new();
         for (client, server) in [("a1", "b1"), ("a2", "b2")] {
             let pod = mesh.pod(client);
-            let to = mesh.pod(server).v4(8080);
+            let family = Family::BOTH[usize::from(port) % 2];
+            let to = mesh.pod(server).addr(family, 8080);
             let socket = pod.run(|| {
                 let socket = stream(to)?;
-                socket.bind(&pod.v4(port).into())?;
+                socket.bind(&pod.addr(family, port).into())?;
                 socket.connect_timeout(&to.into(), LIMIT)?;
                 Ok(socket)
             })?;

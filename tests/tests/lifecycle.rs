@@ -233,13 +233,17 @@ fn detach_leaves_no_trace() -> Result<()> {
     harness::require!();
     let mut mesh = Mesh::two_nodes()?;
     let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
-    let to = mesh.pod("b1").v4(8080);
-    exchange(&mut mesh.pod("a1").connect(to)?, b"through the mesh")?;
+    let to = Family::BOTH.map(|family| mesh.pod("b1").addr(family, 8080));
+    for to in to {
+        exchange(&mut mesh.pod("a1").connect(to)?, b"through the mesh")?;
+    }
     for node in ["a", "b"] {
         mesh.agent_mut(node).kill()?;
     }
     // What is pinned goes on capturing, and nobody listens.
-    mesh.pod("a1").refused(to)?;
+    for to in to {
+        mesh.pod("a1").refused(to)?;
+    }
     for node in ["a", "b"] {
         let cli = mesh.agent(node).cli(&["detach"])?;
         ensure!(cli.code == 0, "detach: {}{}", cli.stdout, cli.stderr);
@@ -252,9 +256,11 @@ fn detach_leaves_no_trace() -> Result<()> {
             ensure!(!path.exists(), "{} is left", path.display());
         }
     }
-    let mut stream = mesh.pod("a1").connect(to)?;
-    exchange(&mut stream, b"plain")?;
-    assert_eq!(server.clients().pop(), Some(stream.local_addr()?));
+    for to in to {
+        let mut stream = mesh.pod("a1").connect(to)?;
+        exchange(&mut stream, b"plain")?;
+        assert_eq!(server.clients().pop(), Some(stream.local_addr()?));
+    }
     Ok(())
 }
 
@@ -423,8 +429,10 @@ fn namespace_is_as_it_was_when_its_pod_has_left() -> Result<()> {
     let routing = || mesh.pod("late").succeed("sh", &["-c", script]);
     let before = routing()?;
     mesh.enrol("late", true)?;
-    let mut held = mesh.pod("a1").connect(mesh.pod("late").v4(8080))?;
-    exchange(&mut held, b"shown as a1")?;
+    let held =
+        Family::BOTH.map(|family| mesh.pod("a1").connect(mesh.pod("late").addr(family, 8080)));
+    let mut held = held.into_iter().collect::<Result<Vec<_>>>()?;
+    held.iter_mut().try_for_each(|held| exchange(held, b"shown as a1"))?;
     let prepared = routing()?;
     ensure!(prepared.contains("fwmark 0x6d616c6c"), "{prepared}");
 
@@ -432,8 +440,11 @@ fn namespace_is_as_it_was_when_its_pod_has_left() -> Result<()> {
     // Out and in and out again, while a connection lives by them.
     mesh.enrol("late", true)?;
     mesh.enrol("late", false)?;
-    exchange(&mut held, b"left as it is")?;
+    held.iter_mut().try_for_each(|held| exchange(held, b"left as it is"))?;
     assert_eq!(routing()?, prepared);
+    // That of IPv4 ends first, and the other one still lives by what is there.
+    held.remove(0);
+    exchange(&mut held[0], b"left as it is")?;
     drop(held);
     harness::wait::until(harness::wait::SOON, "the routes to go", || {
         routing().is_ok_and(|now| now == before)
@@ -446,7 +457,7 @@ fn successor_waits_for_its_certificate_under_its_predecessors_capture() -> Resul
     harness::require!();
     let mesh = Mesh::two_nodes()?;
     let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
-    let to = mesh.pod("b1").v4(8080);
+    let to = Family::BOTH.map(|family| mesh.pod("b1").addr(family, 8080));
     let manifest = fs::read_to_string(mesh.manifests().dir().join("pod-default-a1.yaml"))?
         .replace(mesh.pod("a1").uid(), "successor")
         .replace("serviceAccountName: \"a1\"", "serviceAccountName: \"successor\"");
@@ -456,7 +467,11 @@ fn successor_waits_for_its_certificate_under_its_predecessors_capture() -> Resul
     let enrolled = || mesh.agent("a").log().contains("enrolled without a certificate");
     harness::wait::until(harness::wait::SOON, "the successor to be enrolled", || {
         // Refused by its agent, as it should be; what counts is what never comes to node b.
-        drop(mesh.pod("a1").connect(to).and_then(|mut stream| exchange(&mut stream, b"plain?")));
+        for to in to {
+            drop(
+                mesh.pod("a1").connect(to).and_then(|mut stream| exchange(&mut stream, b"plain?")),
+            );
+        }
         enrolled()
     })?;
     let plain = [("reporter", "destination"), ("connection_security_policy", "unknown")];

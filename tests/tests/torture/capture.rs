@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Carrier, Load, Mesh, Pod, Serve, exchange, linger_zero, wait};
+use harness::{Carrier, Family, Load, Mesh, Pod, Serve, exchange, linger_zero, wait};
 use socket2::{Domain, Socket, Type};
 
 use crate::{is_honest, mesh};
@@ -17,9 +17,11 @@ use crate::{is_honest, mesh};
 /// A connection of `pod` from a port of the test's choice.
 fn connect_from(pod: &Pod, port: u16, to: SocketAddr) -> Result<TcpStream> {
     let connected = pod.run(|| {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        let (domain, family) =
+            if to.is_ipv4() { (Domain::IPV4, Family::V4) } else { (Domain::IPV6, Family::V6) };
+        let socket = Socket::new(domain, Type::STREAM, None)?;
         socket.set_reuse_address(true)?;
-        socket.bind(&pod.v4(port).into())?;
+        socket.bind(&pod.addr(family, port).into())?;
         socket.connect(&to.into())?;
         socket.set_read_timeout(Some(wait::SOON))?;
         Ok(TcpStream::from(socket))
@@ -38,7 +40,10 @@ fn one_source_port_leads_to_several_destinations_at_once() -> Result<()> {
     let mut streams = Vec::new();
     for from in ["a1", "a2"] {
         for to in ["b1", "b2"] {
-            streams.push((to, connect_from(mesh.pod(from), 11_000, mesh.pod(to).v4(8080))?));
+            for family in Family::BOTH {
+                let addr = mesh.pod(to).addr(family, 8080);
+                streams.push((to, connect_from(mesh.pod(from), 11_000, addr)?));
+            }
         }
     }
     mesh.agent_mut("a").signal(libc::SIGCONT)?;
@@ -77,16 +82,19 @@ fn ten_thousand_connections_with_the_same_source_ports_are_never_mixed_up() -> R
         for port in PORTS.skip(first).step_by(THREADS) {
             // One port leads each pod elsewhere at the same time, and the next one the other way round.
             let to = ["b1", "b2"][(usize::from(port) + number) % 2];
-            let mut stream = connect_from(from, port, mesh.pod(to).v4(8080))?;
+            let family = Family::BOTH[usize::from(port) / 2 % 2];
+            let mut stream = connect_from(from, port, mesh.pod(to).addr(family, 8080))?;
             let mut token = [0; 8];
             token[0] = u8::try_from(number)?;
             token[1..3].copy_from_slice(&port.to_be_bytes());
             stream.write_all(&token)?;
             let mut answer = [0; 26];
             stream.read_exact(&mut answer).with_context(|| format!("{port} to {to}"))?;
-            let client = from.v4(0).ip();
-            let IpAddr::V4(client) = client else { anyhow::bail!("asked for IPv4") };
-            let expected = [to.as_bytes(), &token, &client.to_ipv6_mapped().octets()].concat();
+            let client = match from.ip(family) {
+                IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+                IpAddr::V6(v6) => v6,
+            };
+            let expected = [to.as_bytes(), &token, &client.octets()].concat();
             ensure!(answer[..] == expected, "{} from {port}: {answer:?}", from.name());
         }
         Ok(())

@@ -15,8 +15,11 @@ fn address_that_another_pod_takes_over_means_the_new_one() -> Result<()> {
     for carrier in Carrier::BOTH {
         let mesh = mesh(carrier)?;
         let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
-        let (to, agent) = (mesh.pod("b1").v4(8080), mesh.agent("a"));
-        exchange(&mut mesh.pod("a1").connect(to)?, b"to the old one")?;
+        let to = Family::BOTH.map(|family| mesh.pod("b1").addr(family, 8080));
+        let agent = mesh.agent("a");
+        for to in to {
+            exchange(&mut mesh.pod("a1").connect(to)?, b"to the old one")?;
+        }
         let old = fs::read_to_string(mesh.manifests().dir().join("pod-default-b1.yaml"))?;
         let new = old
             .replace(mesh.pod("b1").uid(), "successor")
@@ -26,12 +29,13 @@ fn address_that_another_pod_takes_over_means_the_new_one() -> Result<()> {
         mesh.manifests().write("pod-default-successor", &new)?;
         let ours = |identity: &str| identity.ends_with("/sa/successor");
         wait::until(wait::SOON, "the successor to be called", || {
-            mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"hello")).is_ok()
+            let call = |to| mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"hello"));
+            to.into_iter().all(|to| call(to).is_ok())
                 && agent.access_log().iter().any(|record| ours(record.text("dst.identity")))
         })?;
         wait_until_idle(&mesh)?;
         let before = agent.access_log().len();
-        for _ in 0..20 {
+        for to in to.repeat(10) {
             exchange(&mut mesh.pod("a1").connect(to)?, b"hello")?;
         }
         wait::until(wait::SOON, "20 records", || agent.access_log().len() >= before + 20)?;
