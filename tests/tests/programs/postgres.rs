@@ -131,7 +131,7 @@ fn postgres_answers_as_without_a_mesh() -> Result<()> {
             "DROP TABLE IF EXISTS rows",
             "CREATE UNLOGGED TABLE rows (i int, t text)",
             &format!("\\copy rows FROM '{}'", file.display()),
-            "SELECT count(*), sum(i), md5(string_agg(t, '' ORDER BY i)) FROM rows WHERE i % 50 = 0",
+            "SELECT count(*), sum(i), md5(string_agg(md5(t), '' ORDER BY i)) FROM rows",
             "DROP TABLE rows",
         ])?;
         fs::remove_file(&file)?;
