@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::panic;
+use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
 
@@ -23,8 +24,15 @@ impl Pattern {
     /// What servers send.
     pub const SERVER: Self = Self(0xd1b5_4a32_d192_ed03);
 
-    /// One period of it.
-    fn block(self) -> Vec<u8> {
+    /// One period of it. Made once: whoever exchanges all the time would do little else.
+    fn block(self) -> &'static [u8] {
+        static CLIENT: OnceLock<Vec<u8>> = OnceLock::new();
+        static SERVER: OnceLock<Vec<u8>> = OnceLock::new();
+        let made = if self == Self::CLIENT { &CLIENT } else { &SERVER };
+        made.get_or_init(|| self.make())
+    }
+
+    fn make(self) -> Vec<u8> {
         // xorshift64: any generator without a short cycle would do.
         let mut state = self.0;
         let words = (0..PERIOD.div_ceil(8)).flat_map(|_| {

@@ -47,8 +47,11 @@ fn fds(agent: &Agent) -> Result<usize> {
 
 /// How an exchange may fail when the mesh changes under it.
 fn is_honest(error: &anyhow::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset};
+    // The last one is what shutdown(2) says of a connection that has just been reset.
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotConnected};
     let cause = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>());
     let kind = cause.map(io::Error::kind);
-    kind.is_some_and(|kind| matches!(kind, BrokenPipe | ConnectionRefused | ConnectionReset))
+    kind.is_some_and(|kind| {
+        matches!(kind, BrokenPipe | ConnectionRefused | ConnectionReset | NotConnected)
+    })
 }
