@@ -31,6 +31,12 @@ impl Backoff {
         self.retry_at = now.checked_add(wait);
     }
 
+    /// An attempt has failed at `now` that has cost nobody anything: as if it were the first one.
+    pub fn refused(&mut self, now: Instant, draw: impl FnMut(u32) -> u32) {
+        self.failures = 0;
+        self.failed(now, draw);
+    }
+
     /// An attempt has succeeded.
     pub fn succeeded(&mut self) {
         self.failures = 0;
@@ -57,6 +63,21 @@ mod tests {
     #[expect(clippy::disallowed_methods, reason = "any start will do; time then moves by hand")]
     fn epoch() -> Instant {
         Instant::now()
+    }
+
+    #[test]
+    fn what_was_refused_is_tried_again_soon_however_often() {
+        let now = epoch();
+        let mut backoff = Backoff::new(100 * MS, 1000 * MS);
+        for _ in 0..5 {
+            backoff.failed(now, |_| 0);
+        }
+        for _ in 0..5 {
+            backoff.refused(now, |n| n - 1);
+            assert!(backoff.wait(now).unwrap() <= 100 * MS);
+        }
+        backoff.failed(now, |_| 0);
+        assert_eq!(backoff.wait(now), Some(100 * MS), "the second one of a row");
     }
 
     #[test]

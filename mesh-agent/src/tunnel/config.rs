@@ -96,7 +96,8 @@ pub struct TunnelConfig {
     pub lane_idle: Duration,
     /// The oldest that a lane is used again, whatever its certificates say. Default 1 h.
     pub lane_max_age: Duration,
-    /// The first back-off after a peer could not be reached; doubles up to `backoff_max`.
+    /// The first back-off after a peer could not be reached; doubles up to `backoff_max`, but where nobody
+    /// listens.
     /// Default 100 ms.
     pub backoff_min: Duration,
     /// The longest back-off. Default 5 s: what heals is used again within that time.

@@ -277,7 +277,12 @@ impl PeerPool {
         state.fallback = None;
         // Several dials of one group fail together and are one failure.
         if state.backoff.wait(now).is_none() {
-            state.backoff.failed(now, draw);
+            match **error {
+                // Mostly an agent that is about to be there again: who asks knows within a round trip, and
+                // the node only says no.
+                DialError::ConnectionRefused => state.backoff.refused(now, draw),
+                _ => state.backoff.failed(now, draw),
+            }
         }
         state.failure = Some(Arc::clone(error));
         for waiter in state.waiters.drain(..) {

@@ -285,6 +285,27 @@ async fn a_peer_that_comes_back_is_used_after_the_back_off() {
     exchange(&client, cleanly).await;
 }
 
+/// As while an agent starts again: it is not to be away for as long again as it was.
+#[tokio::test]
+async fn a_peer_that_refuses_is_asked_again_soon() {
+    let (ours, _theirs) = holdings(&Ca::new());
+    let gone = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let node = PeerAddr(gone.local_addr().unwrap());
+    drop(gone);
+    let client = Client::new(&ours, config(CarrierChoice::Lane), node);
+    let (address, _apps) = application().await;
+    let (_user, app) = pair().await;
+    let ten = async {
+        while client.stats.dials.load(Relaxed) < 10 {
+            let error = client.open(&app, address, &mut Held::default()).await.unwrap_err();
+            assert_eq!(error.reason(), "connection_refused", "{error:?}");
+            tokio::task::yield_now().await;
+        }
+    };
+    // With a back-off that doubles from 100 ms it is half a minute.
+    tokio::time::timeout(Duration::from_secs(5), ten).await.expect("it is left alone");
+}
+
 async fn falls_back(serves: Serves, expected: Carrier) {
     let ca = Ca::new();
     let (ours, theirs) = holdings(&ca);
