@@ -2,18 +2,17 @@
 //! has room for one agent.
 
 use std::collections::BTreeMap;
+use std::env;
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::Duration;
-use std::{env, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{Cluster, Deployment, load_archive, read, xtask};
+use super::{Cluster, Deployment, load_archive};
 use crate::access_log::Record;
-use crate::agent::binary;
 use crate::wait;
 
 /// Its image is unpacked, the programs are loaded, and the API is listed.
@@ -317,14 +316,9 @@ fn cgroup() -> &'static str {
     if Cluster::is_ours() && is_hybrid { "/host/cgroup/unified" } else { "/host/cgroup" }
 }
 
-/// Loads an image of the agent that the tests were built with into every node, and returns its name.
+/// Loads the agent's image, as `cargo xtask image` makes it, into every node, and returns its name.
 fn load() -> Result<String> {
-    let archive = env::temp_dir().join(format!("malla-{}-agent.tar", std::process::id()));
-    let mut make = xtask()?;
-    make.args(["image", "--of"]).arg(binary()?).arg("--out").arg(&archive);
-    let said = read(&mut make)?;
-    let put = load_archive(archive.as_os_str());
-    fs::remove_file(&archive).context("remove the archive")?;
-    put?;
-    super::image_name(&said, &archive)
+    let archive = env::var_os("MALLA_IMAGE").context("cargo xtask e2e makes the agent's image")?;
+    load_archive(&archive)?;
+    env::var("MALLA_IMAGE_NAME").context("an image without a name")
 }

@@ -2,13 +2,14 @@
 //! or somebody else's.
 
 use std::ffi::OsString;
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
 use crate::cluster::state::Cluster;
 use crate::cluster::{Bound, kubeconfig, tools};
-use crate::this;
+use crate::{image, root, this};
 
 /// What the harness is told (`tests/src/cluster.rs` reads it).
 #[derive(Debug)]
@@ -32,12 +33,15 @@ impl Tested {
             environment.push(("MALLA_KUBECONFIG", file.into()));
             environment.push(("MALLA_KUBECTL", "kubectl".into()));
             environment.extend(load.map(|load| ("MALLA_LOAD_IMAGE", load.into())));
+            environment.extend(agent()?);
             return Ok(Self { environment, bound: None });
         }
         if let Some(missing) = tools::missing() {
             environment.push(("MALLA_NO_CLUSTER", missing.into()));
             return Ok(Self { environment, bound: None });
         }
+        // Before a cluster takes its share of the machine.
+        environment.extend(agent()?);
         let is_up = Cluster::of_this_checkout()?.is_some();
         let bound = if is_up { None } else { Some(Bound::start()?) };
         environment.push(("MALLA_KUBECONFIG", kubeconfig()?.into()));
@@ -56,4 +60,13 @@ impl Tested {
     pub(crate) fn end(self) -> Result<()> {
         self.bound.map_or(Ok(()), Bound::end)
     }
+}
+
+/// Makes the agent's image: where it is, and what it is called.
+fn agent() -> Result<[(&'static str, OsString); 2]> {
+    let archive = root()?.join("target/cluster/mesh-agent.tar");
+    let dir = archive.parent().context("the file is in a directory")?;
+    fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    let name = image::tested(&archive)?;
+    Ok([("MALLA_IMAGE", archive.into()), ("MALLA_IMAGE_NAME", name.into())])
 }

@@ -5,7 +5,7 @@ mod agent;
 pub(crate) mod oci;
 mod programs;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
@@ -25,23 +25,17 @@ pub(crate) struct Image {
     #[arg(long)]
     program: Option<String>,
 
-    /// Not optimised, and built sooner.
-    #[arg(long, conflicts_with = "program")]
-    debug: bool,
-
-    /// Of this program, built already, together with the libraries that it wants.
-    #[arg(long, conflicts_with_all = ["program", "debug"], hide = true)]
-    of: Option<PathBuf>,
+    /// The profile of cargo that the agent is built in. `tested` is what the cluster tests run: as
+    /// `release` but hardly optimised, and so built in a minute or two.
+    #[arg(long, conflicts_with = "program", default_value = agent::RELEASE)]
+    profile: String,
 }
 
 impl Image {
     /// Makes the image, and says what it is called.
     pub(crate) fn run(&self) -> Result<()> {
         let Some(program) = &self.program else {
-            let name = match &self.of {
-                Some(agent) => agent::write_of(agent, &self.out)?,
-                None => agent::write(&self.out, self.debug)?,
-            };
+            let name = agent::write(&self.out, &self.profile)?;
             say(&format!("image: {name} in {}", self.out.display()));
             return Ok(());
         };
@@ -55,6 +49,15 @@ impl Image {
         say(&format!("image: {} in {}", image.name()?, self.out.display()));
         Ok(())
     }
+}
+
+/// Writes the agent's image as the cluster tests run it, and returns its name.
+///
+/// # Errors
+///
+/// Fails with what the compiler said, or if a file cannot be written.
+pub(crate) fn tested(out: &Path) -> Result<String> {
+    agent::write(out, agent::TESTED)
 }
 
 /// One of the tests' images.
