@@ -5,6 +5,7 @@
 
 mod agents;
 mod deployment;
+mod process;
 mod signer;
 
 use std::ffi::OsStr;
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 
 pub use self::agents::{Agents, OwnAgents, SharedAgents};
 pub use self::deployment::{Deployment, User};
+pub use self::process::{Outage, PodProcess};
 pub use self::signer::SignerProcess;
 use crate::guard::Guard;
 use crate::wait;

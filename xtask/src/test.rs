@@ -29,8 +29,8 @@ const E2E_PACKAGE: &str = "mesh-tests";
 /// Everything is built by one command, so that every crate is built with one set of features.
 const BUILD: &str = "build --workspace --all-targets";
 
-/// The test binary that is given a Kubernetes cluster.
-const CLUSTER: &str = "cluster";
+/// The test binaries that are given a Kubernetes cluster each.
+const ON_CLUSTER: [&str; 2] = ["cluster", "outage"];
 
 #[derive(Debug, Default, Args)]
 pub(crate) struct E2e {
@@ -129,7 +129,7 @@ impl Tally {
                 kind => format!("{} ({kind})", test.package),
             };
             let agent = agent.as_deref();
-            if test.package == E2E_PACKAGE && test.name == CLUSTER {
+            if test.package == E2E_PACKAGE && ON_CLUSTER.contains(&test.name.as_str()) {
                 self.on_cluster(test, options, agent, &name);
             } else {
                 self.record(&name, run_binary(test, options, agent, &name, &[]));

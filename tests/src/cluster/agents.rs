@@ -233,7 +233,7 @@ impl Agents {
         self.deployment.system().kubectl(&["logs", pod]).unwrap_or_default()
     }
 
-    fn pod(&self, node: &str) -> Result<&str> {
+    pub(super) fn pod(&self, node: &str) -> Result<&str> {
         self.pods.get(node).map(String::as_str).with_context(|| format!("no agent on {node}"))
     }
 

@@ -19,15 +19,20 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 
 use crate::cluster::certificates::Pki;
+use crate::cluster::outage::{API_SERVER, Outage};
 use crate::cluster::state::Cluster;
 use crate::cluster::tools::KUBERNETES;
 use crate::cluster::{READY, control, net, node};
+use crate::process::answer;
 use crate::{image, say, this};
 
 /// For each step of the start, on a machine that is busy with other things.
 const LIMIT: Duration = Duration::from_secs(120);
 
 const PAUSE: Duration = Duration::from_millis(50);
+
+/// How long the API server may take to end when it is asked to.
+const GRACE: Duration = Duration::from_secs(3);
 
 /// The end of a program's log that is worth showing.
 const TAIL: usize = 25;
@@ -64,9 +69,9 @@ impl Keep {
         }
         let cluster = Cluster::begin(self.nodes, self.checkout.clone())?;
         let mut running = Running { cluster: cluster.clone(), processes: Vec::new(), ended };
-        let kept = running.start().and_then(|()| {
+        let kept = running.start().and_then(|pki| {
             say(READY);
-            running.stay()
+            running.stay(&pki)
         });
         running.end();
         let removed = cluster.remove_own();
@@ -89,13 +94,12 @@ struct Running {
 }
 
 impl Running {
-    fn start(&mut self) -> Result<()> {
+    fn start(&mut self) -> Result<Pki> {
         let cluster = self.cluster.clone();
         net::build(&cluster)?;
         let pki = Pki::create(&cluster)?;
         self.spawn("etcd", net::CONTROL_NETNS, control::etcd(&cluster)?, Stdio::null())?;
-        let api = control::api_server(&cluster, &pki)?;
-        self.spawn("kube-apiserver", net::CONTROL_NETNS, api, Stdio::null())?;
+        self.api_server(&pki)?;
         self.forward(&pki)?;
         // A node takes its images in while the API server starts.
         let mut nodes = Vec::new();
@@ -126,7 +130,39 @@ impl Running {
             let ready = String::from_utf8_lossy(&output.stdout);
             Ok(ready.split(' ').filter(|status| *status == "True").count() == this.cluster.nodes)
         })?;
-        self.ask()
+        self.ask()?;
+        Ok(pki)
+    }
+
+    fn api_server(&mut self, pki: &Pki) -> Result<()> {
+        let command = control::api_server(&self.cluster, pki)?;
+        self.spawn(API_SERVER, net::CONTROL_NETNS, command, Stdio::null()).map(drop)
+    }
+
+    /// Takes the API server away, or brings it back, if that is asked for. It is asked to end and, as
+    /// it waits for watches, soon killed: a kubelet does the same to a static pod's.
+    fn heed(&mut self, outage: &mut Outage, pki: &Pki) -> Result<()> {
+        let mut processes = self.processes.iter_mut();
+        let runs = processes.find(|process| process.name == API_SERVER);
+        match (outage.is_wanted(), runs) {
+            (true, Some(process)) => match outage.since() {
+                None => {
+                    outage.begin();
+                    answer("kill", &["-TERM", &process.child.id().to_string()]);
+                }
+                Some(since) if since.elapsed() > GRACE => {
+                    process.child.kill().context("kill the API server")?;
+                }
+                Some(_) => {}
+            },
+            (true, None) => outage.now()?,
+            (false, None) if outage.is_now() => {
+                outage.end()?;
+                self.api_server(pki)?;
+            }
+            (false, _) => {}
+        }
+        Ok(())
     }
 
     /// Applies what makes the name server.
@@ -189,7 +225,9 @@ impl Running {
         input: Stdio,
     ) -> Result<Option<ChildStdin>> {
         let log = self.cluster.dir.join(format!("{name}.log"));
-        let output = File::create(&log).with_context(|| format!("create {}", log.display()))?;
+        // Of a process that is started again, both lives.
+        let output = File::options().create(true).append(true).open(&log);
+        let output = output.with_context(|| format!("create {}", log.display()))?;
         let errors = output.try_clone().context("duplicate a descriptor")?;
         let mut wrapped = Command::new("setpriv");
         wrapped.args(["--pdeathsig", "KILL", "--", "nsenter"]);
@@ -247,7 +285,8 @@ impl Running {
 
     /// Stays until this process is killed or not wanted any more. What ends meanwhile is only told
     /// in the log: whoever breaks a cluster on purpose wants to see what the rest does.
-    fn stay(&mut self) -> Result<()> {
+    fn stay(&mut self, pki: &Pki) -> Result<()> {
+        let mut outage = Outage::of(&self.cluster);
         let mut log = File::create(self.cluster.dir.join("keep.log")).context("create the log")?;
         while !self.ended.load(Ordering::Acquire) {
             let mut ended = Vec::new();
@@ -260,6 +299,7 @@ impl Running {
             for at in ended.into_iter().rev() {
                 self.processes.remove(at);
             }
+            self.heed(&mut outage, pki)?;
             thread::sleep(PAUSE);
         }
         Ok(())

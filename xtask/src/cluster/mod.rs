@@ -10,6 +10,7 @@ mod forward;
 mod keep;
 mod net;
 mod node;
+mod outage;
 mod state;
 pub(crate) mod tested;
 pub(crate) mod tools;
@@ -45,6 +46,9 @@ pub(crate) enum Task {
     Status,
     /// Load an image into every node.
     Load(Load),
+    /// Take the API server away, or bring it back: what the rest does meanwhile.
+    #[command(subcommand)]
+    ApiServer(outage::Task),
     #[command(hide = true)]
     Keep(keep::Keep),
     #[command(hide = true)]
@@ -73,6 +77,7 @@ impl Task {
             Self::Down => down(),
             Self::Status => status(),
             Self::Load(load) => load.run(),
+            Self::ApiServer(outage) => outage.run(),
             Self::Keep(keep) => keep.run(),
             Self::Forward(forward) => forward.run(),
             Self::Ask(ask) => ask.run(),

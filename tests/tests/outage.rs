@@ -1,0 +1,191 @@
+//! The API server of a real cluster is stopped and started again, while it is needed. In a file of its
+//! own, which is given a cluster of its own: nothing else works there meanwhile.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use harness::{Agents, Cluster, Outage, PodProcess, wait};
+use serde_json::{Value, json};
+
+/// A new snapshot is made of a server that is back within this: the longest wait between two attempts is
+/// half a minute, and an attempt may have just been made.
+const RESUMED: Duration = Duration::from_secs(60);
+
+/// How long the agents are watched without the API server. Short of the 40 s after which Kubernetes
+/// itself takes nodes for dead.
+const AWAY_S: u64 = 8;
+
+/// Whether the client was refused at once, how `curl` says it.
+const REFUSED: [i32; 2] = [7, 56];
+
+/// There is one API server.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn missing() -> Option<String> {
+    Cluster::missing().or_else(|| {
+        (!Cluster::is_ours()).then(|| "stops the API server of a cluster made here".to_owned())
+    })
+}
+
+/// A strict server on the second node, and a client on the first that asks it without an end.
+struct World {
+    cluster: Cluster,
+    nodes: [String; 2],
+}
+
+impl World {
+    fn begin(agents: &Agents) -> Result<Self> {
+        let cluster = Cluster::namespace()?;
+        let nodes = cluster.two_nodes()?;
+        let this = Self { cluster, nodes };
+        this.cluster.annotate(&json!({
+            "malla.dev/mesh": "enabled",
+            "malla.dev/mode": "strict",
+        }))?;
+        this.serve("web", "default")?;
+        this.carried(agents, "web", 1)?;
+        let ask = "curl --silent --show-error --fail --fail-early --max-time 5 \
+            --header 'Connection: close' 'http://web/?[1-20]'";
+        let asks =
+            format!("while :; do if {ask} >/dev/null; then echo ok; else echo FAILED; fi; done");
+        let image = Cluster::load("curl")?;
+        let command = json!(["sh", "-c", asks]);
+        let containers = json!({"containers": [{"image": image, "command": command}]});
+        this.cluster.start("asks", &this.nodes[0], containers)?;
+        // `tail`: the process that shares its namespace sleeps.
+        let command = json!(["tail", "-f", "/dev/null"]);
+        let containers = json!({"containers": [{"image": image, "command": command}]});
+        this.cluster.start("client", &this.nodes[0], containers)?;
+        for pod in ["asks", "client"] {
+            this.carried(agents, pod, 0)?;
+        }
+        Ok(this)
+    }
+
+    /// A server on the second node, behind a service of its name.
+    fn serve(&self, name: &str, account: &str) -> Result<()> {
+        let image = Cluster::load("nginx")?;
+        self.cluster.apply(&json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": name},
+            "spec": {"selector": {"app": name}, "ports": [{"port": 80}]},
+        }))?;
+        let spec = json!({"serviceAccountName": account, "containers": [{"image": image}]});
+        self.cluster.start(name, &self.nodes[1], spec)?;
+        self.cluster.ready(name)
+    }
+
+    fn carried(&self, agents: &Agents, pod: &str, node: usize) -> Result<()> {
+        self.cluster.ready(pod)?;
+        agents.wait_until_enrolled(&self.nodes[node], self.cluster.name(), pod, true)?;
+        agents.wait_until_carried(&self.nodes[node], self.cluster.name(), pod)
+    }
+
+    /// A service and its server that are new, of a service account that is, and the client's answer.
+    fn new_server_is_reached(&self) -> Result<()> {
+        self.cluster.kubectl(&["create", "serviceaccount", "late"])?;
+        self.serve("late", "late")?;
+        wait::until(RESUMED, "an answer of the new server", || {
+            let ask = ["curl", "--silent", "--fail", "--max-time", "3", "http://late/"];
+            self.cluster.exec("client", &ask).is_ok_and(|said| said == "late\n")
+        })
+    }
+}
+
+/// Connections that the agent of the client's node has carried.
+fn carried(agent: &PodProcess) -> Result<f64> {
+    Ok(agent.metrics()?.sum("istio_tcp_connections_opened_total", &[("reporter", "source")]))
+}
+
+fn age_s(agent: &PodProcess) -> u64 {
+    let status = agent.ask(&["status"]).unwrap_or_default();
+    status["snapshot"]["age_s"].as_u64().unwrap_or_default()
+}
+
+/// What an agent says of the API server that it cannot ask.
+fn api_problems(agent: &PodProcess) -> Vec<Value> {
+    let status = agent.ask(&["status"]).unwrap_or_default();
+    let all = status["problems"].as_array().into_iter().flatten();
+    all.filter(|problem| problem.to_string().contains("API")).cloned().collect()
+}
+
+#[test]
+fn api_server_is_restarted_under_load_and_no_request_fails() -> Result<()> {
+    if let Some(missing) = missing() {
+        harness::skip!("{missing}");
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let agents = Agents::alone()?;
+    let world = World::begin(&agents)?;
+    let agent = agents.process(&world.nodes[0])?;
+    wait::until(wait::SOON, "traffic", || carried(&agent).is_ok_and(|count| count > 20.0))?;
+    assert_eq!(api_problems(&agent), [] as [Value; 0]);
+
+    let outage = Outage::begin()?;
+    ensure!(world.cluster.kubectl(&["get", "pods"]).is_err(), "it is away");
+    let (before, confirmed) = (carried(&agent)?, age_s(&agent));
+    wait::until(RESUMED, "the agent to say for how long nothing was confirmed", || {
+        age_s(&agent) >= confirmed + AWAY_S
+    })?;
+    ensure!(!api_problems(&agent).is_empty(), "{:?}", agent.ask(&["status"]));
+    let metrics = agent.metrics()?;
+    let (age, told) = (metrics.sum("mesh_snapshot_age_seconds", &[]), age_s(&agent));
+    ensure!((told as f64 - age).abs() < 2.0, "the metric says {age}, and status {told}");
+    ensure!(metrics.sum("mesh_manifest_problems", &[]) > 0.0, "none is counted");
+    let now = carried(&agent)?;
+    ensure!(now > before + 100.0, "hardly any traffic meanwhile: {before}, then {now}");
+    ensure!(agent.is_ready(), "an agent that has a snapshot stays ready");
+    outage.end()?;
+
+    world.new_server_is_reached()?;
+    for node in &world.nodes {
+        let agent = agents.process(node)?;
+        wait::until(RESUMED, "no problem any more", || api_problems(&agent).is_empty())?;
+    }
+    let told = world.cluster.kubectl(&["logs", "asks", "--tail=-1"])?;
+    let (well, rest): (Vec<_>, Vec<_>) = told.lines().partition(|line| *line == "ok");
+    assert_eq!(rest, [""; 0], "after {} times 20 connections", well.len());
+    ensure!(well.len() > 20, "{}", well.len());
+    Ok(())
+}
+
+/// A snapshot is in memory: an agent that starts while the API is away has none, and nothing is carried
+/// or let through meanwhile.
+#[test]
+fn agent_that_dies_while_the_api_server_is_away_refuses_until_it_is_back() -> Result<()> {
+    if let Some(missing) = missing() {
+        harness::skip!("{missing}");
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let agents = Agents::alone()?;
+    let world = World::begin(&agents)?;
+    let web = world.cluster.get(&["service", "web"])?;
+    let url = format!("http://{}/", web["spec"]["clusterIP"].as_str().context("no address")?);
+    let client = world.cluster.process("client", "tail")?;
+    let ask = || client.run(&["curl", "--silent", "--fail", "--max-time", "15", &url]);
+    let answered = || ask().is_ok_and(|output| output.stdout == b"web\n");
+    let refused = || -> Result<()> {
+        let code = ask()?.status.code().unwrap_or_default();
+        ensure!(REFUSED.contains(&code), "refused, and not answered or waited for: {code}");
+        Ok(())
+    };
+    ensure!(answered(), "{:?}", ask());
+    let mut agent = agents.process(&world.nodes[0])?;
+
+    let outage = Outage::begin()?;
+    ensure!(answered(), "from the last snapshot: {:?}", ask());
+    agent.kill()?;
+    refused()?;
+    wait::until(wait::SOON, "the new agent to say what it waits for", || {
+        !api_problems(&agent).is_empty()
+    })?;
+    refused()?;
+    ensure!(!agent.is_ready(), "{:?}", agent.ask(&["status"]));
+    outage.end()?;
+
+    wait::until(RESUMED, "an answer", answered)?;
+    wait::until(RESUMED, "the agent to be ready", || agent.is_ready())?;
+    world.new_server_is_reached()
+}
