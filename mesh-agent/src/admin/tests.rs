@@ -66,6 +66,7 @@ fn sources(telemetry: Telemetry) -> Sources {
                     serial: "01".into(),
                     not_after: "2026-01-02T00:00:00Z".into(),
                     not_before: "2026-01-01T00:00:00Z".into(),
+                    problem: String::new(),
                 })
                 .into()
         }),

@@ -179,6 +179,9 @@ pub struct CertificateView {
     pub not_after: String,
     /// RFC 3339, in UTC.
     pub not_before: String,
+    /// Why it was not issued or renewed when that was last tried; empty if all is well.
+    #[serde(default)]
+    pub problem: String,
 }
 
 /// `/connections`: an open connection.
@@ -349,6 +352,7 @@ pub fn leaf(cert: &CertView) -> CertificateView {
         serial: cert.serial.clone().unwrap_or_default(),
         not_after: cert.not_after.map(rfc3339).unwrap_or_default(),
         not_before: cert.not_before.map(rfc3339).unwrap_or_default(),
+        problem: cert.error.clone().unwrap_or_default(),
     }
 }
 
@@ -362,6 +366,7 @@ pub fn root(root: &Root, now: SystemTime) -> CertificateView {
         serial: root.serial.clone(),
         not_after: rfc3339(root.not_after),
         not_before: rfc3339(root.not_before),
+        problem: String::new(),
     }
 }
 

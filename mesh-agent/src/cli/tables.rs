@@ -85,6 +85,7 @@ impl Tabular for Vec<CertificateView> {
             "SERIAL NUMBER",
             "NOT AFTER",
             "NOT BEFORE",
+            "PROBLEM",
         ]);
         for view in self {
             table.row([
@@ -95,6 +96,7 @@ impl Tabular for Vec<CertificateView> {
                 view.serial.clone(),
                 view.not_after.clone(),
                 view.not_before.clone(),
+                view.problem.clone(),
             ]);
         }
         table
@@ -361,10 +363,11 @@ default     ratings        None          -                2           1/2       
             serial: "0f3a".into(),
             not_after: "2026-01-02T00:00:00Z".into(),
             not_before: "2026-01-01T00:00:00Z".into(),
+            problem: "the signer refused: no_pod".into(),
         };
         let expected = "\
-CERTIFICATE NAME                               TYPE   STATUS      VALID CERT   SERIAL NUMBER   NOT AFTER              NOT BEFORE
-spiffe://cluster.local/ns/default/sa/reviews   Leaf   Available   true         0f3a            2026-01-02T00:00:00Z   2026-01-01T00:00:00Z
+CERTIFICATE NAME                               TYPE   STATUS      VALID CERT   SERIAL NUMBER   NOT AFTER              NOT BEFORE             PROBLEM
+spiffe://cluster.local/ns/default/sa/reviews   Leaf   Available   true         0f3a            2026-01-02T00:00:00Z   2026-01-01T00:00:00Z   the signer refused: no_pod
 ";
         assert_eq!(text(&vec![view], Format::Table), expected);
     }

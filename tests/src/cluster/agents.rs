@@ -82,7 +82,7 @@ impl Agents {
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         let agents = match shared.upgrade() {
             Some(agents) => agents,
-            None => Arc::new(Self::deploy()?),
+            None => Arc::new(Self::deploy(&[], None)?),
         };
         *shared = Arc::downgrade(&agents);
         Ok(SharedAgents { agents, _guard: guard })
@@ -94,11 +94,21 @@ impl Agents {
     ///
     /// Fails, with their logs, if they do not become ready.
     pub fn alone() -> Result<OwnAgents> {
-        let guard = HOUSE.write().unwrap_or_else(PoisonError::into_inner);
-        Ok(OwnAgents { agents: Self::deploy()?, _guard: guard })
+        Self::alone_with(&[], None)
     }
 
-    fn deploy() -> Result<Self> {
+    /// The same with these settings and, if there are `roots`, without a CA of ours: what the agents
+    /// trust is theirs.
+    ///
+    /// # Errors
+    ///
+    /// Fails, with their logs, if they do not become ready.
+    pub fn alone_with(settings: &[(&str, &str)], roots: Option<&str>) -> Result<OwnAgents> {
+        let guard = HOUSE.write().unwrap_or_else(PoisonError::into_inner);
+        Ok(OwnAgents { agents: Self::deploy(settings, roots)?, _guard: guard })
+    }
+
+    fn deploy(changed: &[(&str, &str)], roots: Option<&str>) -> Result<Self> {
         let image = load()?;
         let mut deployment = Deployment::read(None)?;
         for kind in ["DaemonSet", "Deployment"] {
@@ -110,12 +120,24 @@ impl Agents {
         settings["MESH_ACCESS_LOG"] = json!("json");
         settings["MESH_DRAIN_S"] = json!("2");
         settings["MESH_LOG"] = json!("info,mesh_agent=debug");
+        for (name, value) in changed {
+            settings[*name] = json!(value);
+        }
         // Tests tell the kubelets to bring a new root at once.
         let ca = &mut deployment.object("Deployment")["spec"]["template"]["spec"]["containers"][0];
         let env = ca["env"].as_array_mut().context("no environment")?;
         env.push(json!({"name": "MESH_BUNDLE_SPREAD_S", "value": SPREAD_S.to_string()}));
         let spec = deployment.object("DaemonSet")["spec"]["template"]["spec"].clone();
-        deployment.apply(&[])?;
+        if let Some(roots) = roots {
+            deployment.system().apply(&json!({
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {"name": "malla-trust"},
+                "data": {"bundle.pem": roots},
+            }))?;
+        }
+        let without: &[&str] = if roots.is_some() { &["Deployment"] } else { &[] };
+        deployment.apply(without)?;
         let mut this = Self { deployment, spec, pods: BTreeMap::new() };
         this.find()?;
         Ok(this)

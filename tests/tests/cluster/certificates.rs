@@ -2,7 +2,7 @@
 //! rights of the deployment.
 
 mod rotation;
-mod world;
+pub(crate) mod world;
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};

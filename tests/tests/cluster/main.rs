@@ -13,6 +13,7 @@ macro_rules! require_cluster {
 mod admission;
 mod agents;
 mod certificates;
+mod foreign;
 mod load;
 mod operations;
 mod services;

@@ -214,7 +214,7 @@ impl Drop for Dir {
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 /// RFC 4648 section 4.
-fn base64(bytes: &[u8]) -> String {
+pub(crate) fn base64(bytes: &[u8]) -> String {
     let mut text = String::new();
     for chunk in bytes.chunks(3) {
         let word = chunk
@@ -230,7 +230,7 @@ fn base64(bytes: &[u8]) -> String {
     text
 }
 
-pub(super) fn unbase64(text: &str) -> Option<String> {
+pub(crate) fn unbase64(text: &str) -> Option<String> {
     let mut bytes = Vec::new();
     for chunk in text.trim_end_matches('=').as_bytes().chunks(4) {
         let mut word = 0;
