@@ -55,19 +55,28 @@ impl Shop {
 
     /// Asks `hosts` until both servers have answered.
     pub(crate) fn hear_both(&self, hosts: &[impl AsRef<str> + std::fmt::Debug]) -> Result<()> {
+        self.hear_both_by(&[], hosts)
+    }
+
+    /// The same with options of `curl`.
+    pub(crate) fn hear_both_by(
+        &self,
+        options: &[&str],
+        hosts: &[impl AsRef<str> + std::fmt::Debug],
+    ) -> Result<()> {
         let mut heard = BTreeSet::new();
         wait::until(wait::SOON, &format!("both behind {hosts:?}"), || {
-            heard.extend(hosts.iter().filter_map(|host| self.fetch(host.as_ref())));
+            heard.extend(hosts.iter().filter_map(|host| self.fetch(options, host.as_ref())));
             heard.len() == SERVERS.len()
         })?;
         ensure!(heard.iter().map(|name| name.trim()).eq(SERVERS), "{heard:?}");
         Ok(())
     }
 
-    fn fetch(&self, host: &str) -> Option<String> {
+    fn fetch(&self, options: &[&str], host: &str) -> Option<String> {
         let url = format!("http://{host}/");
         let ask = ["curl", "--silent", "--fail", "--max-time", "3", &url];
-        self.cluster.exec("client", &ask).ok()
+        self.cluster.exec("client", &[&ask[..], options].concat()).ok()
     }
 }
 

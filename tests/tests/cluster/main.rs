@@ -13,6 +13,8 @@ macro_rules! require_cluster {
 mod admission;
 mod agents;
 mod certificates;
+mod endpoints;
+mod families;
 mod foreign;
 mod load;
 mod operations;
