@@ -114,16 +114,108 @@ fn deployment_that_is_deleted_leaves_plain_text_and_no_trace() -> Result<()> {
     let shop = Shop::open(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     shop.wait_until_enrolled(&agents, true)?;
     shop.hear_both(&["web"])?;
+    let talks = Talks::begin(&shop, &agents)?;
     let before = shop.lives()?;
     agents.delete()?;
     shop.hear_both(&["web"])?;
     shop.hear_both(&SERVERS.map(|name| format!("{name}.headless")))?;
     assert_eq!(shop.lives()?, before);
+    talks.check()?;
     for (node, found) in agents.traces(&shop.cluster)? {
         let nothing = json!({"removed": [], "namespaces": [], "left": []});
         assert_eq!(found, nothing, "on {node}");
     }
     Ok(())
+}
+
+/// Connections that stay open while the mesh is removed, of a pod that counts aloud to an echo: to one on
+/// the other node, which an agent carries, and to one on its own, which the kernel does.
+struct Talks<'a> {
+    shop: &'a Cluster,
+}
+
+/// What a talker writes when its connection is over.
+const OVER: &str = "over";
+
+impl<'a> Talks<'a> {
+    const PODS: [(&'static str, &'static str); 2] =
+        [("talk-far", "echo-far"), ("talk-near", "echo-near")];
+
+    fn begin(shop: &'a Shop, agents: &Agents) -> Result<Self> {
+        let this = Self { shop: &shop.cluster };
+        let [here, there] = &shop.nodes;
+        let image = Cluster::load("busybox")?;
+        let run = |script: &str| {
+            let command = json!(["sh", "-c", script]);
+            json!({"containers": [{"image": image, "command": command}]})
+        };
+        for (name, node) in [("echo-far", there), ("echo-near", here)] {
+            this.shop.apply(&crate::service(name, 7000))?;
+            this.shop.start(name, node, run("exec nc -ll -p 7000 -e cat"))?;
+            this.shop.ready(name)?;
+            agents.wait_until_carried(node, this.shop.name(), name)?;
+        }
+        for (name, echo) in Self::PODS {
+            let service = this.shop.get(&["service", echo])?;
+            let address = service["spec"]["clusterIP"].as_str().context("no address")?;
+            let count = "n=0; while echo $n; do n=$((n + 1)); sleep 0.1; done";
+            // On the first ones to a server of its node the kernel has no verdict.
+            let few = if echo == "echo-near" { "1 2 3" } else { "" };
+            let script = format!(
+                "for i in {few}; do echo hello | nc {address} 7000 >/dev/null; sleep 1; done
+                 while :; do ( {count} ) 2>/dev/null | nc {address} 7000; echo {OVER}; done"
+            );
+            this.shop.start(name, here, run(&script))?;
+            this.shop.ready(name)?;
+        }
+        for (name, way) in [("talk-far", "tunnel"), ("talk-near", "direct")] {
+            let is_open = || {
+                let open = agents.ask(here, &["connections", "-n", this.shop.name()]);
+                let open = open.unwrap_or_default();
+                open.as_array().into_iter().flatten().any(|open| {
+                    open["workload"] == name
+                        && open["way"] == way
+                        && open["direction"] == "outbound"
+                })
+            };
+            wait::until(wait::SOON, "", is_open).with_context(|| {
+                let open = agents.ask(here, &["connections"]);
+                let log = this.shop.kubectl(&["logs", name, "--tail=20"]);
+                format!("{name} is not {way}: {open:?}\n{log:?}\n{}", agents.log(here))
+            })?;
+            this.heard(name, |heard| heard.len() > 20)?;
+        }
+        Ok(this)
+    }
+
+    /// Waits until what has come back to a talker is so.
+    fn heard(&self, talker: &str, is_so: impl Fn(&[String]) -> bool) -> Result<Vec<String>> {
+        wait::until_some(wait::SOON, &format!("{talker}'s connection"), || {
+            let log = self.shop.kubectl(&["logs", talker, "--tail=-1"]).ok()?;
+            let lines: Vec<_> = log.lines().map(str::to_owned).collect();
+            is_so(&lines).then_some(lines)
+        })
+    }
+
+    /// The one that an agent carried has ended with the agent, and the next one is plain; the other one
+    /// has not noticed.
+    fn check(&self) -> Result<()> {
+        let counts =
+            |from: &[String]| from.iter().enumerate().all(|(n, line)| *line == n.to_string());
+        let far = self.heard("talk-far", |heard| {
+            let over = heard.iter().position(|line| line == OVER);
+            over.is_some_and(|over| heard.len() > over + 20)
+        })?;
+        let mut lives = far.split(|line| line == OVER);
+        let [first, second] = [lives.next(), lives.next()].map(Option::unwrap_or_default);
+        ensure!(counts(first) && counts(second), "what came back is what was sent: {far:?}");
+        assert_eq!(lives.next(), None, "the second one stays");
+
+        let begun = self.heard("talk-near", |_| true)?.len();
+        let near = self.heard("talk-near", |heard| heard.len() > begun + 20)?;
+        ensure!(counts(&near), "one connection all the time: {near:?}");
+        Ok(())
+    }
 }
 
 impl Shop {
