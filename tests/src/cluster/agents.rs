@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::ops::{Deref, DerefMut};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::Duration;
 
@@ -115,8 +114,9 @@ impl Agents {
             let containers = &mut deployment.object(kind)["spec"]["template"]["spec"]["containers"];
             containers[0]["image"] = json!(image);
         }
+        let cgroup = cgroup(deployment.system())?;
         let settings = &mut deployment.object("ConfigMap")["data"];
-        settings["MESH_CGROUP"] = json!(cgroup());
+        settings["MESH_CGROUP"] = json!(cgroup);
         settings["MESH_ACCESS_LOG"] = json!("json");
         settings["MESH_DRAIN_S"] = json!("2");
         settings["MESH_LOG"] = json!("info,mesh_agent=debug");
@@ -331,11 +331,37 @@ impl Drop for Agents {
     }
 }
 
-/// The nodes' cgroup2 as the agent's pod sees it: nodes that are made here have this machine's, which
-/// may be beside version 1.
-fn cgroup() -> &'static str {
-    let is_hybrid = Path::new("/sys/fs/cgroup/unified/cgroup.controllers").exists();
-    if Cluster::is_ours() && is_hybrid { "/host/cgroup/unified" } else { "/host/cgroup" }
+/// The nodes' cgroup2 as the agent's pod sees it, which may be beside version 1. Asked for by a pod that
+/// runs in `place` and sees what an agent does.
+fn cgroup(place: &Cluster) -> Result<&'static str> {
+    static FOUND: Mutex<Option<&str>> = Mutex::new(None);
+    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(path) = *found {
+        return Ok(path);
+    }
+    let node = place.nodes()?.into_iter().next().context("no node")?;
+    let look = "test -e /host/cgroup/unified/cgroup.controllers && echo both || echo one";
+    place.start(
+        "cgroup",
+        &node,
+        json!({
+            "restartPolicy": "Never",
+            "containers": [{
+                "image": Cluster::load("busybox")?,
+                "command": ["sh", "-c", look],
+                "volumeMounts": [{"name": "cgroup", "mountPath": "/host/cgroup"}],
+            }],
+            "volumes": [{"name": "cgroup", "hostPath": {"path": "/sys/fs/cgroup"}}],
+        }),
+    )?;
+    let limit = format!("--timeout={}s", READY.as_secs());
+    let phase = "--for=jsonpath={.status.phase}=Succeeded";
+    place.kubectl(&["wait", phase, &limit, "pod", "cgroup"])?;
+    let is_hybrid = place.kubectl(&["logs", "cgroup"])?.trim() == "both";
+    place.kubectl(&["delete", "pod", "cgroup", "--wait=false"])?;
+    let path = if is_hybrid { "/host/cgroup/unified" } else { "/host/cgroup" };
+    *found = Some(path);
+    Ok(path)
 }
 
 /// Loads the agent's image, as `cargo xtask image` makes it, into every node, and returns its name.

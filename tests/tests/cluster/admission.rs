@@ -36,6 +36,11 @@ fn agent_changes_one_annotation_of_pods_of_its_node_and_nothing_else() -> Result
     let patched = |pod: &str, change: &Value| patch(&agent, shop.name(), pod, change);
     let ours = "malla.dev/redirection";
 
+    // What cannot be decided is refused: nothing here makes an expression fail.
+    let name = format!("{}-malla-agent-pods", system.name());
+    let policy = system.get(&["validatingadmissionpolicy", &name])?;
+    assert_eq!(policy["spec"]["failurePolicy"], "Fail");
+
     // A policy is in force some moments after it was made.
     wait::until(wait::SOON, "the policy", || {
         patched("here", &annotated("theirs", &json!("2"))).is_err()
