@@ -16,6 +16,28 @@ fn annotated(key: &str, value: &Value) -> Value {
     json!({"metadata": {"annotations": {key: value}}})
 }
 
+/// Every right for the agent's account, until dropped.
+struct Rights<'a> {
+    system: &'a Cluster,
+    name: String,
+}
+
+impl<'a> Rights<'a> {
+    fn give(system: &'a Cluster) -> Result<Self> {
+        let name = format!("{}-everything", system.name());
+        let account = format!("--serviceaccount={}:malla-agent", system.name());
+        let bind = ["create", "clusterrolebinding", &name, "--clusterrole=cluster-admin", &account];
+        system.kubectl(&bind)?;
+        Ok(Self { system, name })
+    }
+}
+
+impl Drop for Rights<'_> {
+    fn drop(&mut self) {
+        self.system.kubectl(&["delete", "clusterrolebinding", &self.name]).ok();
+    }
+}
+
 #[test]
 fn agent_changes_one_annotation_of_pods_of_its_node_and_nothing_else() -> Result<()> {
     require_cluster!();
@@ -92,6 +114,29 @@ fn agent_changes_one_annotation_of_pods_of_its_node_and_nothing_else() -> Result
     ] {
         let refused = agent.kubectl(args).err().map(|error| format!("{error:#}"));
         ensure!(refused.is_some_and(|why| why.contains("forbidden")), "{args:?}");
+    }
+    // Nor where somebody has given it every right: the policy is not RBAC.
+    let _rights = Rights::give(system)?;
+    wait::until(wait::SOON, "the agent's rights", || {
+        let can = ["auth", "can-i", "delete", "pods", "--namespace", shop.name()];
+        agent.kubectl(&can).is_ok()
+    })?;
+    for args in [
+        &["delete", "pod", "here"][..],
+        &["exec", "here", "--", "true"],
+        &[
+            "patch",
+            "pod",
+            "here",
+            "--subresource=status",
+            "--patch",
+            r#"{"status":{"reason":"x"}}"#,
+        ],
+    ] {
+        let in_shop = [&["--namespace", shop.name()], args].concat();
+        let refused = agent.kubectl(&in_shop).err().map(|error| format!("{error:#}"));
+        let refused = refused.unwrap_or_default();
+        ensure!(refused.contains("and does nothing else to them"), "{args:?}: {refused}");
     }
     // Nobody else is hindered.
     shop.kubectl(&["label", "pod", "there", "--overwrite", "app=other"])?;
