@@ -18,6 +18,7 @@ mod families;
 mod foreign;
 mod load;
 mod operations;
+mod ready;
 mod services;
 mod unknown;
 
