@@ -118,7 +118,8 @@ fn every_flag_that_the_documents_name_exists() {
             "--only",
             "--sides",
         ];
-        let others = ["--file", "--kubeconfig", "--load-image", "--nodes", "--out", "--program"];
+        let others =
+            ["--file", "--kubeconfig", "--load-image", "--long", "--nodes", "--out", "--program"];
         demo.contains(&flag) || bench.contains(&flag) || others.contains(&flag)
     };
     for name in ["README.md", "ARCHITECTURE.md", "SECURITY.md"] {
