@@ -2,15 +2,17 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, advance, timeout};
 
+use super::keeper::untrusted;
 use super::*;
 use crate::dirwatch::testing::TempDir;
 use crate::identity::bundle;
 use crate::identity::ca::{self, BUNDLE, ROOT_CERT, ROOT_KEY};
+use crate::identity::sni_name;
 use crate::identity::testing::{cluster_local, id};
 
 const LIFE: Duration = Duration::from_secs(40);
@@ -106,6 +108,8 @@ async fn what_is_wanted_is_issued_and_served_and_nothing_else() {
     assert!(node.identities.served(&sni_name(&id("c"))).is_none());
     let states: Vec<_> = node.identities.view(node.now()).iter().map(|v| v.state).collect();
     assert_eq!(states, [CertState::Available; 2]);
+    node.want(&["a", "b", "c"]);
+    assert!(node.identities.ready(node.now()), "one more pod has come: nobody has to go elsewhere");
 }
 
 #[tokio::test(start_paused = true)]
@@ -180,6 +184,39 @@ async fn certificate_that_was_not_renewed_in_time_is_unavailable() {
     advance(LIFE).await;
     assert_eq!(node.identities.view(node.now())[0].state, CertState::Unavailable);
     assert!(!node.identities.ready(node.now()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_issuer_denies_or_does_not_sign_keeps_no_node_unready() {
+    let node = Node::start();
+    let now = node.now();
+    let issue = |name| {
+        let root = DirectoryCa::open(node.dir.path()).unwrap();
+        root.issue(&id(name), LIFE, now)
+    };
+    let ready_with = |answers: Vec<(&str, Result<Issued, CaError>)>| {
+        let lifetimes = Lifetimes { lifetime: LIFE, ..Lifetimes::default() };
+        let mut keeper = Keeper::new(lifetimes);
+        let wanted: HashSet<_> = ["a", "b"].map(id).into();
+        keeper.follow(&wanted, now);
+        for (name, answer) in answers {
+            keeper.issued(&id(name), answer, &load(node.dir.path()), now, 0.5);
+        }
+        let identities = Identities::new(load(node.dir.path()));
+        identities.wanted(wanted);
+        identities.held.store(Arc::new(keeper.publish()));
+        identities.ready(now)
+    };
+    let denied = || Err(CaError::Denied { why: "no such account".into() });
+    let silent = || Err(CaError::NotAnswered { name: "csr-1".into(), signer: "x/y".into() });
+    assert!(ready_with(vec![("a", issue("a")), ("b", issue("b"))]));
+    assert!(ready_with(vec![("a", issue("a")), ("b", denied())]));
+    assert!(ready_with(vec![("a", issue("a")), ("b", silent())]));
+    assert!(ready_with(vec![("a", denied()), ("b", denied())]));
+    assert!(!ready_with(vec![("a", silent()), ("b", silent())]), "nothing is signed");
+    assert!(!ready_with(vec![("a", denied()), ("b", silent())]), "nothing is signed");
+    assert!(!ready_with(vec![("a", issue("a"))]), "b has not been answered yet");
+    assert!(!ready_with(vec![("a", denied())]), "b has not been answered yet");
 }
 
 /// The whole rotation: trust both, sign with the new one, drop the old one.
