@@ -12,6 +12,11 @@ use serde_json::{Value, json};
 /// half a minute, and an attempt may have just been made.
 const RESUMED: Duration = Duration::from_secs(60);
 
+/// A new service is there within this: Kubernetes' own controllers wait for up to a minute between two
+/// attempts (client-go's reflector: half a minute, and as much again by jitter), and then it is the
+/// agents' turn.
+const TOLD: Duration = Duration::from_secs(120);
+
 /// How long the agents are watched without the API server. Short of the 40 s after which Kubernetes
 /// itself takes nodes for dead.
 const AWAY_S: u64 = 8;
@@ -83,14 +88,20 @@ impl World {
         agents.wait_until_carried(&self.nodes[node], self.cluster.name(), pod)
     }
 
-    /// A service and its server that are new, of a service account that is, and the client's answer.
+    /// A service and its server that are new, of a service account that is, and the client's answer. By
+    /// address: how long CoreDNS remembers that there was no such name is not in question.
     fn new_server_is_reached(&self) -> Result<()> {
         self.cluster.kubectl(&["create", "serviceaccount", "late"])?;
         self.serve("late", "late")?;
-        wait::until(RESUMED, "an answer of the new server", || {
-            let ask = ["curl", "--silent", "--fail", "--max-time", "3", "http://late/"];
-            self.cluster.exec("client", &ask).is_ok_and(|said| said == "late\n")
+        let late = self.cluster.get(&["service", "late"])?;
+        let url = format!("http://{}/", late["spec"]["clusterIP"].as_str().context("no address")?);
+        let ask = ["curl", "--silent", "--show-error", "--fail", "--max-time", "3", &url];
+        let mut said = String::new();
+        wait::until(TOLD, "an answer of the new server", || {
+            said = self.cluster.exec("client", &ask).unwrap_or_else(|error| format!("{error:#}"));
+            said == "late\n"
         })
+        .with_context(|| format!("the last thing that was said: {said}"))
     }
 }
 
