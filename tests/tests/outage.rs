@@ -50,8 +50,11 @@ impl World {
         }))?;
         this.serve("web", "default")?;
         this.carried(agents, "web", 1)?;
-        let ask = "curl --silent --show-error --fail --fail-early --max-time 5 \
-            --header 'Connection: close' 'http://web/?[1-20]'";
+        let url = this.url("web")?;
+        let ask = format!(
+            "curl --silent --show-error --fail --fail-early --max-time 5 \
+             --header 'Connection: close' '{url}?[1-20]'"
+        );
         let asks =
             format!("while :; do if {ask} >/dev/null; then echo ok; else echo FAILED; fi; done");
         let image = Cluster::load("curl")?;
@@ -66,6 +69,13 @@ impl World {
             this.carried(agents, pod, 0)?;
         }
         Ok(this)
+    }
+
+    /// A service by its address: names are CoreDNS' to tell, which has its own trouble without an API server.
+    fn url(&self, service: &str) -> Result<String> {
+        let service = self.cluster.get(&["service", service])?;
+        let address = service["spec"]["clusterIP"].as_str().context("no address")?;
+        Ok(format!("http://{address}/"))
     }
 
     /// A server on the second node, behind a service of its name.
@@ -88,13 +98,11 @@ impl World {
         agents.wait_until_carried(&self.nodes[node], self.cluster.name(), pod)
     }
 
-    /// A service and its server that are new, of a service account that is, and the client's answer. By
-    /// address: how long CoreDNS remembers that there was no such name is not in question.
+    /// A service and its server that are new, of a service account that is, and the client's answer.
     fn new_server_is_reached(&self) -> Result<()> {
         self.cluster.kubectl(&["create", "serviceaccount", "late"])?;
         self.serve("late", "late")?;
-        let late = self.cluster.get(&["service", "late"])?;
-        let url = format!("http://{}/", late["spec"]["clusterIP"].as_str().context("no address")?);
+        let url = self.url("late")?;
         let ask = ["curl", "--silent", "--show-error", "--fail", "--max-time", "3", &url];
         let mut said = String::new();
         wait::until(TOLD, "an answer of the new server", || {
@@ -172,8 +180,7 @@ fn agent_that_dies_while_the_api_server_is_away_refuses_until_it_is_back() -> Re
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let agents = Agents::alone()?;
     let world = World::begin(&agents)?;
-    let web = world.cluster.get(&["service", "web"])?;
-    let url = format!("http://{}/", web["spec"]["clusterIP"].as_str().context("no address")?);
+    let url = world.url("web")?;
     let client = world.cluster.process("client", "tail")?;
     let ask = || client.run(&["curl", "--silent", "--fail", "--max-time", "15", &url]);
     let answered = || ask().is_ok_and(|output| output.stdout == b"web\n");
