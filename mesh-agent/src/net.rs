@@ -319,6 +319,10 @@ fn start_connect(socket: &Socket, to: SocketAddr) -> io::Result<()> {
 
 async fn connected(socket: Socket) -> io::Result<TcpStream> {
     let stream = TcpStream::from_std(socket.into())?;
+    // Within one namespace the answer has come before connect(2) returns.
+    if is_connected(&stream) {
+        return Ok(stream);
+    }
     stream.writable().await?;
     match stream.take_error()? {
         Some(error) => Err(error),
@@ -347,9 +351,9 @@ pub fn silence(fd: RawFd) -> io::Result<Option<Duration>> {
     Ok(owes.then(|| Duration::from_millis(info.tcpi_last_ack_recv.into())))
 }
 
-/// Whether the connection has not been reset: it may have ended in either direction, or both.
+/// Whether the connection was made, and has not been reset: it may have ended in either direction, or both.
 pub fn is_connected(stream: &TcpStream) -> bool {
-    // Of a socket in TCP_CLOSE, and only of such a one, getpeername(2) says ENOTCONN.
+    // In TCP_CLOSE and TCP_SYN_SENT, and only there, getpeername(2) says ENOTCONN (`inet_getname`).
     stream.peer_addr().is_ok()
 }
 

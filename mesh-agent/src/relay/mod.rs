@@ -32,7 +32,8 @@ mod tests;
 
 use std::cell::Cell;
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, Write as _};
+use std::mem;
 use std::net::Shutdown;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -263,6 +264,8 @@ struct Relay<'a, F> {
     up: Buf,
     up_ended: bool,
     down_ended: bool,
+    /// Something was written to the application: from then on the runtime knows whether it takes more.
+    written: bool,
     up_turn: Turn,
     down_turn: Turn,
     live: &'a Live,
@@ -288,6 +291,7 @@ async fn run<F: Far>(
         up,
         up_ended: false,
         down_ended: false,
+        written: false,
         up_turn: Turn::default(),
         down_turn: Turn::default(),
         live,
@@ -297,11 +301,13 @@ async fn run<F: Far>(
         if let Poll::Ready(outcome) = Pin::new(&mut cut).poll(cx) {
             return Poll::Ready(outcome);
         }
-        let up = match relay.poll_up(cx) {
+        // Before up: an application begins with what came along with the request while the answer, which
+        // the flow still holds, is on its way.
+        let down = match relay.poll_down(cx) {
             Ok(direction) => direction,
             Err(outcome) => return Poll::Ready(outcome),
         };
-        let down = match relay.poll_down(cx) {
+        let up = match relay.poll_up(cx) {
             Ok(direction) => direction,
             Err(outcome) => return Poll::Ready(outcome),
         };
@@ -395,7 +401,7 @@ impl<F: Far> Relay<'_, F> {
     fn copy_down(&mut self, cx: &mut Context<'_>) -> Result<Direction, Outcome> {
         loop {
             while !self.far.payload().is_empty() {
-                match self.app_write.try_write(self.far.payload()) {
+                match self.write() {
                     Ok(len) => {
                         self.far.taken(len);
                         count(&self.live.received, len);
@@ -430,6 +436,16 @@ impl<F: Far> Relay<'_, F> {
                 Poll::Pending if self.down_ended => return Ok(Direction::Ended),
                 Poll::Pending => return Ok(Direction::Starved),
             }
+        }
+    }
+
+    /// Writes payload to the application. At first without asking the runtime, which has yet to hear from
+    /// the kernel that a connection takes bytes: one that was just made does.
+    fn write(&mut self) -> io::Result<usize> {
+        if mem::replace(&mut self.written, true) {
+            self.app_write.try_write(self.far.payload())
+        } else {
+            (&*SockRef::from(self.app_write.as_ref())).write(self.far.payload())
         }
     }
 }

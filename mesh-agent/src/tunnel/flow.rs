@@ -166,12 +166,12 @@ impl Request {
         }
     }
 
-    /// Tells the peer that the flow is taken. `None` if the carrier has broken meanwhile.
+    /// Tells the peer that the flow is taken; on a lane when the relay first sends, so that the
+    /// application has the flow's first bytes before. `None` if the carrier has broken meanwhile.
     pub async fn accept(self) -> Option<Flow> {
         match self.answer {
             AnswerOn::Lane { mut lane, slot, .. } => {
                 lane.codec.queue(&encode_answer(Ok(()))).ok()?;
-                lane.flush().await.ok()?;
                 Some(Flow::Lane(LaneFlow { lane, home: Home::Server(slot) }))
             }
             AnswerOn::Quic(answer) => answer.accept().await.map(|flow| Flow::Quic(Box::new(flow))),
