@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use crate::netns::Netns;
+use crate::netns::{Netns, sysctl};
 use crate::serve::{Serve, Server};
 use crate::topology::{Family, PodSpec};
 use crate::wait;
@@ -138,6 +138,15 @@ impl Pod {
     /// Fails if the pod cannot be entered, or with the error of `f`.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         self.netns.run(f)
+    }
+
+    /// Writes a setting of its network namespace, such as `net/ipv4/tcp_tw_reuse`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no such setting, or no such value of it.
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        self.run(|| sysctl(key, value))
     }
 
     /// Connects to `to`, like any program. Reads and writes give up after 30 seconds.

@@ -383,10 +383,8 @@ fn source_ports_in_time_wait_do_not_keep_the_pod_out() -> Result<()> {
     let a1 = mesh.pod("a1");
     // All ports that the kernel would choose from, as those of a busy client.
     let ports = 10_000..10_016;
-    a1.run(|| {
-        let path = "/proc/sys/net/ipv4/ip_local_port_range";
-        Ok(fs::write(path, format!("{} {}", ports.start, ports.end - 1))?)
-    })?;
+    let range = format!("{} {}", ports.start, ports.end - 1);
+    a1.sysctl("net/ipv4/ip_local_port_range", &range)?;
     for family in Family::BOTH {
         for _ in ports.clone() {
             let mut stream = a1.connect(mesh.pod("b1").addr(family, 8080))?;

@@ -73,6 +73,11 @@ fn ordeal(
     let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
     let routes = [("a1", "b1"), ("a1", "b2"), ("a1", "a2"), ("b2", "a2"), ("b2", "b1")];
     let routes = routes.map(|(from, to)| (mesh.shared_pod(from), mesh.pod(to).v4(8080)));
+    for client in ["a1", "b2"] {
+        // In five minutes they would run out of ports to dial the same server from, as without a mesh.
+        mesh.pod(client).sysctl("net/ipv4/tcp_tw_reuse", "1")?;
+        mesh.pod(client).sysctl("net/ipv4/ip_local_port_range", "10240 65535")?;
+    }
     let (stop, count) = (AtomicBool::new(false), Count::default());
     let (wrong, wrongs) = mpsc::channel();
     let run = |from: &Pod, to: SocketAddr, mut rng: Rng, wrong: &mpsc::Sender<String>| {

@@ -105,10 +105,7 @@ impl World {
     /// Fails when an agent does not end, or does not become ready.
     pub(crate) fn take(&mut self, side: Side) -> Result<Option<Agents>> {
         if let Some(range) = own_ports(side) {
-            self.mesh.pod(CLIENT).run(|| {
-                let path = "/proc/sys/net/ipv4/ip_local_port_range";
-                fs::write(path, range).with_context(|| format!("write {path}"))
-            })?;
+            self.mesh.pod(CLIENT).sysctl("net/ipv4/ip_local_port_range", range)?;
         }
         self.hops.clear();
         if side == Side::Hops {
