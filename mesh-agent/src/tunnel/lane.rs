@@ -382,7 +382,6 @@ impl Lane {
                 polling::worked();
                 return Ok(event);
             }
-            // The answer to a key update, if any.
             flush(&self.tcp, &mut self.codec.outbox).await?;
             if receive(&self.tcp, &mut self.codec.inbox).await? == 0 {
                 return Err(LaneError::Io(io::ErrorKind::UnexpectedEof.into()));

@@ -17,7 +17,7 @@
 //!   records, key updates or warnings.
 //! - *Nothing after the end*: behind `close_notify` or an alert of ours nothing is sealed any more.
 
-use std::fmt;
+use std::{fmt, mem};
 
 use aws_lc_rs::aead::{self, Aad, Nonce};
 use rustls::client::ClientConnectionData;
@@ -89,7 +89,7 @@ pub(super) struct Records {
     secrets: Box<Secrets>,
     /// The beginning of a handshake message that goes on in the next record.
     message: Vec<u8>,
-    /// The peer wants our next record under a new key.
+    /// The peer wants our next payload under a new key.
     update_owed: bool,
     /// `close_notify` or an alert has been sealed.
     ended: bool,
@@ -131,16 +131,13 @@ impl Records {
     ) -> Result<Record, Error> {
         let opened = self.open_first(inbox, plain);
         plain.release();
-        match &opened {
-            Ok(_) => self.pay_update(outbox)?,
-            Err(error) => {
-                // What came behind it must not be looked at.
-                inbox.clear();
-                if let Some(alert) = alert_for(error) {
-                    self.end(FATAL, alert, outbox);
-                }
-                self.ended = true;
+        if let Err(error) = &opened {
+            // What came behind it must not be looked at.
+            inbox.clear();
+            if let Some(alert) = alert_for(error) {
+                self.end(FATAL, alert, outbox);
             }
+            self.ended = true;
         }
         opened
     }
@@ -205,7 +202,7 @@ impl Records {
 
     /// Handles the handshake messages that are complete.
     fn messages(&mut self) -> Result<(), Error> {
-        let mut message = std::mem::take(&mut self.message);
+        let mut message = mem::take(&mut self.message);
         let mut rest = message.as_slice();
         while let Some((&[kind, len @ ..], body)) = rest.split_first_chunk::<4>() {
             let [high, middle, low] = len;
@@ -280,9 +277,11 @@ impl Records {
         if self.ended {
             return Err(Error::General("sealed after the end".into()));
         }
-        self.pay_update(outbox)?;
         for content in plain.chunks(MAX_PLAIN) {
-            if self.sealing.seq >= self.refresh_after {
+            // A peer that wants another key gets it in front of the next payload, however often it has asked
+            // (RFC 9846 section 4.7.3): one that asks often and is sent nothing would count an answer to
+            // each as too many.
+            if mem::take(&mut self.update_owed) || self.sealing.seq >= self.refresh_after {
                 self.update_sealing(outbox)?;
             }
             self.sealing.seal(APPLICATION_DATA, content, outbox)?;
@@ -301,16 +300,6 @@ impl Records {
             // Without room for it the peer learns from TCP that it is over.
             drop(self.sealing.seal(ALERT, &[level, alert.into()], outbox));
         }
-    }
-
-    /// Answers a peer that wants another key of ours: now, or with the next record if there is no
-    /// room. However often it has asked meanwhile, one answer is enough.
-    fn pay_update(&mut self, outbox: &mut Buf) -> Result<(), Error> {
-        if self.update_owed && !self.ended && outbox.room_len() >= UPDATE_LEN {
-            self.update_sealing(outbox)?;
-            self.update_owed = false;
-        }
-        Ok(())
     }
 
     /// Our next record is under our next key.
