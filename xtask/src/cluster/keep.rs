@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
+use serde_json::json;
 
 use crate::cluster::certificates::Pki;
 use crate::cluster::outage::{API_SERVER, Outage};
@@ -130,6 +131,7 @@ impl Running {
             let ready = String::from_utf8_lossy(&output.stdout);
             Ok(ready.split(' ').filter(|status| *status == "True").count() == this.cluster.nodes)
         })?;
+        self.pod_networks()?;
         self.ask()?;
         Ok(pki)
     }
@@ -161,6 +163,19 @@ impl Running {
                 self.api_server(pki)?;
             }
             (false, _) => {}
+        }
+        Ok(())
+    }
+
+    /// Has each Node say which addresses its pods have, as the controller that gives them out does.
+    fn pod_networks(&self) -> Result<()> {
+        for number in 1..=self.cluster.nodes {
+            let cidrs = [net::pods(number), net::pods_6(number)];
+            let spec = json!({"spec": {"podCIDR": &cidrs[0], "podCIDRs": &cidrs}}).to_string();
+            let name = format!("node-{number}");
+            let output = self.kubectl(&["patch", "node", &name, "--patch", &spec]).output()?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success(), "tell {name} its pods' addresses: {}", said.trim());
         }
         Ok(())
     }
