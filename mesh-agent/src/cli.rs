@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
 use clap_complete::Shell;
+use mesh_core::addr::Cidr;
 use mesh_core::balance::Policy;
 use mesh_core::spiffe::TrustDomain;
 
@@ -182,6 +183,19 @@ pub struct Run {
     /// too long and, while it is down, others cannot talk to the mesh when they start.
     #[arg(long = "unknown-pods-s", env = "MESH_UNKNOWN_PODS_S", value_name = "N", default_value = "5", value_parser = seconds)]
     pub unknown_pods: Duration,
+
+    /// Blocks of addresses that pods of other nodes have, separated by commas: for networks whose Nodes do
+    /// not say so (`spec.podCIDRs`). A pod that no Service selects is then found by its address. Too few
+    /// and a pod that is dialled so is reached in plain text; too many and the API is asked for addresses
+    /// that are no pod's.
+    #[arg(
+        long = "pod-cidrs",
+        env = "MESH_POD_CIDRS",
+        value_name = "LIST",
+        value_delimiter = ',',
+        conflicts_with = "manifests"
+    )]
+    pub pod_cidrs: Vec<Cidr>,
 
     /// Directory of the certificate authority, made by `mesh-agent ca init`. Agents that do not
     /// share a root refuse each other. Without it certificates are asked for over the Kubernetes API.

@@ -61,6 +61,13 @@ pub const STRICT: u32 = 1 << 3;
 /// [`PendingPod::flags`]: the agent does not know this pod.
 pub const UNKNOWN: u32 = 1 << 4;
 
+/// Value of `NETWORKS`: whoever is in this block has to be read first, so connections are captured.
+pub const BLOCK_UNREAD: u32 = 1;
+/// Value of `NETWORKS`: left alone, although it may lie in a larger block that is captured.
+pub const BLOCK_LEFT_ALONE: u32 = 2;
+/// Value of `NETWORKS`: as [`BLOCK_LEFT_ALONE`], and somebody has connected there since the agent looked.
+pub const BLOCK_USED: u32 = 3;
+
 /// [`SockMeta::role`]: an application's socket.
 pub const ROLE_APP: u8 = 0;
 /// [`SockMeta::role`]: a socket of the agent that must leave as it is.
@@ -309,7 +316,7 @@ pub enum MapSize {
     Fixed(usize),
     /// The pods of a node, times this.
     PerPod(usize),
-    /// The destinations of the mesh.
+    /// The destinations of the mesh, or the blocks in which some may be.
     Destinations,
     /// The connections between `connect()` and the agent's `accept()`.
     Flows,
@@ -337,10 +344,12 @@ pub const SKIP_CIDRS_PER_POD: usize = 8;
 pub const EVENTS_BYTES: usize = 1 << 20;
 
 /// Every pinned map.
-pub const SPECS: [MapSpec; 19] = [
+pub const SPECS: [MapSpec; 20] = [
     spec("POD_OUTBOUND", HASH, size_of::<u64>(), size_of::<PodOutbound>(), MapSize::PerPod(1)),
     spec("POD_INBOUND", HASH, size_of::<WireIp>(), size_of::<PodInbound>(), MapSize::PerPod(2)),
     spec("DESTINATIONS", HASH, size_of::<WireIp>(), size_of::<u64>(), MapSize::Destinations),
+    // The key is a prefix length and an address.
+    spec("NETWORKS", LPM_TRIE, 20, size_of::<u32>(), MapSize::Destinations),
     spec("SKIP_CIDRS", LPM_TRIE, 28, size_of::<u32>(), MapSize::PerPod(SKIP_CIDRS_PER_POD)),
     spec("SOCK_META", SK_STORAGE, size_of::<u32>(), size_of::<SockMeta>(), MapSize::Fixed(0)),
     spec("FLOWS", LRU_HASH, size_of::<FlowKey>(), size_of::<Flow>(), MapSize::Flows),

@@ -5,8 +5,8 @@
 use crate::addr::{WireAddr, WireIp, is_v4};
 use crate::counter::Counter;
 use crate::maps::{
-    Control, FAIL_OPEN, HAS_SKIP_CIDRS, MAX_PORTS, OUTBOUND_ALL, PodInbound, PodOutbound, STRICT,
-    has_port,
+    BLOCK_LEFT_ALONE, BLOCK_UNREAD, BLOCK_USED, Control, FAIL_OPEN, HAS_SKIP_CIDRS, MAX_PORTS,
+    OUTBOUND_ALL, PodInbound, PodOutbound, STRICT, has_port,
 };
 
 /// A silent agent is bypassed by pods that fail open after this long: five missed heartbeats.
@@ -116,6 +116,27 @@ pub fn decide_connect(
     // The mask is what the verifier understands; `ports_len` never exceeds it.
     let index = (pod.turn % pod.ports_len) as usize & (MAX_PORTS - 1);
     Connect::Capture { ip: *own_ip, port: ports[index] }
+}
+
+/// What a value of `NETWORKS` says of an address that is no destination of the mesh by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Block {
+    /// Somebody of the mesh may be there: captured as a destination is.
+    Unread,
+    /// Not captured. Written back, if there is something to write.
+    LeftAlone(Option<u32>),
+}
+
+impl Block {
+    /// What `value` means. The agent keeps what is used, so the first use is written down.
+    #[inline(always)]
+    pub const fn of(value: u32) -> Self {
+        match value {
+            BLOCK_UNREAD => Self::Unread,
+            BLOCK_LEFT_ALONE => Self::LeftAlone(Some(BLOCK_USED)),
+            _ => Self::LeftAlone(None),
+        }
+    }
 }
 
 /// What becomes of a SYN.
@@ -413,6 +434,13 @@ mod tests {
             0 => Lookup::Drop(Counter::LookupListenerGone),
             n => Lookup::Steer { shard: u32::from(remote.port()) % n },
         }
+    }
+
+    #[test]
+    fn block_is_captured_or_left_alone_and_its_first_use_is_noted() {
+        assert_eq!(Block::of(BLOCK_UNREAD), Block::Unread);
+        assert_eq!(Block::of(BLOCK_LEFT_ALONE), Block::LeftAlone(Some(BLOCK_USED)));
+        assert_eq!(Block::of(BLOCK_USED), Block::LeftAlone(None), "once is enough");
     }
 
     #[test]

@@ -8,29 +8,31 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock_addr};
 use aya_ebpf::helpers::{
     bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
-    bpf_set_retval, bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
+    bpf_map_lookup_elem, bpf_set_retval, bpf_sk_storage_get, bpf_skc_to_mptcp_sock,
 };
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::maps::{ROLE_APP, ROLE_DELIVER, ROLE_DIRECT, SkipCidr, SockMeta};
 use mesh_common::pending::{self, decide_pending};
-use mesh_common::verdict::{Connect, decide_connect, is_kubelet};
+use mesh_common::verdict::{Block, Connect, decide_connect, is_kubelet};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
 use crate::direct::{Way, way};
 use crate::maps::{
-    CONTROL, DESTINATIONS, PENDING, POD_INBOUND, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count,
-    now_ns,
+    CONTROL, DESTINATIONS, NETWORKS, PENDING, POD_INBOUND, POD_OUTBOUND, SKIP_CIDRS, SOCK_META,
+    agent, count, now_ns,
 };
 
 const ALLOW: i32 = 1;
 /// `connect()` fails with `EPERM`.
 const DENY: i32 = 0;
 
+/// Bits of a whole address.
+const ADDRESS_BITS: u32 = 128;
 /// Bits of a netns cookie and a whole address.
-const FULL_PREFIX: u32 = SkipCidr::NETNS_BITS + 128;
+const FULL_PREFIX: u32 = SkipCidr::NETNS_BITS + ADDRESS_BITS;
 
 #[cgroup_sock_addr(connect4)]
 pub fn mesh_connect4(ctx: SockAddrContext) -> i32 {
@@ -89,7 +91,7 @@ fn capture(
     let verdict = decide_connect(
         pod,
         &dst,
-        || DESTINATIONS.get_ptr(dst.ip).is_some(),
+        || is_destination(&dst),
         || {
             let key = Key::new(FULL_PREFIX, SkipCidr::new(netns, dst.ip));
             // 0: a block that is captured inside of a larger one that is not.
@@ -143,6 +145,38 @@ fn capture(
     }
 }
 
+/// Whether the mesh is, or may be, at this address.
+#[inline(always)]
+fn is_destination(dst: &WireAddr) -> bool {
+    DESTINATIONS.get_ptr(dst.ip).is_some() || is_unread(dst)
+}
+
+/// Whether it is in a block where somebody may be of whom nobody knows yet.
+#[inline(always)]
+fn is_unread(dst: &WireAddr) -> bool {
+    let key = Key::new(ADDRESS_BITS, dst.ip);
+    // The static's address is what the loader replaces with the map.
+    let map = (&raw const NETWORKS).cast_mut();
+    // SAFETY: the map's keys are such; the helper only reads it. Not by the map's own `get`, which gives
+    // no pointer to write to.
+    let value = unsafe { bpf_map_lookup_elem(map.cast(), (&raw const key).cast()) }.cast::<u32>();
+    if value.is_null() {
+        return false;
+    }
+    // SAFETY: not null; the map's values are `u32`, and a trie frees its elements after a grace period of
+    // RCU, so this one stays what it is for this call.
+    match Block::of(unsafe { value.read_volatile() }) {
+        Block::Unread => true,
+        Block::LeftAlone(None) => false,
+        Block::LeftAlone(Some(used)) => {
+            // SAFETY: as above. Who changes a block replaces its element, so this never says of another kind
+            // of block that it is left alone.
+            unsafe { value.write_volatile(used) };
+            false
+        }
+    }
+}
+
 /// Decides over a process that is in no enrolled pod, while there are pods that are not captured yet: it
 /// is one of theirs if one of the cgroups that it lies in is.
 #[inline(always)]
@@ -157,8 +191,7 @@ fn while_pending(dst: &WireAddr) -> i32 {
         // SAFETY: RCU keeps the element mapped for this call. One that is recycled meanwhile is another
         // pending pod's, and the worst outcome one connection more, or less, refused.
         let pod = unsafe { &*pod };
-        let is_destination = || DESTINATIONS.get_ptr(dst.ip).is_some();
-        return match decide_pending(pod, dst, now_ns(), is_destination, agent) {
+        return match decide_pending(pod, dst, now_ns(), || is_destination(dst), agent) {
             Connect::Deny(reason) => {
                 count(reason);
                 refuse()

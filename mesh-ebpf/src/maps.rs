@@ -30,6 +30,10 @@ pub(crate) static POD_INBOUND: HashMap<WireIp, PodInbound> = HashMap::with_max_e
 pub(crate) static DESTINATIONS: HashMap<WireIp, u64> =
     HashMap::with_max_entries(65_536, BPF_F_NO_PREALLOC);
 
+/// Where somebody of the mesh may be, and what in it is left alone: asked of what is in no other map.
+#[map]
+pub(crate) static NETWORKS: LpmTrie<WireIp, u32> = LpmTrie::with_max_entries(65_536, 0);
+
 #[map]
 pub(crate) static SKIP_CIDRS: LpmTrie<SkipCidr, u32> = LpmTrie::with_max_entries(8192, 0);
 

@@ -66,6 +66,23 @@ impl Cidr {
     /// Every IPv4 address.
     pub const ALL_V4: Self = Self { ip: IpAddr::V4(Ipv4Addr::UNSPECIFIED), prefix_len: 0 };
 
+    /// The block of this many leading bits that `ip` is in; a v4-mapped address is an IPv6 one here. More
+    /// bits than there are count as all.
+    pub fn new(ip: IpAddr, prefix_len: u8) -> Self {
+        match ip {
+            IpAddr::V4(v4) => {
+                let prefix_len = prefix_len.min(32);
+                let mask = u32::MAX.checked_shl(32 - u32::from(prefix_len)).unwrap_or(0);
+                Self { ip: IpAddr::V4((u32::from(v4) & mask).into()), prefix_len }
+            }
+            IpAddr::V6(v6) => {
+                let prefix_len = prefix_len.min(128);
+                let mask = u128::MAX.checked_shl(128 - u32::from(prefix_len)).unwrap_or(0);
+                Self { ip: IpAddr::V6((u128::from(v6) & mask).into()), prefix_len }
+            }
+        }
+    }
+
     /// The first address of the block.
     pub fn ip(&self) -> IpAddr {
         self.ip
@@ -121,19 +138,14 @@ impl std::str::FromStr for Cidr {
             (IpAddr::V6(_), v4 @ IpAddr::V4(_), Some(prefix_len)) => (v4, prefix_len),
             _ => (ip, prefix_len),
         };
-        let ip = match ip {
-            IpAddr::V4(v4) => {
-                let shift = 32 - u32::from(prefix_len);
-                let mask = u32::MAX.checked_shl(shift).unwrap_or(0);
-                IpAddr::V4((u32::from(v4) & mask).into())
-            }
-            IpAddr::V6(v6) => {
-                let shift = 128 - u32::from(prefix_len);
-                let mask = u128::MAX.checked_shl(shift).unwrap_or(0);
-                IpAddr::V6((u128::from(v6) & mask).into())
-            }
-        };
-        Ok(Self { ip, prefix_len })
+        Ok(Self::new(ip, prefix_len))
+    }
+}
+
+impl From<IpAddr> for Cidr {
+    /// The block of this one address, a v4-mapped one being IPv4.
+    fn from(ip: IpAddr) -> Self {
+        Self::new(ip.to_canonical(), 128)
     }
 }
 

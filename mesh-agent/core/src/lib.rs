@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`route`] | route: which service or workload a destination means |
 //! | [`locality`] | route: which endpoints of a service are meant from here |
+//! | [`networks`] | route: where somebody may be who has to be read first |
 //! | [`protocol`] | route: what is spoken with them, as declared |
 //! | [`balance`] | balance: which endpoint takes the connection |
 //! | [`affinity`] | balance: which endpoint a client keeps to |
@@ -31,6 +32,7 @@ pub mod direct;
 mod fixtures;
 pub mod generation;
 pub mod locality;
+pub mod networks;
 pub mod pending;
 pub mod polling;
 pub mod protocol;

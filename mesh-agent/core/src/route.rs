@@ -155,6 +155,7 @@ fn candidates(endpoints: &Arc<[Endpoint]>, dialled: IpAddr) -> Option<Candidates
 mod tests {
     use super::*;
     use crate::fixtures::{endpoint, node, service, snapshot, workload};
+    use crate::networks::Networks;
     use crate::snapshot::Parts;
 
     fn dst(text: &str) -> OrigDst {
@@ -254,6 +255,25 @@ mod tests {
             let found = route(&snapshot, dst(to));
             assert_eq!(found, Route::Refuse(RouteRefusal::Unread), "{to}");
         }
+    }
+
+    #[test]
+    fn what_nobody_has_read_in_a_network_of_pods_is_refused_and_what_is_nobodys_passes() {
+        let known = workload("web", "node-2", &["10.0.1.5"]);
+        let trust_domain = known.identity.trust_domain().clone();
+        let parts = Parts {
+            workloads: vec![known],
+            networks: Networks::new(["10.0.1.0/24".parse().unwrap()], []),
+            read: ["10.0.1.7".parse().unwrap()].into(),
+            ..Parts::default()
+        };
+        let snapshot = Snapshot::new(1, "node-1".into(), trust_domain, parts);
+        let unread = Route::Refuse(RouteRefusal::Unread);
+        assert_eq!(route(&snapshot, dst("10.0.1.6:80")), unread);
+        assert_eq!(route(&snapshot, dst("[::ffff:10.0.1.6]:80")), unread);
+        assert_eq!(route(&snapshot, dst("10.0.1.7:80")), Route::Passthrough, "nobody's");
+        let pod = route(&snapshot, dst("10.0.1.5:80"));
+        assert!(matches!(pod, Route::Workload { .. }), "{pod:?}");
     }
 
     #[test]

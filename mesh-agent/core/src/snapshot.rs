@@ -5,12 +5,13 @@
 //! snapshot; a state that is wrong never becomes one.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::addr::{EndpointAddr, PeerAddr};
+use crate::addr::{Cidr, EndpointAddr, PeerAddr};
 use crate::locality::{InternalTraffic, Scope};
+use crate::networks::{Block, Networks};
 use crate::protocol::Protocol;
 use crate::settings::Settings;
 use crate::spiffe::{SpiffeId, TrustDomain};
@@ -33,6 +34,8 @@ pub struct Snapshot {
     by_vip: HashMap<IpAddr, Arc<Service>>,
     nodes: HashMap<Arc<str>, Node>,
     unread: HashSet<IpAddr>,
+    networks: Networks,
+    read: HashSet<IpAddr>,
 }
 
 /// A pod, in the mesh or not.
@@ -166,6 +169,10 @@ pub struct Parts {
     pub nodes: HashMap<Arc<str>, Node>,
     /// Addresses of services and pods of which nobody has read yet whether they are in the mesh.
     pub unread: HashSet<IpAddr>,
+    /// Where pods of other nodes may be that nothing else names. Empty if every pod is known.
+    pub networks: Networks,
+    /// Addresses in them of which it is known who has them: pods, nodes, or nobody.
+    pub read: HashSet<IpAddr>,
 }
 
 impl Snapshot {
@@ -199,6 +206,8 @@ impl Snapshot {
             by_vip,
             nodes: parts.nodes,
             unread: parts.unread,
+            networks: parts.networks,
+            read: parts.read,
         }
     }
 
@@ -260,7 +269,12 @@ impl Snapshot {
     /// Whether it has still to be read if this address is in the mesh, and where: until then nothing may
     /// be sent there.
     pub fn is_unread(&self, ip: IpAddr) -> bool {
-        self.unread.contains(&ip.to_canonical())
+        let ip = ip.to_canonical();
+        self.unread.contains(&ip) || (!self.knows(ip) && self.networks.has(ip))
+    }
+
+    fn knows(&self, ip: IpAddr) -> bool {
+        self.by_ip.contains_key(&ip) || self.by_vip.contains_key(&ip) || self.read.contains(&ip)
     }
 
     /// The destinations that belong to the mesh, for the kernel to capture. Anything else stays on
@@ -269,7 +283,8 @@ impl Snapshot {
     /// - Addresses of enrolled pods, on any node.
     /// - Addresses of services with an enrolled endpoint in this node's reach, and of services that
     ///   select pods and have none in reach: their clients are to be refused at once, with a reason.
-    /// - Addresses that may turn out to be one of these ([`Self::is_unread`]).
+    /// - Addresses that services and slices name and that may turn out to be one of these
+    ///   ([`Self::is_unread`]); what only a block has in it is in [`Self::captured_blocks`].
     /// - Never the API server's: the mesh must not stand between a pod and what it is configured
     ///   from.
     pub fn captured_destinations(&self) -> HashSet<IpAddr> {
@@ -283,6 +298,25 @@ impl Snapshot {
         all
     }
 
+    /// The blocks whose addresses the kernel captures although they are no [`Self::captured_destinations`],
+    /// and what it leaves alone in them: what is known, and not of the mesh.
+    pub fn captured_blocks(&self) -> HashMap<Cidr, Block> {
+        let mut blocks: HashMap<Cidr, Block> = self.networks.blocks().collect();
+        if blocks.is_empty() {
+            return blocks;
+        }
+        // In the kernel IPv4 is a part of IPv6, and `::/0` must not mean it.
+        let mapped = Ipv4Addr::UNSPECIFIED.to_ipv6_mapped();
+        if blocks.keys().any(|block| block.has_v6(mapped)) {
+            blocks.entry(Cidr::ALL_V4).or_insert(Block::LeftAlone);
+        }
+        let captured = self.captured_destinations();
+        let known = self.by_ip.keys().chain(self.by_vip.keys()).chain(&self.read);
+        let left_alone = known.filter(|ip| !captured.contains(ip) && self.networks.has(**ip));
+        blocks.extend(left_alone.map(|ip| (Cidr::from(*ip), Block::LeftAlone)));
+        blocks
+    }
+
     /// Whether `other` says the same of the mesh, whatever its generation.
     pub fn same_state(&self, other: &Self) -> bool {
         // `by_vip` and `by_ip` too: they also say who keeps an address that two claim.
@@ -294,6 +328,8 @@ impl Snapshot {
             && self.by_vip == other.by_vip
             && self.nodes == other.nodes
             && self.unread == other.unread
+            && self.networks == other.networks
+            && self.read == other.read
     }
 }
 
@@ -432,6 +468,46 @@ mod tests {
         assert!(snapshot.is_unread("::ffff:10.0.0.7".parse().unwrap()));
         let read = Snapshot::new(1, "a".into(), trust_domain, Parts::default());
         assert!(!read.is_unread(unread[1]) && !read.same_state(&snapshot));
+    }
+
+    #[test]
+    fn whoever_is_in_a_network_of_pods_is_captured_until_it_is_known_to_be_outside() {
+        let enrolled = workload("in", "10.0.0.1", Enrolment::Enrolled);
+        let outside = workload("out", "10.0.0.2", Enrolment::LeftAlone("not enrolled"));
+        let services = vec![
+            service("outside", "10.0.9.1", true, &[&outside]),
+            service("kubernetes", "10.0.9.2", true, &[&enrolled]),
+            service("mesh", "10.0.9.3", true, &[&enrolled]),
+        ];
+        let cidr = |text: &str| text.parse::<Cidr>().unwrap();
+        let networks = || Networks::new([cidr("10.0.0.0/16")], [cidr("10.0.5.0/24")]);
+        let parts = |read: &[&str]| Parts {
+            workloads: vec![Arc::clone(&enrolled), Arc::clone(&outside)],
+            services: services.clone(),
+            networks: networks(),
+            read: read.iter().map(|ip| ip.parse().unwrap()).collect(),
+            ..Parts::default()
+        };
+        let domain = || TrustDomain::new("cluster.local").unwrap();
+        let new = |read: &[&str]| Snapshot::new(1, "a".into(), domain(), parts(read));
+        let snapshot = new(&["10.0.0.3", "10.0.5.3"]);
+        let unread = |snapshot: &Snapshot, ip: &str| snapshot.is_unread(ip.parse().unwrap());
+        for ip in ["10.0.0.4", "::ffff:10.0.0.4"] {
+            assert!(unread(&snapshot, ip), "{ip}");
+        }
+        for ip in ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.5.4", "10.0.9.1", "10.1.0.1"] {
+            assert!(!unread(&snapshot, ip), "{ip}");
+        }
+        let left_alone = ["10.0.5.0/24", "10.0.0.2", "10.0.0.3", "10.0.9.1", "10.0.9.2"];
+        let left_alone = left_alone.map(|text| (cidr(text), Block::LeftAlone));
+        let mut expected = HashMap::from(left_alone);
+        expected.insert(cidr("10.0.0.0/16"), Block::Unread);
+        assert_eq!(snapshot.captured_blocks(), expected);
+        assert!(!snapshot.same_state(&new(&[])), "who has been read is a part of the state");
+        let all = Networks::new([cidr("::/0")], []);
+        let all = Parts { networks: all, ..Parts::default() };
+        let all = Snapshot::new(1, "a".into(), domain(), all).captured_blocks();
+        assert_eq!(all.get(&Cidr::ALL_V4), Some(&Block::LeftAlone), "IPv6 has no IPv4 in it");
     }
 
     #[test]

@@ -202,8 +202,8 @@ impl Pods {
 
         let node = Arc::clone(&self.contexts[0].node);
         // Destinations first: a pod enrolled before them would talk in plain text for a moment.
-        let set = node.capture.set_destinations(&snapshot.captured_destinations());
-        self.note_destinations(set);
+        let (addresses, blocks) = (snapshot.captured_destinations(), snapshot.captured_blocks());
+        self.note_destinations(node.capture.set_destinations(&addresses, &blocks));
         self.certificates(&wanted, is_superseded).await;
         // Not before: who takes over an address would talk in plain text while its certificate is made.
         let (released, mut predecessors) = self.release(&wanted);

@@ -22,12 +22,14 @@ use crate::node::Worker;
 /// How often it is told which pods of other nodes connections use.
 const TELL_USED: Duration = Duration::from_secs(60);
 
-/// Tells a source which pods of other nodes are used, for ever.
+/// Tells a source which pods of other nodes are used, also of those that the kernel leaves alone, for ever.
 pub(super) async fn tell_used(workers: Vec<Arc<Worker>>, demands: mpsc::Sender<Demand>) {
     loop {
         sleep(TELL_USED).await;
         let used: HashSet<_> = workers.iter().flat_map(|worker| worker.take_used()).collect();
-        let told = demands.send(Demand::Used(used.into_iter().collect())).await;
+        let addresses = workers.first().map(|worker| worker.node.capture.take_used());
+        let (pods, addresses) = (used.into_iter().collect(), addresses.unwrap_or_default());
+        let told = demands.send(Demand::Used { pods, addresses }).await;
         if told.is_err() {
             return; // The source has ended, and with it the agent.
         }
@@ -56,7 +58,8 @@ impl Source {
             }
             None => {
                 let client = client(options.kubeconfig.as_deref()).await?;
-                let (source, snapshots) = ClusterSource::new(client, settings);
+                let (source, snapshots) =
+                    ClusterSource::new(client, settings, options.pod_cidrs.clone());
                 (Self::Cluster(Box::new(source)), snapshots)
             }
         })

@@ -280,6 +280,7 @@ impl Views {
             "manifests": options.manifests,
             "kubeconfig": options.kubeconfig,
             "kubelet_cgroup": options.kubelet_cgroup,
+            "pod_cidrs": options.pod_cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "ca_dir": options.ca_dir,
             "signer": options.signer,
             "trust_bundle": options.bundle(),

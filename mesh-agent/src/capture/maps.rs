@@ -65,7 +65,7 @@ impl Maps {
     pub(super) fn failed(&self, map: &'static str) -> impl Fn(MapError) -> CaptureError + use<> {
         let spec = SPECS.iter().find(|spec| spec.name == map);
         let limit = spec.map_or(0, |spec| pins::entries(spec, &self.config));
-        let remedy = if map == "DESTINATIONS" {
+        let remedy = if matches!(map, "DESTINATIONS" | "NETWORKS") {
             "raise --max-destinations"
         } else if map == "VERDICTS" {
             "raise --max-verdicts"

@@ -27,6 +27,7 @@ mod events;
 pub mod fuzzing;
 mod log;
 mod maps;
+mod networks;
 mod orig_dst;
 mod pending;
 mod pins;
@@ -36,7 +37,7 @@ mod redirect;
 mod routes;
 mod sys;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -50,7 +51,9 @@ use aya::maps::MapData;
 use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported};
 use mesh_common::maps::{Control, ROLE_AGENT, ROLE_DELIVER, SPECS, SockMeta};
+use mesh_core::addr::Cidr;
 use mesh_core::generation::GenerationKey;
+use mesh_core::networks::Block;
 use mesh_core::settings::Settings;
 use serde::Serialize;
 
@@ -86,7 +89,8 @@ pub struct CaptureConfig {
     pub bpffs: PathBuf,
     /// Enrolled pods. Default 1024; the kubelet's is 110 per node.
     pub max_pods: u32,
-    /// Addresses of services and pods in the mesh. Default 65536; one takes about 100 bytes, when used.
+    /// Addresses of services and pods in the mesh, and as many blocks of addresses that are unread, with
+    /// their exceptions. Default 65536; one takes about 100 bytes, when used.
     pub max_destinations: u32,
     /// Connections between `connect()` and the agent's `accept()`. Default 65536, 7 MiB of the kernel's
     /// memory. Too small and a flood of connections pushes out, and so resets, others.
@@ -228,7 +232,8 @@ impl Capture {
         let events = Mutex::new(Some(KernelEvents::take(&mut ebpf)?));
         let generation_key = direct::generation_key(&open_map(&pins, "SECRETS")?)?;
         let pending = Pending::new(maps::typed(&mut ebpf, "PENDING")?, config.max_pods)?;
-        let pods = Mutex::new(Pods::new(maps::Maps::take(&mut ebpf, config)?, routes)?);
+        let networks = maps::typed(&mut ebpf, "NETWORKS")?;
+        let pods = Mutex::new(Pods::new(maps::Maps::take(&mut ebpf, config)?, networks, routes)?);
 
         let capture = Self {
             pods,
@@ -255,15 +260,25 @@ impl Capture {
         Ok(capture)
     }
 
-    /// Makes these the addresses of the mesh, whose connections are captured. Additions come first: an
-    /// address that moves from one service to another is never missing. If they do not fit, enrolled
-    /// pods capture everything until they do.
+    /// Makes these the addresses of the mesh, whose connections are captured, and with them those in
+    /// `blocks` that are not left alone there. Additions come first: an address that moves from one service
+    /// to another is never missing. If they do not fit, enrolled pods capture everything until they do.
     ///
     /// # Errors
     ///
     /// The kernel refuses a change, and it is not certain that all of them are captured: call it again.
-    pub fn set_destinations(&self, wanted: &HashSet<IpAddr>) -> Result<Destinations, CaptureError> {
-        lock(&self.pods).set_destinations(wanted)
+    pub fn set_destinations(
+        &self,
+        wanted: &HashSet<IpAddr>,
+        blocks: &HashMap<Cidr, Block>,
+    ) -> Result<Destinations, CaptureError> {
+        lock(&self.pods).set_destinations(wanted, blocks)
+    }
+
+    /// The addresses that are left alone in blocks that are not, and to which pods have connected since
+    /// this was last asked.
+    pub fn take_used(&self) -> Vec<IpAddr> {
+        lock(&self.pods).networks.take_used()
     }
 
     /// Opens listeners in the pod's namespace and captures its connections, in both directions. Where

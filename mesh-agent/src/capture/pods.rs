@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 
+use aya::maps::{LpmTrie, MapData};
 use mesh_common::addr::{WireIp, from_ip, to_ip};
 use mesh_common::maps::PodOutbound;
 use mesh_common::maps::{MAX_PORTS, MAX_SHARDS};
@@ -16,6 +17,7 @@ use mesh_core::generation::Generation;
 use mesh_core::settings::{Outbound, Settings};
 
 use super::maps::{self, Maps};
+use super::networks::{Blocks, Networks};
 use super::pins;
 use super::routes::Routes;
 use super::{CaptureError, Destinations, Listeners, PodCapture};
@@ -65,6 +67,7 @@ impl Enrolled {
 pub(super) struct Pods {
     pub(super) maps: Maps,
     pub(super) routes: Routes,
+    pub(super) networks: Networks,
     enrolled: BTreeMap<String, Enrolled>,
     /// What lies in the map, with the generations there.
     destinations: HashMap<WireIp, Generation>,
@@ -76,12 +79,18 @@ pub(super) struct Pods {
 
 impl Pods {
     /// Begins with what an earlier agent left in the maps.
-    pub(super) fn new(maps: Maps, routes: Routes) -> Result<Self, CaptureError> {
+    pub(super) fn new(
+        maps: Maps,
+        networks: LpmTrie<MapData, WireIp, u32>,
+        routes: Routes,
+    ) -> Result<Self, CaptureError> {
+        let networks = Networks::new(networks).map_err(maps.failed("NETWORKS"))?;
         let failed = maps.failed("DESTINATIONS");
         let destinations = maps.destinations.iter().collect::<Result<_, _>>().map_err(failed)?;
         Ok(Self {
             maps,
             routes,
+            networks,
             enrolled: BTreeMap::new(),
             destinations,
             generations: Generations::default(),
@@ -152,9 +161,16 @@ impl Pods {
     pub(super) fn set_destinations(
         &mut self,
         wanted: &HashSet<IpAddr>,
+        blocks: &Blocks,
     ) -> Result<Destinations, CaptureError> {
         let wanted: HashSet<WireIp> = wanted.iter().map(|ip| from_ip(*ip)).collect();
-        let mut added = self.add_destinations(&wanted);
+        let failed = self.maps.failed("NETWORKS");
+        self.networks.end_exceptions(blocks, &failed)?;
+        let add = |this: &mut Self| {
+            this.add_destinations(&wanted)?;
+            this.networks.add(blocks, &failed)
+        };
+        let mut added = add(self);
         if added.is_err() {
             // Before anything is removed: what has no place must not leave in plain text.
             self.capture_everything(true)?;
@@ -165,8 +181,9 @@ impl Pods {
             self.maps.remove_destination(ip)?;
             self.destinations.remove(&ip);
         }
+        self.networks.retain(blocks, &failed)?;
         if added.is_err() {
-            added = self.add_destinations(&wanted);
+            added = add(self);
         }
         match added {
             Ok(()) => {

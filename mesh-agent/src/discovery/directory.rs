@@ -64,7 +64,13 @@ impl Directory {
             snapshot: Arc::new(Snapshot::empty(Arc::clone(&node), trust_domain.clone())),
             problems: Vec::new(),
             gone: false,
-            context: Context { node, trust_domain, tunnel_port, netns: NetnsFrom::Annotation },
+            context: Context {
+                node,
+                trust_domain,
+                tunnel_port,
+                netns: NetnsFrom::Annotation,
+                pod_cidrs: Vec::new(),
+            },
         }
     }
 

@@ -26,7 +26,8 @@ pub fn manifests(input: &[u8]) {
         read.objects.iter().rev().for_each(|(_, object)| drop(back.insert(object.clone())));
         for netns in [NetnsFrom::Annotation, NetnsFrom::Processes] {
             let Ok(trust_domain) = TrustDomain::new("cluster.local") else { return };
-            let context = Context { node: Arc::from("a"), trust_domain, tunnel_port: 15019, netns };
+            let (node, pod_cidrs) = (Arc::from("a"), Vec::new());
+            let context = Context { node, trust_domain, tunnel_port: 15019, netns, pod_cidrs };
             let (snapshot, problems) = translate(&forth, &context, 1);
             let (other, others) = translate(&back, &context, 1);
             assert!(snapshot.same_state(&other), "the order of objects counts");

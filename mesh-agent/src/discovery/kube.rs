@@ -98,8 +98,18 @@ pub struct Node {
     /// May say at which port its agent is.
     #[serde(default, deserialize_with = "or_default")]
     pub metadata: ObjectMeta,
+    /// What was asked for.
+    pub spec: Option<NodeSpec>,
     /// Where it is.
     pub status: Option<NodeStatus>,
+}
+
+/// `spec` of a Node.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct NodeSpec {
+    /// What its pods have their addresses from: one of each family at most.
+    #[serde(rename = "podCIDRs")]
+    pub pod_cidrs: Option<Vec<String>>,
 }
 
 /// `status` of a Node.

@@ -34,6 +34,7 @@ pub mod file;
 pub mod fuzzing;
 pub mod kube;
 pub mod manifest;
+mod networks;
 pub mod objects;
 pub mod owner;
 mod pods;
@@ -76,8 +77,14 @@ pub enum Demand {
         /// Told, when as much as can be known is, from which generation of snapshots on.
         done: oneshot::Sender<u64>,
     },
-    /// Connections of these pods of other nodes began since this was last said.
-    Used(Vec<WorkloadUid>),
+    /// Connections to or from these pods of other nodes, or to whoever is at these addresses, began since
+    /// this was last said.
+    Used {
+        /// By UID, of those that this agent has carried to or from.
+        pods: Vec<WorkloadUid>,
+        /// What the kernel has left alone.
+        addresses: Vec<IpAddr>,
+    },
     /// A pod of this node has these addresses. They count until the source tells some.
     Seen {
         /// Which.

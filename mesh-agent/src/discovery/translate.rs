@@ -7,14 +7,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use mesh_core::addr::PeerAddr;
+use mesh_core::addr::{Cidr, PeerAddr};
 use mesh_core::snapshot::{Node, Parts, Snapshot};
 use mesh_core::spiffe::TrustDomain;
 
 use super::enrol::{TUNNEL_PORT, Wishes, parsed, value};
 use super::kube::Node as KubeNode;
 use super::objects::{Object, ObjectKey, Objects};
-use super::{Problem, Report, pods, services, shown};
+use super::{Problem, Report, networks, pods, services, shown};
 
 /// Says in which zone a node is.
 const ZONE: &str = "topology.kubernetes.io/zone";
@@ -30,6 +30,8 @@ pub struct Context {
     pub tunnel_port: u16,
     /// How a pod's network namespace is found.
     pub netns: NetnsFrom,
+    /// Where pods are, besides what nodes say of it; only where not every pod is known.
+    pub pod_cidrs: Vec<Cidr>,
 }
 
 /// How a pod's network namespace is found.
@@ -105,7 +107,9 @@ pub fn translate(
     let workloads = pods.workloads();
     unreachable_pods(&workloads, &nodes, context, unread, &mut problems);
     problems.sort();
-    let parts = Parts { workloads, services, nodes, unread: unread_addresses };
+    let networks = networks::networks(objects, &context.node, &context.pod_cidrs);
+    let read = networks::read(objects, &networks);
+    let parts = Parts { workloads, services, nodes, unread: unread_addresses, networks, read };
     let (node, trust_domain) = (Arc::clone(&context.node), context.trust_domain.clone());
     (Snapshot::new(generation, node, trust_domain, parts), problems)
 }

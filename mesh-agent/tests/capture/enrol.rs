@@ -1,6 +1,6 @@
 //! Pods come in and leave, and their agent goes silent.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
@@ -22,7 +22,7 @@ fn fifty_toggles_fail_no_connection() {
     }
     let world = World::new();
     let capture = world.start();
-    capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
+    capture.set_destinations(&HashSet::from([ip(WORLD4)]), &HashMap::new()).unwrap();
     let outside = world.listen_outside("10.90.0.1:8080");
     let enrolled: Mutex<Vec<Listeners>> = Mutex::default();
     let stop = AtomicBool::new(false);
@@ -87,7 +87,7 @@ fn pod_that_leaves_is_left_alone_and_its_connections_live() {
     }
     let world = World::new();
     let capture = world.start();
-    capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
+    capture.set_destinations(&HashSet::from([ip(WORLD4)]), &HashMap::new()).unwrap();
     let listeners = world.enrol(&capture, &Settings::default());
     let app = world.app(Domain::IPV4);
     app.connect(&sock_addr("10.90.0.1:8080")).unwrap();
@@ -133,7 +133,7 @@ fn pod_that_fails_open_bypasses_a_silent_agent() {
     }
     let world = World::new();
     let capture = world.start();
-    capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
+    capture.set_destinations(&HashSet::from([ip(WORLD4)]), &HashMap::new()).unwrap();
     let open = settings(|settings| settings.fail_open = true);
     drop(world.enrol(&capture, &open));
     let app = world.listen("0.0.0.0:8080");
@@ -158,7 +158,7 @@ fn pod_that_does_not_fit_is_left_alone() {
     one.config.max_pods = 1;
     let capture = one.start();
     let mesh = HashSet::from([ip(WORLD4)]);
-    capture.set_destinations(&mesh).unwrap();
+    capture.set_destinations(&mesh, &HashMap::new()).unwrap();
     run(&format!("ip -n {} addr add 10.90.0.3/24 dev eth0", two.names[0]));
     let settings = Settings::default();
     let enrol = |world: &World, uid, own| {
@@ -232,7 +232,7 @@ fn successor_in_a_namespace_takes_over_without_a_gap() {
     }
     let world = World::new();
     let capture = world.start();
-    capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
+    capture.set_destinations(&HashSet::from([ip(WORLD4)]), &HashMap::new()).unwrap();
     let outside = world.listen_outside("10.90.0.1:8080");
     let (settings, too_much) = (Settings::default(), too_many_blocks());
     let enrol = |uid, settings, predecessor| {

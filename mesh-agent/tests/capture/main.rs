@@ -9,6 +9,7 @@
 
 mod enrol;
 mod inbound;
+mod networks;
 mod outbound;
 mod pending;
 mod pins;

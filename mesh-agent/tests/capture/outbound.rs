@@ -1,6 +1,6 @@
 //! What is captured on its way out, and what is left alone.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -153,7 +153,7 @@ fn pods_with_the_same_addresses_and_ports_do_not_mix() {
     let capture = one.start();
     let services = ["10.96.0.10:80", "10.96.0.11:80"];
     let wanted = services.map(|service| addr(service).ip());
-    capture.set_destinations(&HashSet::from(wanted)).unwrap();
+    capture.set_destinations(&HashSet::from(wanted), &HashMap::new()).unwrap();
     let settings = Settings::default();
     // Addresses of pods differ on a node; what a socket is bound to need not. The key is the namespace.
     let enrol = |world: &World, uid, own| {
@@ -218,7 +218,7 @@ fn pod_that_is_not_enrolled_is_left_alone() {
     }
     let world = World::new();
     let capture = world.start();
-    capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
+    capture.set_destinations(&HashSet::from([ip(WORLD4)]), &HashMap::new()).unwrap();
     let outside = world.listen_outside("10.90.0.1:8080");
     let _app = world.dial("10.90.0.1:8080").unwrap();
     accept(&outside);
@@ -250,7 +250,7 @@ fn destinations_that_do_not_fit_are_captured_with_everything_else() {
     let listeners = world.enrol(&capture, &Settings::default());
     let third = "10.96.0.11:80";
     let three = [SERVICE4, SERVICE6, third].map(|service| addr(service).ip());
-    match capture.set_destinations(&HashSet::from(three)).unwrap() {
+    match capture.set_destinations(&HashSet::from(three), &HashMap::new()).unwrap() {
         Destinations::Everything(CaptureError::Full { map, limit: 2, remedy }) => {
             assert_eq!((map, remedy), ("DESTINATIONS", "raise --max-destinations"));
         }
@@ -264,7 +264,10 @@ fn destinations_that_do_not_fit_are_captured_with_everything_else() {
 
     // The new ones take the places of those that go.
     let two = HashSet::from([ip("10.96.0.11"), ip("10.96.0.12")]);
-    assert!(matches!(capture.set_destinations(&two).unwrap(), Destinations::Listed));
+    assert!(matches!(
+        capture.set_destinations(&two, &HashMap::new()).unwrap(),
+        Destinations::Listed
+    ));
     let app = world.app(Domain::IPV4);
     app.connect(&sock_addr(third)).unwrap();
     assert_eq!(learn(&world, &capture, &listeners, &app).1, third);
@@ -316,7 +319,7 @@ fn skipped_ports_and_blocks_are_left_alone() {
     }
     let world = World::new();
     let capture = world.start();
-    capture.set_destinations(&HashSet::from([ip(WORLD4), ip(WORLD6)])).unwrap();
+    capture.set_destinations(&HashSet::from([ip(WORLD4), ip(WORLD6)]), &HashMap::new()).unwrap();
     let skip = settings(|settings| {
         settings.skip_outbound_ports = "1,2,3306,9000-9100".parse().unwrap();
         settings.skip_outbound_cidrs = vec!["fd90::/64".parse().unwrap()];
@@ -348,7 +351,9 @@ fn blocks_of_an_earlier_agent_end_with_its_settings() {
     let world = World::new();
     let start = |block: &str| {
         let capture = world.start();
-        capture.set_destinations(&HashSet::from([ip(WORLD4), ip(WORLD6)])).unwrap();
+        capture
+            .set_destinations(&HashSet::from([ip(WORLD4), ip(WORLD6)]), &HashMap::new())
+            .unwrap();
         let skip = settings(|settings| {
             settings.skip_outbound_cidrs = vec![block.parse().unwrap()];
         });
@@ -374,7 +379,7 @@ fn sockets_of_the_agent_are_not_captured() {
     }
     let world = World::new();
     let capture = world.start();
-    capture.set_destinations(&HashSet::from([ip(WORLD4)])).unwrap();
+    capture.set_destinations(&HashSet::from([ip(WORLD4)]), &HashMap::new()).unwrap();
     let listeners = world.enrol(&capture, &Settings::default());
     let outside = world.listen_outside("10.90.0.1:8080");
     let to = addr("10.90.0.1:8080");

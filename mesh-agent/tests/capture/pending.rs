@@ -2,7 +2,7 @@
 //!
 //! The cgroup that a kubelet would have made for the pod is the one that this process is in.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -39,7 +39,7 @@ impl Pending {
         let listener = world.listen_outside(&format!("[::]:{PORT}"));
         let cgroup = net::inode(&world.config.cgroup).unwrap();
         let capture = world.start();
-        capture.set_destinations(&HashSet::from(mesh)).unwrap();
+        capture.set_destinations(&HashSet::from(mesh), &HashMap::new()).unwrap();
         Self { world, capture, cgroup, mesh, listener }
     }
 
@@ -89,9 +89,9 @@ fn pod_that_waits_reaches_nothing_of_the_mesh_until_it_is_captured() {
     assert_eq!(count(&pod.capture, "connect_pending"), 3);
 
     // Elsewhere it goes as it does when it is captured.
-    pod.capture.set_destinations(&HashSet::from([v6])).unwrap();
+    pod.capture.set_destinations(&HashSet::from([v6]), &HashMap::new()).unwrap();
     assert!(pod.passes(), "no destination of the mesh");
-    pod.capture.set_destinations(&HashSet::from([v4])).unwrap();
+    pod.capture.set_destinations(&HashSet::from([v4]), &HashMap::new()).unwrap();
 
     let listeners = pod.world.enrol(&pod.capture, &Settings::default());
     let app = pod.dial().expect("captured, though still held back");

@@ -1,6 +1,6 @@
 //! A pod, the world at the other end of its cable, and what tests do with them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -131,7 +131,7 @@ impl World {
         let capture =
             Capture::start(&self.config).unwrap_or_else(|error| panic!("{}", chain(&error)));
         let mesh = [SERVICE4, SERVICE6].map(|service| addr(service).ip());
-        capture.set_destinations(&HashSet::from(mesh)).unwrap();
+        capture.set_destinations(&HashSet::from(mesh), &HashMap::new()).unwrap();
         capture
     }
 

@@ -78,5 +78,54 @@ fn v6_is_carried_between_nodes_and_on_one_by_address_service_and_name_in_strict_
             ensure!([7, 56].contains(&code), "refused, from {client} to {pod}: {code}");
         }
     }
+    pods_that_no_service_selects_are_carried_by_address(&agents, &shop, &outside)
+}
+
+/// Nothing but their addresses names them; one is in the mesh and strict, one outside of it.
+fn pods_that_no_service_selects_are_carried_by_address(
+    agents: &Agents,
+    shop: &Shop,
+    outside: &Cluster,
+) -> Result<()> {
+    let [here, there] = &shop.nodes;
+    let node = shop.cluster.get(&["node", there])?;
+    if node["spec"]["podCIDRs"].is_null() && !Cluster::is_ours() {
+        return Ok(()); // It would have to be told to the agents, and by whom?
+    }
+    let image = Cluster::load("nginx")?;
+    let all = [(&shop.cluster, "tunnel"), (outside, "passthrough")];
+    for (cluster, _) in all {
+        cluster.start("lonely", there, json!({"containers": [{"image": image}]}))?;
+    }
+    let identity = format!("spiffe://cluster.local/ns/{}/sa/default", shop.cluster.name());
+    for (cluster, way) in all {
+        cluster.ready("lonely")?;
+        let pod = cluster.get(&["pod", "lonely"])?;
+        if way == "tunnel" {
+            agents.wait_until_enrolled(there, cluster.name(), "lonely", true)?;
+            agents.wait_until_carried(there, cluster.name(), "lonely")?;
+        }
+        let addresses = pod["status"]["podIPs"].as_array().context("no addresses")?;
+        ensure!(addresses.len() == 2, "of both families: {addresses:?}");
+        for (index, address) in addresses.iter().filter_map(|one| one["ip"].as_str()).enumerate() {
+            let host = if address.contains(':') { &format!("[{address}]") } else { address };
+            // The first of them; the next one may go past the agent.
+            for _ in 0..2 {
+                let ask = ["curl", "--silent", "--fail", "--max-time", "5", host];
+                assert_eq!(shop.cluster.exec("client", &ask)?.trim(), "lonely", "{host}");
+            }
+            if way == "passthrough" && index > 0 {
+                continue; // Who is known by one address is known by the other, and left alone.
+            }
+            let addr = format!("{host}:80");
+            let to = [("src.workload", "client"), ("dst.addr", &addr), ("response_flags", "-")];
+            let out = [("direction", "outbound"), ("way", way), ("dst.workload", "lonely")];
+            agents.wait_for_record(here, &[&to[..], &out].concat())?;
+            if way == "tunnel" {
+                let proven = [("direction", "inbound"), ("src.identity", &identity), ("way", way)];
+                agents.wait_for_record(there, &[&to[..], &proven].concat())?;
+            }
+        }
+    }
     Ok(())
 }

@@ -13,8 +13,9 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::discovery::kube::{Endpoint, EndpointSlice};
+use crate::discovery::networks::{addresses, node_of};
 use crate::discovery::objects::{Kind, Object, ObjectKey, Objects};
-use crate::discovery::services::{SERVICE_NAME, addresses};
+use crate::discovery::services::{self, SERVICE_NAME};
 
 /// A pod that no connection has used for so long is dropped.
 const UNUSED: Duration = Duration::from_secs(600);
@@ -43,6 +44,8 @@ pub(super) enum Wanted {
         ip: IpAddr,
         /// The namespace and service account of one that has called from there.
         account: Option<(String, String)>,
+        /// Among whose pods it is to be looked for if it cannot be found by the address.
+        node: Option<String>,
     },
 }
 
@@ -89,10 +92,13 @@ impl Remote {
         now: Instant,
     ) -> Vec<Wanted> {
         let mut wanted: Vec<Wanted> = behind(objects, node, ip);
+        // A pod that is gone says nothing of who has its address now.
+        wanted.retain(|wanted| !self.absent.contains_key(wanted));
         let has_place = self.absent.len() + self.pending.len() < MOST_ABSENT;
         if wanted.is_empty() && has_place && !knows(objects, ip) {
             let account = |id: &SpiffeId| (id.namespace().into(), id.service_account().into());
-            wanted.push(Wanted::Address { ip, account: caller.map(account) });
+            let node = node_of(objects, ip).map(str::to_owned);
+            wanted.push(Wanted::Address { ip, account: caller.map(account), node });
         }
         let to_read = self.begin(wanted.iter().cloned(), now);
         wanted.retain(|wanted| self.pending.contains(wanted));
@@ -139,6 +145,7 @@ impl Remote {
             }
             Found::Pods(pods) => {
                 let mut changed = self.absent.remove(&wanted).is_some();
+                changed |= self.replaced(objects, &wanted, &pods);
                 for pod in pods {
                     let key = pod.key();
                     // Those of this node are followed, and what that tells is newer.
@@ -152,6 +159,18 @@ impl Remote {
                 changed | self.tell_absent(objects)
             }
         }
+    }
+
+    /// Drops whoever had what was looked for, if somebody else has it now.
+    fn replaced(&mut self, objects: &mut Objects, wanted: &Wanted, pods: &[Object]) -> bool {
+        let stays: HashSet<ObjectKey> = pods.iter().map(Object::key).collect();
+        let mut changed = false;
+        let is_over =
+            |key: &ObjectKey, kept: &mut Kept| kept.wanted == *wanted && !stays.contains(key);
+        for (key, _) in self.kept.extract_if(.., is_over) {
+            changed |= objects.remove(&key).is_some();
+        }
+        changed
     }
 
     fn tell_absent(&self, objects: &mut Objects) -> bool {
@@ -180,11 +199,20 @@ impl Remote {
         }
     }
 
-    /// These are used.
-    pub(super) fn used(&mut self, objects: &Objects, uids: &[WorkloadUid], now: Instant) {
+    /// These are used, and whoever has one of these addresses.
+    pub(super) fn used(
+        &mut self,
+        objects: &Objects,
+        uids: &[WorkloadUid],
+        ips: &[IpAddr],
+        now: Instant,
+    ) {
         let uids: HashSet<&str> = uids.iter().map(|uid| &**uid).collect();
+        let ips: HashSet<&IpAddr> = ips.iter().collect();
         for (key, kept) in &mut self.kept {
-            if uid_of(objects, key).is_some_and(|uid| uids.contains(uid)) {
+            let Some(Object::Pod(pod)) = objects.get(key) else { continue };
+            let is_meant = pod.metadata.uid.as_deref().is_some_and(|uid| uids.contains(uid));
+            if is_meant || addresses(pod).any(|ip| ips.contains(&ip)) {
                 kept.used = now;
             }
         }
@@ -251,7 +279,7 @@ fn behind(objects: &Objects, node: &str, ip: IpAddr) -> Vec<Wanted> {
     let mut services = BTreeSet::new();
     for (key, object) in objects.iter() {
         if let Object::Service(service) = object
-            && service.spec.as_ref().is_some_and(|spec| addresses(spec).any(is_ip))
+            && service.spec.as_ref().is_some_and(|spec| services::addresses(spec).any(is_ip))
         {
             services.insert((&*key.namespace, &*key.name));
         }
@@ -283,7 +311,7 @@ fn missing(
         return None;
     }
     let Some(key) = pod_key(endpoint, namespace) else {
-        let wanted = Wanted::Address { ip, account: None };
+        let wanted = Wanted::Address { ip, account: None, node: None };
         return (!knows(objects, ip)).then_some(wanted);
     };
     let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.clone());
@@ -297,12 +325,10 @@ fn knows(objects: &Objects, ip: IpAddr) -> bool {
     objects.iter().any(|(_, object)| has(object, ip))
 }
 
-/// Whether this is a pod with this address.
+/// Whether this is a pod that has this address for itself: one that has completed has none any more.
 pub(super) fn has(object: &Object, ip: IpAddr) -> bool {
-    let is_ip = |text: &str| text.parse().is_ok_and(|other: IpAddr| other.to_canonical() == ip);
     let Object::Pod(pod) = object else { return false };
-    let mut ips = pod.status.iter().flat_map(|status| status.pod_ips.iter().flatten());
-    ips.any(|pod_ip| is_ip(&pod_ip.ip))
+    addresses(pod).any(|own| own == ip)
 }
 
 fn slices(objects: &Objects) -> impl Iterator<Item = (&ObjectKey, &EndpointSlice)> {
@@ -370,6 +396,10 @@ mod tests {
         Wanted::Pod { namespace: "default".into(), name: name.into(), uid }
     }
 
+    fn at(ip: &str) -> Wanted {
+        Wanted::Address { ip: ip.parse().unwrap(), account: None, node: None }
+    }
+
     struct World {
         remote: Remote,
         objects: Objects,
@@ -413,7 +443,7 @@ mod tests {
         world.read("one");
         world.read("two");
         world.now += UNUSED / 2;
-        world.remote.used(&world.objects, &["uid-one".into()], world.now);
+        world.remote.used(&world.objects, &["uid-one".into()], &[], world.now);
         assert!(!world.remote.expire(&mut world.objects, world.now));
         assert_eq!(world.prefetch(), [wanted("one"), wanted("two")], "older than {REFRESH:?}");
         world.now += UNUSED / 2;
@@ -469,10 +499,38 @@ mod tests {
         assert_eq!(asked, MOST_ABSENT);
     }
 
+    #[tokio::test]
+    async fn pod_that_is_left_alone_is_kept_while_somebody_connects_to_it() {
+        let pod = |name: &str| {
+            let Object::Pod(pod) = pod(name) else { panic!() };
+            let mut pod = Arc::unwrap_or_clone(pod);
+            let status = json!({"podIPs": [{"ip": "10.0.1.1"}]});
+            pod.status = Some(serde_json::from_value(status).unwrap());
+            Object::Pod(Arc::new(pod))
+        };
+        let mut world = World::with(&[]);
+        let read = |world: &mut World, name: &str| {
+            let found = Found::Pods(vec![pod(name)]);
+            world.remote.take(&mut world.objects, "a", at("10.0.1.1"), found, world.now)
+        };
+        read(&mut world, "one");
+        world.now += UNUSED / 2;
+        world.remote.used(&world.objects, &[], &["10.0.1.1".parse().unwrap()], world.now);
+        world.now += UNUSED / 2;
+        assert!(!world.remote.expire(&mut world.objects, world.now));
+        assert_eq!(world.prefetch(), [at("10.0.1.1")], "its annotations may have changed");
+        // Somebody else has the address by now.
+        assert!(read(&mut world, "two"));
+        assert!(world.has("two") && !world.has("one"));
+        world.now += UNUSED;
+        assert!(world.remote.expire(&mut world.objects, world.now));
+        assert!(!world.has("two"));
+    }
+
     #[test]
     fn pod_of_this_node_is_not_taken_from_a_list() {
         let mut world = World::with(&[]);
-        let ip = Wanted::Address { ip: "10.0.1.1".parse().unwrap(), account: None };
+        let ip = at("10.0.1.1");
         let found = Found::Pods(vec![pod("one")]);
         world.remote.take(&mut world.objects, "b", ip, found, world.now);
         assert!(!world.has("one"));

@@ -32,6 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kube::Client;
+use mesh_core::addr::Cidr;
 use mesh_core::snapshot::Snapshot;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
@@ -82,12 +83,17 @@ impl fmt::Debug for ClusterSource {
 }
 
 impl ClusterSource {
-    /// Asks nothing yet.
-    pub fn new(client: Client, settings: Settings) -> (Self, watch::Receiver<Arc<Snapshot>>) {
+    /// Asks nothing yet. Pods of other nodes may be in `pod_cidrs` too, besides what nodes say.
+    pub fn new(
+        client: Client,
+        settings: Settings,
+        pod_cidrs: Vec<Cidr>,
+    ) -> (Self, watch::Receiver<Arc<Snapshot>>) {
         let Settings { node, trust_domain, tunnel_port } = settings;
         let nothing = Snapshot::empty(Arc::clone(&node), trust_domain.clone());
         let (snapshots, receiver) = watch::channel(Arc::new(nothing));
-        let context = Context { node, trust_domain, tunnel_port, netns: NetnsFrom::Processes };
+        let netns = NetnsFrom::Processes;
+        let context = Context { node, trust_domain, tunnel_port, netns, pod_cidrs };
         let state = State::new(context);
         let problems = watch::Sender::new([].into());
         let confirmed = watch::Sender::new(None);
@@ -142,9 +148,11 @@ impl ClusterSource {
                     Vec::new()
                 }
                 Some(demand) = demands.recv() => state.demand(demand, Instant::now()),
-                Some(read) = reads.join_next() => {
+                Some(first) = reads.join_next() => {
+                    // All that have come meanwhile: one snapshot.
+                    let rest = std::iter::from_fn(|| reads.try_join_next());
                     // A read that panicked is as good as one that failed, and its waiters time out.
-                    if let Ok((wanted, found)) = read {
+                    for (wanted, found) in std::iter::once(first).chain(rest).flatten() {
                         state.read(wanted, found, Instant::now());
                     }
                     Vec::new()
@@ -224,7 +232,7 @@ async fn find(client: &Client, wanted: &Wanted) -> Found {
                 Err(why) => Found::Failed(why),
             }
         }
-        Wanted::Address { ip, account } => {
+        Wanted::Address { ip, account, node } => {
             let selector = format!("fieldSelector=status.podIP%3D{}", escaped(&ip.to_string()));
             let mut pods = list::<Pod>(client, Pod::PATH, &selector).await;
             // By that only the first address of a pod is found.
@@ -232,6 +240,10 @@ async fn find(client: &Client, wanted: &Wanted) -> Found {
                 let path = format!("/api/v1/namespaces/{}/pods", escaped(namespace));
                 let selector = format!("fieldSelector=spec.serviceAccountName%3D{}", escaped(name));
                 pods = list::<Pod>(client, &path, &selector).await;
+            }
+            if let (Ok([]), Some(node)) = (pods.as_deref(), node) {
+                let selector = format!("fieldSelector=spec.nodeName%3D{}", escaped(node));
+                pods = list::<Pod>(client, Pod::PATH, &selector).await;
             }
             match pods {
                 Ok(mut pods) => {
@@ -339,8 +351,8 @@ impl State {
                 let at = (ip.to_canonical(), caller.as_ref());
                 self.remote.need(&self.objects, &self.context.node, at, done, now)
             }
-            Demand::Used(uids) => {
-                self.remote.used(&self.objects, &uids, now);
+            Demand::Used { pods, addresses } => {
+                self.remote.used(&self.objects, &pods, &addresses, now);
                 Vec::new()
             }
             Demand::Seen { uid, ips } => {

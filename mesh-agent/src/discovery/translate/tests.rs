@@ -78,6 +78,7 @@ pub(super) fn context() -> Context {
         trust_domain: cluster_local(),
         tunnel_port: 15019,
         netns: NetnsFrom::Annotation,
+        pod_cidrs: Vec::new(),
     }
 }
 

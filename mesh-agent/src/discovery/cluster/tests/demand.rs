@@ -1,6 +1,10 @@
 //! Pods of other nodes.
 
+use std::net::IpAddr;
+
 use hyper::StatusCode;
+use mesh_core::networks::Block;
+use mesh_core::snapshot::Snapshot;
 use serde_json::json;
 
 use super::{Api, PATHS, PODS, ip, pod, until};
@@ -42,7 +46,8 @@ fn shop(api: &Api) {
     api.has("/apis/discovery.k8s.io/v1/endpointslices", vec![slice]);
     // The last one shares its node's network.
     let address = json!({"type": "InternalIP", "address": "192.0.2.2"});
-    let node = json!({"metadata": {"name": "b"}, "status": {"addresses": [address]}});
+    let spec = json!({"podCIDRs": ["10.0.1.0/24", "fd00::/64"]});
+    let node = json!({"metadata": {"name": "b"}, "spec": spec, "status": {"addresses": [address]}});
     api.has("/api/v1/nodes", vec![node]);
     let mut held = api.held.lock().unwrap();
     let there = remote("there", "10.0.1.1");
@@ -75,10 +80,12 @@ async fn pods_of_other_nodes_are_read_when_they_are_needed_and_captured_before()
     let endpoints: Vec<_> = service.ports[0].endpoints.iter().map(|e| e.addr.0.ip()).collect();
     let expected = [ip("10.0.0.1"), ip("10.0.1.1"), ip("192.0.2.2")];
     assert_eq!(endpoints, expected, "the pod that is gone is left out");
-    for read in [VIP, "10.0.1.1", "10.0.1.2"] {
+    for read in [VIP, "10.0.1.1"] {
         assert!(!after.is_unread(ip(read)), "{read}");
     }
     followed.know(VIP).await;
+    assert!(after.is_unread(ip("10.0.1.2")), "the pod is gone, somebody else may have its address");
+    assert!(!followed.know("10.0.1.2").await.is_unread(ip("10.0.1.2")));
     assert_eq!(api.asked("list there"), 1, "once for all");
     assert_eq!(api.asked("list gone"), 1, "also in vain");
 }
@@ -91,7 +98,9 @@ async fn client_that_is_behind_no_service_is_found_by_its_address() {
     followed.until_pods(&["here"]).await;
     let after = followed.know("10.0.1.9").await;
     assert_eq!(&*after.workload_at(ip("10.0.1.9")).unwrap().name, "bare");
-    // The API finds a pod by its first address only.
+    // The API finds a pod by its first address only. Which node this one may be of nobody says.
+    let node = json!({"metadata": {"name": "b"}});
+    api.has("/api/v1/nodes", vec![node]);
     let mut other = api.follow();
     other.until_pods(&["here"]).await;
     assert!(other.know("fd00::9").await.workload_at(ip("fd00::9")).is_none());
@@ -102,6 +111,79 @@ async fn client_that_is_behind_no_service_is_found_by_its_address() {
     let asked = api.asked("list pods");
     followed.know("10.0.1.77").await;
     assert_eq!(api.asked("list pods"), asked, "not again at once");
+}
+
+/// Whether the kernel captures connections to this address.
+fn is_captured(snapshot: &Snapshot, at: &str) -> bool {
+    let block = |at: IpAddr| {
+        let blocks = snapshot.captured_blocks().into_iter();
+        let around = blocks.filter(|(cidr, _)| cidr.contains(at));
+        around.max_by_key(|(cidr, _)| cidr.prefix_len()).map(|(_, block)| block)
+    };
+    snapshot.captured_destinations().contains(&ip(at)) || block(ip(at)) == Some(Block::Unread)
+}
+
+#[tokio::test]
+async fn pod_that_no_slice_names_is_captured_and_read_by_either_address() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut followed = api.follow();
+    let before = followed.until_pods(&["here"]).await;
+    for at in ["10.0.1.9", "fd00::9", "10.0.1.77"] {
+        assert!(before.is_unread(ip(at)) && is_captured(&before, at), "{at}");
+    }
+    assert!(!is_captured(&before, "10.0.2.9"), "no pod's");
+    for at in ["10.0.1.9", "fd00::9"] {
+        let mut followed = api.follow();
+        followed.until_pods(&["here"]).await;
+        let after = followed.know(at).await;
+        assert!(after.workload_at(ip(at)).unwrap().is_enrolled(), "{at}");
+        assert!(is_captured(&after, at), "{at}");
+    }
+}
+
+#[tokio::test]
+async fn address_that_is_nobodys_or_outside_the_mesh_is_left_alone_when_it_was_read() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut outside = pod("outside", "10.0.1.8");
+    outside["spec"]["nodeName"] = json!("b");
+    let mut done = pod("done", "10.0.1.7");
+    done["spec"]["nodeName"] = json!("b");
+    done["status"]["phase"] = json!("Succeeded");
+    for pod in [outside, done] {
+        let name = pod["metadata"]["name"].to_string();
+        api.held.lock().unwrap().elsewhere.insert(name, pod);
+    }
+    let mut followed = api.follow();
+    let before = followed.until_pods(&["here"]).await;
+    for at in ["10.0.1.8", "10.0.1.7", "10.0.1.77"] {
+        assert!(is_captured(&before, at), "{at}");
+        let after = followed.know(at).await;
+        assert!(!after.is_unread(ip(at)) && !is_captured(&after, at), "{at}");
+    }
+    let after = followed.know("10.0.1.8").await;
+    assert_eq!(&*after.workload_at(ip("10.0.1.8")).unwrap().name, "outside");
+    assert!(after.workload_at(ip("10.0.1.7")).is_none(), "it has that address no more");
+}
+
+#[tokio::test]
+async fn address_that_cannot_be_read_is_answered_at_once_and_stays_captured() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    until("a watch", || api.asked("watch pods") == 1).await;
+    followed.know("10.0.1.77").await;
+    api.set_down(Some(StatusCode::SERVICE_UNAVAILABLE));
+    followed.until_problems(|all| all.len() == PATHS.len()).await;
+    let away = followed.know("10.0.1.9").await;
+    assert!(away.is_unread(ip("10.0.1.9")) && is_captured(&away, "10.0.1.9"));
+    assert!(!is_captured(&away, "10.0.1.77"), "what is known stays so");
+    api.set_down(None);
+    followed.until_problems(|all| all.is_empty()).await;
+    let back = followed.know("10.0.1.9").await;
+    assert!(back.workload_at(ip("10.0.1.9")).unwrap().is_enrolled());
 }
 
 #[tokio::test]

@@ -150,6 +150,13 @@ impl Api {
             let list = json!({"metadata": {}, "items": found});
             return Response::new(BodyExt::boxed(Full::from(list.to_string())));
         }
+        let on = query.get("fieldSelector").and_then(|s| s.strip_prefix("spec.nodeName%3D"));
+        if let Some(node) = on.filter(|node| **node != *"a") {
+            let is_on = |pod: &&Value| pod["spec"]["nodeName"] == *node;
+            let found: Vec<_> = held.elsewhere.values().filter(is_on).collect();
+            let list = json!({"metadata": {}, "items": found});
+            return Response::new(BodyExt::boxed(Full::from(list.to_string())));
+        }
         let of =
             query.get("fieldSelector").and_then(|s| s.strip_prefix("spec.serviceAccountName%3D"));
         if let Some(account) = of {
@@ -220,7 +227,7 @@ impl Api {
         let client = by_config(config).unwrap();
         let settings =
             Settings { node: "a".into(), trust_domain: cluster_local(), tunnel_port: 15019 };
-        let (source, snapshots) = ClusterSource::new(client, settings);
+        let (source, snapshots) = ClusterSource::new(client, settings, Vec::new());
         let (problems, confirmed) = (source.problems(), source.confirmed());
         let demands = source.demands();
         let outcomes = watch::Sender::default();
