@@ -11,6 +11,7 @@
 
 pub mod abi;
 pub mod addr;
+pub mod announce;
 pub mod counter;
 pub mod direct;
 pub mod maps;

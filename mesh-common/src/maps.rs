@@ -162,7 +162,7 @@ map_struct! {
 
 map_struct! {
     /// A connection that `sk_lookup` lets through: a delivery under way, or a captured one from a second
-    /// address of its pod. Map `DELIVERIES`; the value says until when. The tuple names the pod by its
+    /// address of its pod. Map `DELIVERIES`; for the value see [`crate::announce`]. The tuple names the pod by its
     /// address, which is unique on a node.
     pub struct DeliveryKey {
         /// What the application will see as its client.

@@ -7,13 +7,16 @@ use aya_ebpf::bindings::{BPF_SK_LOOKUP_F_REPLACE, sk_action};
 use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use mesh_common::addr::{WireIp, v4_mapped};
-use mesh_common::maps::{AdmissionKey, DeliveryKey, ListenerKey, PodInbound, is_before};
+use mesh_common::announce;
+use mesh_common::maps::{AdmissionKey, DeliveryKey, ListenerKey, PodInbound};
 use mesh_common::verdict::{Lookup, decide_lookup};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{AF_INET, AF_INET6, IPPROTO_TCP, read, read_ip6};
 use crate::log::tell;
-use crate::maps::{ADMISSIONS, DELIVERIES, INBOUND, POD_INBOUND, PROBE, agent, count, now_ms};
+use crate::maps::{
+    ADMISSIONS, DELIVERIES, INBOUND, POD_INBOUND, PROBE, agent, count, is_member, now_ms,
+};
 
 const PASS: u32 = sk_action::SK_PASS;
 /// RST to the client.
@@ -107,12 +110,9 @@ fn is_probe(remote: &WireAddr, local: &WireAddr) -> bool {
 
 #[inline(always)]
 fn is_announced(tuple: &DeliveryKey) -> bool {
-    // SAFETY: four bytes, read at once; a recycled element holds another delivery's time.
-    match unsafe { DELIVERIES.get(tuple) }.copied() {
-        None => false,
-        Some(0) => true,
-        Some(until) => is_before(now_ms(), until),
-    }
+    // SAFETY: four bytes, read at once; a recycled element holds another delivery's value.
+    let value = unsafe { DELIVERIES.get(tuple) }.copied();
+    value.is_some_and(|value| announce::passes(value, now_ms(), || is_member(&tuple.src.ip)))
 }
 
 /// Whether this is a direct connection that comes from another source port than it left from.

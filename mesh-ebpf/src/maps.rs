@@ -66,8 +66,7 @@ pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES as u32,
 #[map]
 static SECRETS: Array<Secrets> = Array::with_max_entries(1, 0);
 
-/// The value: until when the tuple passes, on `CLOCK_BOOTTIME` in units of 2^20 ns (about 1 ms), or
-/// zero while the SYN is unanswered.
+/// The value says until when the tuple passes, and for whom: [`mesh_common::announce`].
 #[map]
 pub(crate) static DELIVERIES: LruHashMap<DeliveryKey, u32> =
     LruHashMap::with_max_entries(131_072, 0);
@@ -122,6 +121,13 @@ pub(crate) fn now_ns() -> u64 {
 #[inline(always)]
 pub(crate) fn now_ms() -> u32 {
     (now_ns() >> 20) as u32
+}
+
+/// Whether a pod of the mesh has this address, on this node or another one.
+#[inline(always)]
+pub(crate) fn is_member(ip: &WireIp) -> bool {
+    // Of this node's also where there was no room for all destinations.
+    DESTINATIONS.get_ptr(ip).is_some() || POD_INBOUND.get_ptr(ip).is_some()
 }
 
 /// What the heartbeat says now.

@@ -16,6 +16,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use mesh_common::addr::v4_mapped;
+use mesh_common::announce::{self, UNANSWERED};
 use mesh_common::direct::{
     CLOSED, DirectConn, DirectEvent, FAILED, FIN_RECEIVED, FIN_SENT, FIN_UNKNOWN, Flow, OPENED,
 };
@@ -28,10 +29,13 @@ use crate::context::{AF_INET6, read, read_ip6};
 use crate::log::tell;
 use crate::maps::{
     ADMISSIONS, DELIVERIES, DIRECT_CONNS, EVENTS, FLOWS, POD_INBOUND, POD_OUTBOUND, SOCK_META,
-    count, now_ms, now_ns,
+    count, is_member, now_ms, now_ns,
 };
 
 const OK: u32 = 1;
+
+/// How old an admission is, in units of 2^20 ns, when the next connection writes it again.
+const RENEWED: u32 = 1024;
 
 // States of `enum` in the kernel's UAPI.
 const TCP_ESTABLISHED: u32 = 1;
@@ -42,10 +46,6 @@ const TCP_CLOSE: u32 = 7;
 const TCP_CLOSE_WAIT: u32 = 8;
 const TCP_LAST_ACK: u32 = 9;
 const TCP_CLOSING: u32 = 11;
-
-/// How long a tuple still passes after the handshake, in units of 2^20 ns: an application whose SYN
-/// queue is full answers with a SYN cookie, and then the ACK is looked up like a SYN.
-const GRACE: u32 = 1024;
 
 #[sock_ops]
 pub fn mesh_sockops(ctx: SockOpsContext) -> u32 {
@@ -67,7 +67,7 @@ fn connecting(ctx: &SockOpsContext) {
     let meta = unsafe { *meta };
     if meta.role == ROLE_DELIVER || meta.role == ROLE_DIRECT {
         let ends = ends(ctx.ops);
-        let announced = DELIVERIES.insert(ends, 0, 0).is_ok();
+        let announced = DELIVERIES.insert(ends, UNANSWERED, 0).is_ok();
         if meta.role == ROLE_DIRECT {
             admit(ctx, &ends);
         }
@@ -90,7 +90,7 @@ fn connecting(ctx: &SockOpsContext) {
         }
         // From a second address of the pod: to `sk_lookup` that looks like a stranger.
         if ends.src.ip != ends.dst.ip {
-            let _refused_if_lost = DELIVERIES.insert(ends, grace(), 0);
+            let _refused_if_lost = DELIVERIES.insert(ends, announce::answered(now_ms(), false), 0);
         }
         without_pacing(ctx);
     }
@@ -108,13 +108,6 @@ fn without_pacing(ctx: &SockOpsContext) {
     };
 }
 
-/// When a tuple that is announced now stops to pass.
-#[inline(always)]
-fn grace() -> u32 {
-    // Zero means something else.
-    now_ms().wrapping_add(GRACE).max(1)
-}
-
 /// Announces a direct connection from whatever port its SYN will arrive.
 #[inline(always)]
 fn admit(ctx: &SockOpsContext, ends: &DeliveryKey) {
@@ -130,7 +123,7 @@ fn admit(ctx: &SockOpsContext, ends: &DeliveryKey) {
     let key = AdmissionKey { client: ends.src.ip, server: ends.dst };
     // SAFETY: as above.
     if let Some(there) = unsafe { ADMISSIONS.get(key) }
-        && there.admits(client, server, now.wrapping_add(Admission::LASTS - GRACE))
+        && there.admits(client, server, now.wrapping_add(Admission::LASTS - RENEWED))
     {
         // Written a moment ago: connections of one pod to one endpoint come in crowds.
         return;
@@ -150,7 +143,7 @@ fn changed(ctx: &SockOpsContext) {
     let old = read!(ctx.ops, __bindgen_anon_1.args[0]);
     let new = read!(ctx.ops, __bindgen_anon_1.args[1]);
     if old == TCP_SYN_SENT && (role == ROLE_DELIVER || role == ROLE_DIRECT) {
-        answered(ctx, new);
+        answered(ctx, role, new);
     }
     if role == ROLE_DELIVER {
         // SAFETY: as in `connecting`.
@@ -162,11 +155,13 @@ fn changed(ctx: &SockOpsContext) {
 
 /// The connection has left `SYN_SENT`: its tuple must not let anybody else past the agent.
 #[inline(always)]
-fn answered(ctx: &SockOpsContext, new: u32) {
+fn answered(ctx: &SockOpsContext, role: u8, new: u32) {
     let key = ends(ctx.ops);
     if new == TCP_ESTABLISHED {
+        // A direct one's client may have begun to leave meanwhile.
+        let is_member = role == ROLE_DIRECT || is_member(&key.src.ip);
         // A tuple that cannot be updated stays open until it is pushed out: worth no reset.
-        let _unbounded = DELIVERIES.insert(key, grace(), 0);
+        let _unbounded = DELIVERIES.insert(key, announce::answered(now_ms(), is_member), 0);
     } else {
         let _already_gone = DELIVERIES.remove(key);
     }
