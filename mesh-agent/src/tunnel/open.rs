@@ -3,13 +3,13 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_core::spiffe::SpiffeId;
 use mesh_core::wire::{HEADER_LEN, Open, Reason, Refusal, ResetReason, data_header};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::time::timeout_at;
+use tokio::time::{sleep, timeout_at};
 
 use super::buffers::Buf;
 use super::error::{DialError, OpenError};
@@ -22,6 +22,12 @@ use super::tunnels::{Peer, Tunnels};
 
 /// How often a lane from the pool may turn out to be closed before a new one is made.
 const STALE: usize = 2;
+
+/// How long new carriers are made to an agent that answers that it drains. It closes its listeners at that
+/// moment, and its successor listens beside them already: soon the successor is reached, or nobody.
+const HAND_OVER: Duration = Duration::from_secs(1);
+/// Between two of them, doubling up to the second value.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
 
 /// Why one attempt on one carrier failed.
 enum Attempt {
@@ -92,8 +98,12 @@ impl Tunnels {
         app: &TcpStream,
         held: &mut Held,
     ) -> Result<Flow, OpenError> {
-        for attempt in 0..=STALE {
-            let ready = self.acquire(pool, attempt == STALE);
+        let mut attempts = 0;
+        let mut patience = Patience::default();
+        loop {
+            let is_fresh = attempts >= STALE;
+            attempts += 1;
+            let ready = self.acquire(pool, is_fresh);
             let ready = tokio::select! {
                 ready = ready => ready?,
                 error = broken(app) => return Err(OpenError::Application(error)),
@@ -127,8 +137,29 @@ impl Tunnels {
                     return Err(OpenError::TimedOut { payload_sent: !held.bytes().is_empty() });
                 }
             }
+            if is_fresh {
+                let Some(pause) = patience.next(Instant::now()) else {
+                    return Err(OpenError::Dial(Arc::new(DialError::Draining)));
+                };
+                tokio::select! {
+                    () = sleep(pause) => {}
+                    error = broken(app) => return Err(OpenError::Application(error)),
+                }
+            }
         }
-        Err(OpenError::Dial(Arc::new(DialError::Draining)))
+    }
+}
+
+/// How long a peer may go on saying that it drains.
+#[derive(Debug, Default)]
+struct Patience(Option<(Instant, Duration)>);
+
+impl Patience {
+    /// What to wait before the next carrier; `None` if there is to be none.
+    fn next(&mut self, now: Instant) -> Option<Duration> {
+        let (until, pause) = self.0.unwrap_or((now + HAND_OVER, PAUSE.0));
+        self.0 = Some((until, (pause * 2).min(PAUSE.1)));
+        (now < until).then_some(pause)
     }
 }
 

@@ -495,16 +495,6 @@ async fn a_drained_server_finishes_what_runs_and_closes_the_rest() {
 
 /// As when an agent follows another one: the carrier came just before the old one began to drain.
 #[tokio::test]
-async fn a_fresh_carrier_to_an_agent_that_drains_is_followed_by_another_one() {
-    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
-        let (agent, client) = world(carrier).await;
-        agent.behave(Behaviour::RefuseFirst(Reason::Draining));
-        exchange(&client, cleanly).await;
-        assert_eq!(agent.seen().len(), 2, "{carrier:?}");
-    }
-}
-
-#[tokio::test]
 async fn a_drained_client_opens_nothing_more() {
     let (_agent, client) = world(CarrierChoice::Lane).await;
     exchange(&client, cleanly).await;

@@ -1,16 +1,18 @@
-//! A peer's agent that was killed and started again, seen over QUIC: nobody says goodbye, and no kernel
-//! does it in its place.
+//! A peer's agent that another one follows: killed and started again, seen over QUIC, where nobody says
+//! goodbye and no kernel does it in its place; or told to drain.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mesh_core::addr::PeerAddr;
+use mesh_core::wire::Reason;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::pool::{cleanly, exchange};
 use super::world::*;
 use crate::telemetry::Live;
 use crate::tunnel::*;
@@ -164,4 +166,30 @@ async fn payload_that_may_have_arrived_is_not_sent_again() {
     assert_eq!(error.reason(), "tunnel_lost", "{error:?}");
     assert!(!error.may_retry());
     assert!(apps.try_recv().is_err());
+}
+
+/// The successor listens already, and the agent that drains has yet to close its listeners: the kernel
+/// chooses between them.
+#[tokio::test]
+async fn fresh_carriers_to_an_agent_that_drains_are_followed_by_others_until_one_is_taken() {
+    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
+        let (agent, client) = world(carrier).await;
+        agent.behave(Behaviour::RefuseFirst(9, Reason::Draining));
+        exchange(&client, cleanly).await;
+        assert_eq!(agent.seen().len(), 10, "{carrier:?}");
+    }
+}
+
+#[tokio::test]
+async fn agent_that_goes_on_draining_is_given_up() {
+    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
+        let (agent, client) = world(carrier).await;
+        agent.behave(Behaviour::Refuse(Reason::Draining));
+        let (_user, app) = pair().await;
+        let to = "10.0.0.2:80".parse().unwrap();
+        let error = client.open(&app, to, &mut Held::default()).await.unwrap_err();
+        assert_eq!(error.reason(), "draining", "{carrier:?}");
+        let asked = agent.seen().len();
+        assert!((5..40).contains(&asked), "{carrier:?}: {asked} times");
+    }
 }

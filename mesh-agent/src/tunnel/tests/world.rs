@@ -181,8 +181,8 @@ fn verify(
 pub(super) enum Behaviour {
     Deliver,
     Refuse(Reason),
-    /// Refuses the first request, and delivers the others.
-    RefuseFirst(Reason),
+    /// Refuses so many requests, and delivers the others.
+    RefuseFirst(usize, Reason),
     /// Accepts, then vanishes without a word.
     Vanish,
     /// Takes requests and never answers.
@@ -293,7 +293,7 @@ async fn handle(request: Request, behaviour: Behaviour, requests: Arc<Mutex<Vec<
         seen.len() - 1
     };
     match behaviour {
-        Behaviour::RefuseFirst(reason) if before == 0 => {
+        Behaviour::RefuseFirst(count, reason) if before < count => {
             request.refuse(Refusal::new(Stage::Authorize, reason)).await;
         }
         Behaviour::Refuse(reason) => {
@@ -301,7 +301,7 @@ async fn handle(request: Request, behaviour: Behaviour, requests: Arc<Mutex<Vec<
         }
         Behaviour::Vanish => drop(request.accept().await),
         Behaviour::Hang => pending().await,
-        Behaviour::Deliver | Behaviour::RefuseFirst(_) => {
+        Behaviour::Deliver | Behaviour::RefuseFirst(..) => {
             match TcpStream::connect(request.open.destination.0).await {
                 Ok(app) => {
                     if let Some(flow) = request.accept().await {
