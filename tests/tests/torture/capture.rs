@@ -202,19 +202,20 @@ fn two_hundred_toggles_of_both_ends_fail_no_request() -> Result<()> {
     let to = mesh.pod("b1").v4(8080);
     let mut held = mesh.pod("a1").connect(to)?;
     exchange(&mut held, b"before")?;
+    let held = Mutex::new(held);
     Load::during(mesh.pod("a1"), to, |load| {
         // Each at its own pace, so that one is in and out while the other is in, out, and on its way.
         let toggle = &|pod: &str| {
             (0..100).try_for_each(|n| {
                 mesh.enrol(pod, n % 2 == 1)?;
+                exchange(&mut held.lock().unwrap(), b"an open connection is left as it is")?;
                 load.wait_for(1)
             })
         };
         thread::scope(|scope| {
             let both = ["a1", "b1"].map(|pod| scope.spawn(move || toggle(pod)));
             both.into_iter().try_for_each(|one| one.join().unwrap())
-        })?;
-        exchange(&mut held, b"an open connection is left as it is")
+        })
     })?;
     for node in ["a", "b"] {
         let refused = mesh.agent(node).metric("mesh_refusals_total", &[])?;
