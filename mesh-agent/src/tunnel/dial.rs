@@ -9,12 +9,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mesh_core::spiffe::SpiffeId;
 use mesh_core::wire::Role;
-use quinn::Endpoint;
+use quinn::{ConnectError, Connecting, Connection, ConnectionError, Endpoint};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::sign::CertifiedKey;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
-use tokio::time::{timeout, timeout_at};
+use tokio::task::JoinSet;
+use tokio::time::{sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
 use super::config::{Carrier, CarrierChoice, TunnelConfig};
@@ -35,6 +36,10 @@ use crate::identity::verify::PeerRole;
 
 /// How long the other carrier is tried after the first one was refused.
 const AFTER_REFUSAL: Duration = Duration::from_secs(1);
+
+/// When a QUIC handshake that is not done yet is begun anew, beside the one under way. Not sooner: over the
+/// slowest links, and with an overloaded peer, it should only happen once.
+const ANEW: [Duration; 2] = [Duration::from_secs(1), Duration::from_millis(2500)];
 
 /// What a worker needs to dial.
 pub(super) struct Dialler {
@@ -225,11 +230,11 @@ impl Dialler {
         // What the handshake promises the peer.
         let loan = self.credit.lend(self.initial_window.into()).ok_or(DialError::Overloaded)?;
         let name = sni_name(&peer.to);
-        let connecting = endpoint
-            .connect_with(caller.quic.clone(), peer.node.0, &name)
-            .map_err(|error| DialError::Quic(error.to_string()))?;
-        let connection =
-            connecting.await.map_err(|error| quic::cause(&error, self.refusals.take(&name)))?;
+        let connect = || endpoint.connect_with(caller.quic.clone(), peer.node.0, &name);
+        let connection = first_connected(connect)
+            .await
+            .map_err(|error| DialError::Quic(error.to_string()))?
+            .map_err(|error| quic::cause(&error, self.refusals.take(&name)))?;
         let chain = quic::peer_chain(&connection);
         match self.prove(peer, chain.as_deref(), &caller) {
             Ok((expires, proof)) => {
@@ -295,6 +300,33 @@ impl Dialler {
         }
         let endpoint = quic::client_endpoint(to).map_err(DialError::Network)?;
         Ok(slot.insert(endpoint).clone())
+    }
+}
+
+/// The first of several handshakes to come to an end.
+///
+/// An agent that is killed in the middle of one leaves a client that has the keys of the handshake and waits
+/// for the rest. The agent after it knows nothing of that, and answers it with nothing: stateless resets
+/// are for what comes after a handshake (RFC 9000 section 10.3).
+async fn first_connected(
+    connect: impl Fn() -> Result<Connecting, ConnectError>,
+) -> Result<Result<Connection, ConnectionError>, ConnectError> {
+    let begun = Instant::now();
+    let mut under_way = JoinSet::new();
+    let mut anew = ANEW.iter();
+    loop {
+        under_way.spawn(connect()?.into_future());
+        let next = async {
+            match anew.next() {
+                Some(after) => sleep_until((begun + *after).into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased; // Done is done.
+            Some(Ok(done)) = under_way.join_next() => return Ok(done),
+            () = next => {}
+        }
     }
 }
 

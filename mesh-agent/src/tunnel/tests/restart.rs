@@ -22,6 +22,8 @@ use crate::tunnel::*;
 struct Wire {
     node: PeerAddr,
     now: Arc<Mutex<SocketAddr>>,
+    /// After so many datagrams of the agent the next one is in its place.
+    next: Arc<Mutex<Option<(usize, SocketAddr)>>>,
     _passing: JoinSet<()>,
 }
 
@@ -44,6 +46,8 @@ impl Wire {
             }
         });
         let agent = Arc::clone(&now);
+        let next = Arc::new(Mutex::new(None::<(usize, SocketAddr)>));
+        let becomes = Arc::clone(&next);
         passing.spawn(async move {
             let mut datagram = [0; 65_536];
             while let Ok((len, source)) = far.recv_from(&mut datagram).await {
@@ -52,10 +56,23 @@ impl Wire {
                     && let Some(caller) = caller
                 {
                     drop(near.send_to(&datagram[..len], caller).await);
+                    let mut next = becomes.lock().unwrap();
+                    if let Some((left, to)) = next.as_mut() {
+                        *left -= 1;
+                        if *left == 0 {
+                            *agent.lock().unwrap() = *to;
+                            *next = None;
+                        }
+                    }
                 }
             }
         });
-        Self { node, now, _passing: passing }
+        Self { node, now, next, _passing: passing }
+    }
+
+    /// The agent in its place is another one as soon as so many more of its datagrams have passed.
+    fn leads_to_after(&self, agent: &Agent, datagrams: usize) {
+        *self.next.lock().unwrap() = Some((datagrams, agent.node.0));
     }
 
     /// The agent in its place is another one from now on.
@@ -191,5 +208,32 @@ async fn agent_that_goes_on_draining_is_given_up() {
         assert_eq!(error.reason(), "draining", "{carrier:?}");
         let asked = agent.seen().len();
         assert!((5..40).contains(&asked), "{carrier:?}: {asked} times");
+    }
+}
+
+/// The client may have any part of the agent's first flight.
+#[tokio::test]
+async fn agent_that_dies_in_a_handshake_is_followed_by_the_next_one_soon() {
+    let (ours, theirs) = holdings(&Ca::new());
+    let key = ResetKey::random().unwrap();
+    let usual = || config(CarrierChoice::Quic);
+    let start = || Agent::start_after(&theirs, usual(), Serves::OnlyQuic, key.clone());
+    for datagrams in 1..4 {
+        let (before, after) = (start().await, start().await);
+        let wire = Wire::to(&before).await;
+        wire.leads_to_after(&after, datagrams);
+        let client = Client::new(&ours, usual(), wire.node);
+        let served = async {
+            let (address, _apps) = application().await;
+            let (mut user, app) = pair().await;
+            user.write_all(b"question").await.unwrap();
+            app.readable().await.unwrap();
+            // Lost with the agent, if it went so far; the next one is not.
+            while after.seen().is_empty() {
+                drop(client.open(&app, address, &mut Held::default()).await);
+            }
+        };
+        timeout(Duration::from_secs(4), served).await.expect("it hangs");
+        assert!(datagrams > 1 || before.seen().is_empty(), "the handshake was over");
     }
 }
