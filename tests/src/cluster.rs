@@ -4,7 +4,9 @@
 //! says which one it is. Every test has a namespace of its own, and may run beside others.
 
 mod agents;
+mod api;
 mod deployment;
+mod house;
 mod process;
 mod signer;
 
@@ -20,8 +22,9 @@ use std::{env, fs};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-pub use self::agents::{Agents, OwnAgents, SharedAgents};
+pub use self::agents::Agents;
 pub use self::deployment::{Deployment, User};
+pub use self::house::{OwnAgents, SharedAgents};
 pub use self::process::{Outage, PodProcess};
 pub use self::signer::SignerProcess;
 use crate::guard::Guard;
@@ -113,16 +116,6 @@ impl Cluster {
             "kind": "Namespace",
             "metadata": {"name": self.namespace, "annotations": annotations},
         }))
-    }
-
-    /// One object, or a list of them.
-    ///
-    /// # Errors
-    ///
-    /// Fails with what `kubectl` says.
-    pub fn get(&self, what: &[&str]) -> Result<Value> {
-        let text = self.kubectl(&[&["get", "--output", "json"], what].concat())?;
-        serde_json::from_str(&text).context("read what kubectl printed")
     }
 
     /// The names of the nodes that take pods.

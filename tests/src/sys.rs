@@ -109,6 +109,13 @@ pub(crate) fn tun(name: &str) -> io::Result<File> {
     Ok(file)
 }
 
+/// Has `f` called when this program ends by itself, as Rust's test runner does.
+pub(crate) fn at_exit(f: extern "C" fn()) {
+    // SAFETY: atexit(3) keeps a pointer to a function, which is there until the end. That it has no room
+    // for one more only means that nothing is called.
+    unsafe { libc::atexit(f) };
+}
+
 fn path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }

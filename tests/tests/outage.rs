@@ -1,5 +1,5 @@
 //! The API server of a real cluster is stopped and started again, while it is needed. In a file of its
-//! own, which is given a cluster of its own: nothing else works there meanwhile.
+//! own, which runs when the others have: nothing else works there meanwhile.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -136,7 +136,7 @@ fn api_server_is_restarted_under_load_and_no_request_fails() -> Result<()> {
         harness::skip!("{missing}");
     }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let agents = Agents::alone()?;
+    let agents = Agents::last()?;
     let world = World::begin(&agents)?;
     let agent = agents.process(&world.nodes[0])?;
     wait::until(wait::SOON, "traffic", || carried(&agent).is_ok_and(|count| count > 20.0))?;
@@ -178,7 +178,7 @@ fn agent_that_dies_while_the_api_server_is_away_refuses_until_it_is_back() -> Re
         harness::skip!("{missing}");
     }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let agents = Agents::alone()?;
+    let agents = Agents::last()?;
     let world = World::begin(&agents)?;
     let url = world.url("web")?;
     let client = world.cluster.process("client", "tail")?;

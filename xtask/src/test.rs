@@ -29,8 +29,12 @@ const E2E_PACKAGE: &str = "mesh-tests";
 /// Everything is built by one command, so that every crate is built with one set of features.
 const BUILD: &str = "build --workspace --all-targets";
 
-/// The test binaries that are given a Kubernetes cluster each.
+/// The test binaries that run on a Kubernetes cluster, one after the other on the same one. The last one
+/// takes its API server away.
 const ON_CLUSTER: [&str; 2] = ["cluster", "outage"];
+
+/// Tests on a cluster that run at the same time on each core: they wait for what others do.
+const ON_CLUSTER_PER_CORE: usize = 3;
 
 #[derive(Debug, Default, Args)]
 pub(crate) struct E2e {
@@ -41,7 +45,8 @@ pub(crate) struct E2e {
     #[arg(long)]
     file: Option<String>,
 
-    /// Tests that run at the same time. Default: the number of cores, 2 to 4.
+    /// Tests that run at the same time. Default: the number of cores, 2 to 4, and three times as many on a
+    /// cluster.
     #[arg(long)]
     threads: Option<usize>,
 
@@ -99,10 +104,11 @@ impl E2e {
         Ok(tally.finish())
     }
 
-    fn threads(&self) -> usize {
+    fn threads(&self, test: &Executable) -> usize {
         let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let many = cores.clamp(2, 4) * if is_on_cluster(test) { ON_CLUSTER_PER_CORE } else { 1 };
         // What takes minutes wants the machine for itself.
-        self.threads.unwrap_or_else(|| if self.long { 1 } else { cores.clamp(2, 4) })
+        self.threads.unwrap_or(if self.long { 1 } else { many })
     }
 }
 
@@ -122,34 +128,30 @@ impl Tally {
         let is_test = |e: &&Executable| e.is_test && e.kind != "bench" && wanted(e);
         let mut tests: Vec<_> = built.iter().filter(is_test).collect();
         // What is quick and needs nothing fails first.
-        tests.sort_by_key(|e| (e.package == E2E_PACKAGE, e.package.clone(), e.name.clone()));
+        tests.sort_by_key(|e| {
+            (e.package == E2E_PACKAGE, is_on_cluster(e), e.package.clone(), e.name.clone())
+        });
+        let mut cluster = None;
         for test in tests {
             let name = match test.kind.as_str() {
                 "test" => format!("{} {}", test.package, test.name),
                 kind => format!("{} ({kind})", test.package),
             };
             let agent = agent.as_deref();
-            if test.package == E2E_PACKAGE && ON_CLUSTER.contains(&test.name.as_str()) {
-                self.on_cluster(test, options, agent, &name);
-            } else {
+            if !is_on_cluster(test) {
                 self.record(&name, run_binary(test, options, agent, &name, &[]));
+            } else if has_tests(test, options) {
+                match on_cluster(&mut cluster, options) {
+                    Ok(on) => {
+                        let ran = run_binary(test, options, agent, &name, &on.environment);
+                        self.record(&name, ran);
+                    }
+                    Err(error) => self.fail(&name, &format!("{error:#}")),
+                }
             }
         }
-    }
-
-    /// Runs the tests that need a Kubernetes cluster, on one that ends when they do.
-    fn on_cluster(&mut self, test: &Executable, options: &E2e, agent: Option<&Path>, name: &str) {
-        if !has_tests(test, options) {
-            return;
-        }
-        let cluster = Tested::prepare(options.kubeconfig.as_deref(), options.load_image.as_deref());
-        match cluster {
-            Ok(cluster) => {
-                let ran = run_binary(test, options, agent, name, &cluster.environment);
-                self.record(name, ran);
-                self.step("the cluster of the tests is gone", cluster.end());
-            }
-            Err(error) => self.fail("cluster", &format!("{error:#}")),
+        if let Some(cluster) = cluster {
+            self.step("the cluster of the tests is gone", cluster.end());
         }
     }
 
@@ -213,6 +215,19 @@ impl Tally {
     }
 }
 
+fn is_on_cluster(test: &Executable) -> bool {
+    test.package == E2E_PACKAGE && ON_CLUSTER.contains(&test.name.as_str())
+}
+
+/// The cluster of the tests, which the first one that needs it starts.
+fn on_cluster<'a>(cluster: &'a mut Option<Tested>, options: &E2e) -> Result<&'a Tested> {
+    let ready = match cluster.take() {
+        Some(ready) => ready,
+        None => Tested::prepare(options.kubeconfig.as_deref(), options.load_image.as_deref())?,
+    };
+    Ok(cluster.insert(ready))
+}
+
 /// Whether the filter leaves any test of a binary.
 fn has_tests(test: &Executable, options: &E2e) -> bool {
     let mut args = vec!["--list"];
@@ -242,7 +257,7 @@ fn run_binary(
     // An error that a test returns tells where it was by its context.
     command.env("RUST_LIB_BACKTRACE", "0");
     if test.package == E2E_PACKAGE {
-        command.arg(format!("--test-threads={}", options.threads()));
+        command.arg(format!("--test-threads={}", options.threads(test)));
         command.args(&options.filter).env("MALLA_LOGS", logs()?);
         if options.long {
             command.arg("--show-output").env("MALLA_LONG", "1");

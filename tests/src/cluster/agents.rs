@@ -1,10 +1,8 @@
-//! The deployment, whole: the agent on every node of a cluster, and the CA. All tests share one: a node
-//! has room for one agent.
+//! The deployment, whole: the agent on every node of a cluster, and the CA.
 
 use std::collections::BTreeMap;
 use std::env;
-use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -30,84 +28,8 @@ pub struct Agents {
     pods: BTreeMap<String, String>,
 }
 
-/// A test has the agents together with others, or alone if it does something to them.
-static HOUSE: RwLock<()> = RwLock::new(());
-
-/// Agents that other tests use too, removed when the last of them drops them.
-#[derive(Debug)]
-pub struct SharedAgents {
-    agents: Arc<Agents>,
-    _guard: RwLockReadGuard<'static, ()>,
-}
-
-impl Deref for SharedAgents {
-    type Target = Agents;
-
-    fn deref(&self) -> &Agents {
-        &self.agents
-    }
-}
-
-/// Agents that are this test's alone.
-#[derive(Debug)]
-pub struct OwnAgents {
-    agents: Agents,
-    _guard: RwLockWriteGuard<'static, ()>,
-}
-
-impl Deref for OwnAgents {
-    type Target = Agents;
-
-    fn deref(&self) -> &Agents {
-        &self.agents
-    }
-}
-
-impl DerefMut for OwnAgents {
-    fn deref_mut(&mut self) -> &mut Agents {
-        &mut self.agents
-    }
-}
-
 impl Agents {
-    /// Those that another test has deployed, or new ones, all of them ready.
-    ///
-    /// # Errors
-    ///
-    /// Fails, with their logs, if they do not become ready.
-    pub fn deployed() -> Result<SharedAgents> {
-        static SHARED: Mutex<Weak<Agents>> = Mutex::new(Weak::new());
-        let guard = HOUSE.read().unwrap_or_else(PoisonError::into_inner);
-        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-        let agents = match shared.upgrade() {
-            Some(agents) => agents,
-            None => Arc::new(Self::deploy(&[], None)?),
-        };
-        *shared = Arc::downgrade(&agents);
-        Ok(SharedAgents { agents, _guard: guard })
-    }
-
-    /// New ones, when no other test has any.
-    ///
-    /// # Errors
-    ///
-    /// Fails, with their logs, if they do not become ready.
-    pub fn alone() -> Result<OwnAgents> {
-        Self::alone_with(&[], None)
-    }
-
-    /// The same with these settings and, if there are `roots`, without a CA of ours: what the agents
-    /// trust is theirs.
-    ///
-    /// # Errors
-    ///
-    /// Fails, with their logs, if they do not become ready.
-    pub fn alone_with(settings: &[(&str, &str)], roots: Option<&str>) -> Result<OwnAgents> {
-        let guard = HOUSE.write().unwrap_or_else(PoisonError::into_inner);
-        Ok(OwnAgents { agents: Self::deploy(settings, roots)?, _guard: guard })
-    }
-
-    fn deploy(changed: &[(&str, &str)], roots: Option<&str>) -> Result<Self> {
+    pub(super) fn deploy(changed: &[(&str, &str)], roots: Option<&str>) -> Result<Self> {
         let image = load()?;
         let mut deployment = Deployment::read(None)?;
         for kind in ["DaemonSet", "Deployment"] {
@@ -149,7 +71,7 @@ impl Agents {
     }
 
     /// Waits until all are ready, and finds their pods.
-    fn find(&mut self) -> Result<()> {
+    pub(super) fn find(&mut self) -> Result<()> {
         let limit = format!("--timeout={}s", READY.as_secs());
         let rollout = ["rollout", "status", "daemonset/malla-agent", &limit];
         let system = self.deployment.system();
@@ -160,7 +82,7 @@ impl Agents {
             let logs = system.kubectl(&logs).unwrap_or_default();
             bail!("{error:#}\n{told}\n{logs}");
         }
-        let pods = system.get(&["pods", "--selector", "app=malla-agent"])?;
+        let pods = system.get(&["pods", "--selector=app=malla-agent"])?;
         let pods = pods["items"].as_array().context("no pods")?.iter();
         let stays = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null();
         let mut found = BTreeMap::new();
@@ -179,6 +101,19 @@ impl Agents {
     ///
     /// Fails with what it says.
     pub fn ask(&self, node: &str, command: &[&str]) -> Result<Value> {
+        // The same program on the same files and network, a tenth of the work.
+        if Cluster::is_ours() {
+            return self.process(node)?.ask(command);
+        }
+        self.ask_by_exec(node, command)
+    }
+
+    /// The same as whoever runs a cluster asks.
+    ///
+    /// # Errors
+    ///
+    /// Fails with what it says.
+    pub fn ask_by_exec(&self, node: &str, command: &[&str]) -> Result<Value> {
         let words = [&["/mesh-agent"], command, &["-o", "json"]].concat();
         let output = self.deployment.system().exec_output(self.pod(node)?, &words)?;
         // Code 1 is an answer: there is a problem, perhaps with a pod of another test.
@@ -252,7 +187,7 @@ impl Agents {
     /// What the agent of `node` has written.
     pub fn log(&self, node: &str) -> String {
         let pod = self.pod(node).unwrap_or_default();
-        self.deployment.system().kubectl(&["logs", pod]).unwrap_or_default()
+        self.deployment.system().log(pod).unwrap_or_default()
     }
 
     pub(super) fn pod(&self, node: &str) -> Result<&str> {

@@ -191,7 +191,7 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
         let message = &events["items"][0]["message"];
         message.as_str().is_some_and(|message| message.contains("`hard` is not understood"))
     })?;
-    let status = agents.ask(&nodes[0], &["status"])?;
+    let status = agents.ask_by_exec(&nodes[0], &["status"])?;
     assert_eq!(status["ready"], true, "{status}");
     Ok(())
 }
@@ -200,7 +200,8 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
 #[test]
 fn probes_reach_a_strict_pod_and_other_processes_of_the_node_do_not() -> Result<()> {
     require_cluster!();
-    let agents = Agents::deployed()?;
+    // What the kernel counts is the whole node's.
+    let agents = Agents::alone()?;
     let cluster = Cluster::namespace()?;
     cluster.annotate(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     let nodes = cluster.two_nodes()?;

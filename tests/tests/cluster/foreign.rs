@@ -20,6 +20,8 @@ use crate::certificates::world::{base64, unbase64};
 use crate::service;
 
 const SIGNER: &str = "signer.example/mesh";
+/// Between two looks at what is asked.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// A CA that signs what this signer is asked for, and nothing else is known of.
 struct Signer {
@@ -47,7 +49,10 @@ impl Signer {
         let all = admin.get(&["certificatesigningrequests"])?;
         for request in all["items"].as_array().into_iter().flatten() {
             let name = request["metadata"]["name"].as_str().unwrap_or_default();
-            if request["spec"]["signerName"] != SIGNER || self.answered.contains(name) {
+            // Of a cluster that stays there are those of earlier runs.
+            let is_signed = request["status"]["certificate"].is_string();
+            let is_ours = request["spec"]["signerName"] == SIGNER;
+            if !is_ours || is_signed || self.answered.contains(name) {
                 continue;
             }
             let pem = request["spec"]["request"].as_str().and_then(unbase64);
@@ -92,13 +97,15 @@ impl Signer {
             let answering = scope.spawn(|| -> Result<()> {
                 while !end.load(Ordering::Acquire) {
                     self.answer(admin).context("the signer")?;
+                    thread::sleep(PAUSE);
                 }
                 Ok(())
             });
             let worked = work();
             end.store(true, Ordering::Release);
             let answered = answering.join().unwrap_or_else(|panic| resume_unwind(panic));
-            worked.and(answered)
+            // Without answers the work comes to nothing.
+            answered.and(worked)
         })
     }
 }

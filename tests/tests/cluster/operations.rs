@@ -110,7 +110,7 @@ fn deployment_grows_to_twenty_pods_and_shrinks_under_load_and_no_request_fails()
 #[test]
 fn deployment_that_is_deleted_leaves_plain_text_and_no_trace() -> Result<()> {
     require_cluster!();
-    let agents = Agents::alone()?;
+    let agents = Agents::last()?;
     let shop = Shop::open(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     shop.wait_until_enrolled(&agents, true)?;
     shop.hear_both(&["web"])?;
@@ -191,7 +191,7 @@ impl<'a> Talks<'a> {
     /// Waits until what has come back to a talker is so.
     fn heard(&self, talker: &str, is_so: impl Fn(&[String]) -> bool) -> Result<Vec<String>> {
         wait::until_some(wait::SOON, &format!("{talker}'s connection"), || {
-            let log = self.shop.kubectl(&["logs", talker, "--tail=-1"]).ok()?;
+            let log = self.shop.log(talker).ok()?;
             let lines: Vec<_> = log.lines().map(str::to_owned).collect();
             is_so(&lines).then_some(lines)
         })

@@ -44,6 +44,7 @@ impl Side {
         self.took.push(began.elapsed());
         let is_enrolled = agents.workload(node, self.cluster.name(), &name)?["enrolled"] == true;
         ensure!(is_enrolled == (self.name != PLAIN), "{name} of {}: {is_enrolled}", self.name);
+        // Pods that go at the same time as the next one comes would make it wait.
         self.cluster.kubectl(&["delete", "pod", &name])?;
         Ok(())
     }
@@ -59,7 +60,8 @@ const PLAIN: &str = "without";
 #[test]
 fn pod_of_the_mesh_is_ready_as_soon_as_one_without() -> Result<()> {
     require_cluster!();
-    let agents = Agents::deployed()?;
+    // Whoever starts pods beside these takes their time.
+    let agents = Agents::alone()?;
     let mesh = json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"});
     let mut sides = [
         Side::new(PLAIN, &json!({}), false)?,
@@ -69,12 +71,11 @@ fn pod_of_the_mesh_is_ready_as_soon_as_one_without() -> Result<()> {
     let node = sides[0].cluster.nodes()?.remove(0);
     let image = Cluster::load("nginx")?;
     // The first one unpacks the image.
-    for nth in 0..=long::either(1, 10) {
+    sides[0].start(&agents, &node, &image, 0)?;
+    sides[0].took.clear();
+    for nth in 1..=long::either(1, 10) {
         for side in &mut sides {
             side.start(&agents, &node, &image, nth)?;
-            if nth == 0 {
-                side.took.clear();
-            }
         }
         // Nobody is always the first.
         sides.rotate_left(1);

@@ -1,6 +1,8 @@
 //! What a pod connects in its first milliseconds, before the API knows its address.
 
 use std::fmt::Write as _;
+use std::panic::resume_unwind;
+use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
 use harness::{Agents, Cluster, SharedAgents, wait};
@@ -8,8 +10,9 @@ use serde_json::{Value, json};
 
 use crate::service;
 
-/// Pods that start one after the other.
+/// Pods that start one after the other, in so many rows beside each other.
 const PODS: usize = 20;
+const ROWS: usize = 4;
 /// Connections of each.
 const CONNECTIONS: usize = 10;
 
@@ -74,7 +77,7 @@ impl Rush {
         ended.with_context(|| self.agents.log(&self.nodes[0]))?;
         let address = self.clients.get(&["pod", name])?;
         let address = address["status"]["podIP"].as_str().context("no address")?.to_owned();
-        let log = self.clients.kubectl(&["logs", name])?;
+        let log = self.clients.log(name)?;
         Ok((address, log.lines().map(str::to_owned).collect()))
     }
 
@@ -101,7 +104,7 @@ impl Rush {
 fn first_connections_of_new_pods_are_held_and_none_is_plain_text() -> Result<()> {
     require_cluster!();
     let rush = Rush::begin(None)?;
-    for nth in 0..PODS {
+    let held = |nth: usize| -> Result<()> {
         let pod = format!("held-{nth}");
         let (address, answers) = rush.run(&pod)?;
         ensure!(
@@ -113,8 +116,15 @@ fn first_connections_of_new_pods_are_held_and_none_is_plain_text() -> Result<()>
             rush.carried(&pod) == CONNECTIONS
         })?;
         ensure!(!rush.saw_plain_text(&address), "plain text from {pod}");
-    }
-    Ok(())
+        Ok(())
+    };
+    let row = |first: usize| (first..PODS).step_by(ROWS).try_for_each(held);
+    thread::scope(|scope| {
+        let rows: Vec<_> = (0..ROWS).map(|first| scope.spawn(move || row(first))).collect();
+        let ends =
+            rows.into_iter().map(|row| row.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        ends.collect::<Vec<Result<()>>>().into_iter().collect()
+    })
 }
 
 #[test]
