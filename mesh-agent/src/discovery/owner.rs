@@ -6,10 +6,10 @@
 //! the agent's rights are deleted in the same moment, as `kubectl delete --filename` does.
 
 use std::fmt;
+use std::future::pending;
 use std::pin::pin;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -17,7 +17,8 @@ use kube::Client;
 use kube::core::WatchEvent;
 use serde::Deserialize;
 use thiserror::Error;
-use tokio::time::{sleep, timeout};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
 
 use crate::telemetry::chain;
@@ -26,7 +27,7 @@ use crate::telemetry::chain;
 const WATCH_S: u64 = 300;
 /// A server that says nothing for longer than that is gone.
 const SILENCE: Duration = Duration::from_secs(WATCH_S + 30);
-/// Between two watches, and up to twice as long.
+/// After a watch that failed or was short, and up to twice as long.
 const PAUSE: Duration = Duration::from_secs(5);
 /// An agent that ends does not wait longer to hear whether it does so for good.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
@@ -99,7 +100,7 @@ pub struct Owner {
     client: Client,
     name: DaemonSetName,
     /// As the last event said.
-    is_gone: AtomicBool,
+    is_gone: watch::Sender<bool>,
 }
 
 impl fmt::Debug for Owner {
@@ -111,23 +112,28 @@ impl fmt::Debug for Owner {
 impl Owner {
     /// Asks nothing yet.
     pub fn new(client: Client, name: DaemonSetName) -> Self {
-        Self { client, name, is_gone: AtomicBool::new(false) }
+        Self { client, name, is_gone: watch::Sender::new(false) }
     }
 
     /// Follows it, for ever.
     pub async fn follow(self: Arc<Self>) {
         let mut is_told = false;
         loop {
-            if let Err(error) = self.watch().await
+            let began = Instant::now();
+            let watched = self.watch().await;
+            if let Err(error) = &watched
                 && !is_told
             {
                 warn!(
-                    daemonset = %self.name, error = chain(&error),
+                    daemonset = %self.name, error = chain(error),
                     "not followed: whether this agent ends for good is asked when it ends",
                 );
                 is_told = true;
             }
-            sleep(PAUSE.mul_f32(1.0 + fastrand::f32())).await;
+            // The next one at once where the server has ended one in time: nothing is heard in between.
+            if watched.is_err() || began.elapsed() < PAUSE {
+                sleep(PAUSE.mul_f32(1.0 + fastrand::f32())).await;
+            }
         }
     }
 
@@ -144,9 +150,9 @@ impl Owner {
         while let Ok(Some(event)) = timeout(SILENCE, events.next()).await {
             match event? {
                 WatchEvent::Added(set) | WatchEvent::Modified(set) => {
-                    self.is_gone.store(set.is_going(), Ordering::Relaxed);
+                    self.is_gone.send_replace(set.is_going());
                 }
-                WatchEvent::Deleted(_) => self.is_gone.store(true, Ordering::Relaxed),
+                WatchEvent::Deleted(_) => drop(self.is_gone.send_replace(true)),
                 WatchEvent::Bookmark(_) => {}
                 WatchEvent::Error(_expired) => break,
             }
@@ -156,23 +162,41 @@ impl Owner {
 
     /// Whether it is deleted, and this agent has no successor. What cannot be told is no.
     pub async fn is_gone(&self) -> bool {
-        if self.is_gone.load(Ordering::Relaxed) {
-            return true;
-        }
+        let mut told = self.is_gone.subscribe();
+        let known = async {
+            tokio::select! {
+                biased;
+                heard = told.wait_for(|is_gone| *is_gone) => heard.is_ok(),
+                asked = self.ask() => asked,
+            }
+        };
+        timeout(ASK_LIMIT, known).await.unwrap_or(false)
+    }
+
+    async fn ask(&self) -> bool {
         let DaemonSetName { namespace, name } = &self.name;
         let uri = format!("/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}");
         let Ok(request) = http::Request::get(uri).body(Vec::new()) else { return false };
-        match timeout(ASK_LIMIT, self.client.request::<DaemonSet>(request)).await {
-            Ok(Ok(set)) => set.is_going(),
-            Ok(Err(kube::Error::Api(status))) => status.code == 404,
-            Ok(Err(_)) | Err(_) => false,
+        match self.client.request::<DaemonSet>(request).await {
+            Ok(set) => set.is_going(),
+            Err(kube::Error::Api(status)) => match status.code {
+                404 => true,
+                // The right to ask has gone before: then the watch hears of it, if somebody deletes all.
+                401 | 403 => pending().await,
+                _ => false,
+            },
+            Err(_) => false,
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpListener, TcpStream};
+
     use super::*;
+    use crate::discovery::client::by_config;
 
     #[test]
     fn name_has_a_namespace_and_nothing_that_leads_elsewhere() {
@@ -180,6 +204,55 @@ mod tests {
         assert_eq!(name.to_string(), "malla-system/malla-agent");
         for wrong in ["", "malla-agent", "/malla-agent", "malla-system/", "a/b/c", "a/b?c", "A/b"] {
             assert!(wrong.parse::<DaemonSetName>().is_err(), "{wrong}");
+        }
+    }
+
+    /// An API that has told a watch that the DaemonSet is there, and lets nobody ask for it any more. What
+    /// it tells next comes when this agent asks.
+    async fn api(listener: TcpListener, next: &str) {
+        let event =
+            |kind: &str| format!("{{\"type\":\"{kind}\",\"object\":{{\"metadata\":{{}}}}}}\n");
+        let (mut watch, _) = listener.accept().await.unwrap();
+        let head = read_head(&mut watch).await;
+        assert!(head.contains("watch=1"), "{head}");
+        let ok = format!("HTTP/1.1 200 OK\r\n\r\n{}", event("ADDED"));
+        watch.write_all(ok.as_bytes()).await.unwrap();
+
+        let (mut asked, _) = listener.accept().await.unwrap();
+        let head = read_head(&mut asked).await;
+        assert!(head.starts_with("GET /apis/apps/v1/namespaces/a/daemonsets/b "), "{head}");
+        let status = r#"{"kind":"Status","status":"Failure","reason":"Forbidden","code":403}"#;
+        let no =
+            format!("HTTP/1.1 403 Forbidden\r\nContent-Length: {}\r\n\r\n{status}", status.len(),);
+        asked.write_all(no.as_bytes()).await.unwrap();
+        // It has been read before the watch says more.
+        asked.shutdown().await.unwrap();
+        assert_eq!(asked.read(&mut [0; 1]).await.unwrap(), 0);
+        watch.write_all(event(next).as_bytes()).await.unwrap();
+        pending().await
+    }
+
+    async fn read_head(stream: &mut TcpStream) -> String {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.unwrap());
+        }
+        String::from_utf8(head).unwrap()
+    }
+
+    #[tokio::test]
+    async fn deletion_is_heard_of_that_came_with_the_right_to_ask() {
+        for (next, is_gone) in [("DELETED", true), ("MODIFIED", false)] {
+            let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+            let uri = format!("http://{}/", listener.local_addr().unwrap()).parse().unwrap();
+            let api = tokio::spawn(api(listener, next));
+            let client = by_config(kube::Config::new(uri)).unwrap();
+            let owner = Arc::new(Owner::new(client, "a/b".parse().unwrap()));
+            let follow = tokio::spawn(Arc::clone(&owner).follow());
+            owner.is_gone.subscribe().changed().await.unwrap();
+            assert_eq!(owner.is_gone().await, is_gone, "{next}");
+            follow.abort();
+            api.abort();
         }
     }
 }
