@@ -13,6 +13,8 @@
 //! - A root stays published for as long as what was signed below it may live, also when the Secret
 //!   does not name it any more.
 //! - A Secret that cannot be used changes nothing: what could sign before still does.
+//! - A ConfigMap that is deleted or emptied is put back as it was. Only who starts without one takes
+//!   what the Secret names for all there is.
 //!
 //! When each root was published is kept beside it, in an annotation: another signer that takes over
 //! knows as much.
@@ -56,7 +58,7 @@ const RETIREMENT: Duration = MAX_LIFETIME.saturating_add(Duration::from_secs(360
 /// A published root.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Published {
+pub(super) struct Published {
     fingerprint: String,
     /// Unix seconds; `None` if it was there from the beginning, before any agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -118,9 +120,11 @@ pub(super) struct Roots {
     pub(super) spread: Duration,
     /// What has signed last.
     pub(super) current: Option<Arc<Authority>>,
+    /// What was published last.
+    pub(super) last: Option<(Vec<Published>, Certs)>,
 }
 
-type Certs = Vec<(CertificateDer<'static>, Root)>;
+pub(super) type Certs = Vec<(CertificateDer<'static>, Root)>;
 
 impl Roots {
     /// Looks at the Secret, publishes what is to be trusted, and says what signs.
@@ -134,7 +138,11 @@ impl Roots {
         let (candidate, mut certs) = self.read(&secret)?;
         let candidate = Arc::new(candidate);
         let (map, old) = self.published().await?;
-        let before = before(map.as_ref(), &old)?;
+        let is_lost = old.is_empty();
+        let (before, old) = match &self.last {
+            Some((roots, certs)) if is_lost => (Some(roots.clone()), certs.clone()),
+            _ => (before(map.as_ref(), &old)?, old),
+        };
         certs.extend(old);
 
         let mut vouching = self.vouching(&candidate, &certs, now)?;
@@ -151,9 +159,10 @@ impl Roots {
         }
         let now_s = unix_s(now);
         let roots = follow(before.as_deref(), &in_use, now_s);
-        if before.as_deref() != Some(&roots) {
+        if is_lost || before.as_deref() != Some(&roots) {
             self.publish(map.as_ref(), &roots, &certs).await?;
         }
+        self.last = Some((roots.clone(), certs.clone()));
         let spread = roots.iter().filter(|root| root.is_spread(self.spread, now_s));
         let spread: Vec<_> = spread.map(|root| root.fingerprint.as_str()).collect();
         certs.retain(|(_, root)| spread.contains(&root.fingerprint.as_str()));

@@ -124,6 +124,7 @@ impl Signer {
             trust_domain: self.settings.trust_domain.clone(),
             spread: self.settings.spread,
             current: None,
+            last: None,
         };
         loop {
             match roots.look(SystemTime::now()).await {
