@@ -179,7 +179,16 @@ impl Cluster {
     ///
     /// Fails, with what happened to it, if it does not become so.
     pub fn ready(&self, pod: &str) -> Result<()> {
-        let limit = format!("--timeout={}s", POD_LIMIT.as_secs());
+        self.ready_within(POD_LIMIT, pod)
+    }
+
+    /// The same where something is known to keep a pod from it.
+    ///
+    /// # Errors
+    ///
+    /// Fails, with what happened to it, if it does not become so.
+    pub fn ready_within(&self, limit: Duration, pod: &str) -> Result<()> {
+        let limit = format!("--timeout={}s", limit.as_secs());
         let waited = self.kubectl(&["wait", "--for=condition=Ready", &limit, "pod", pod]);
         if let Err(error) = waited {
             let told = self.kubectl(&["describe", "pod", pod]).unwrap_or_default();

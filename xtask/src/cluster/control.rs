@@ -62,6 +62,10 @@ pub(crate) fn controller_manager(cluster: &Cluster, pki: &Pki) -> Result<Command
     command.args(["--cluster-signing-cert-file", &pki.path("ca.crt")]);
     command.args(["--cluster-signing-key-file", &pki.path("ca.key")]);
     command.args(["--cluster-cidr", net::PODS, "--service-cluster-ip-range", net::SERVICES]);
+    // When the API server has been away it hears of nodes again after up to a minute. By default it takes
+    // all of them for dead before, and Services have no endpoints. Where it elects a leader it ends instead,
+    // and its successor gives nodes time.
+    command.args(["--node-monitor-grace-period", "120s"]);
     Ok(command)
 }
 
