@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use harness::Cluster;
 
 /// Connections of one `curl`: starting it in a pod takes longer than they do.
-const AT_ONCE: usize = 20;
+const AT_ONCE: usize = 50;
 
 /// Asks for `url` over and over from the pod `from` while `work` runs, and returns how often.
 ///
