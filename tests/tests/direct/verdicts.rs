@@ -150,15 +150,16 @@ fn pod_that_takes_over_an_address_inherits_nothing() -> Result<()> {
     })?;
     let slice = std::fs::read_to_string(mesh.manifests().dir().join("service-default-a.yaml"))?;
     mesh.manifests().write("service-default-a", &slice.replace(uid, "5ucce550-0000"))?;
+    // Until then the service is one of a stranger, and its address no destination of the mesh.
+    wait::until(wait::SOON, "the successor behind the service", || {
+        let services = mesh.agent("a").ask(&["services"]).unwrap_or_default();
+        let mut all = services.as_array().into_iter().flatten();
+        all.any(|one| one["service"] == "a" && one["enrolled"] == 2)
+    })?;
     let stale = kernel(&mesh, "direct_stale")?;
     for to in [mesh.service("a").v4(80), mesh.pod("a2").v4(8080)] {
-        let mut first = None;
-        wait::until(wait::SOON, "the successor", || {
-            let asked = connect(mesh.pod("a1"), to, &server).ok();
-            first = asked.map(|(_, direct)| direct);
-            first.is_some()
-        })?;
-        assert_eq!(first, Some(false), "{to}: decided anew");
+        let (_, direct) = connect(mesh.pod("a1"), to, &server)?;
+        assert!(!direct, "{to}: decided anew");
         until_direct(mesh.pod("a1"), to, &server)?;
     }
     ensure!(kernel(&mesh, "direct_stale")? > stale, "the old verdict did not hold");
