@@ -420,6 +420,10 @@ pub struct Check {
     #[arg(long, env = "MESH_MANIFESTS", value_name = "DIR")]
     pub manifests: Option<PathBuf>,
 
+    /// How to reach the Kubernetes API that `run` would follow [default: as a pod does].
+    #[arg(long, env = "MESH_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+
     /// How to print the report.
     #[arg(long, short, value_enum, default_value_t)]
     pub output: Format,

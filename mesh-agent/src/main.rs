@@ -11,6 +11,7 @@ use mesh_agent::cli::ask::{Answered, AskError};
 use mesh_agent::cli::check::{Category, Report};
 use mesh_agent::cli::output::{self, Format};
 use mesh_agent::cli::{Ca, Check, Cli, Command, Question, Run, ask, parts};
+use tokio::runtime::{Builder, Runtime};
 
 /// A problem was found.
 const PROBLEM: u8 = 1;
@@ -96,8 +97,10 @@ fn start(run: Run) -> anyhow::Result<ExitCode> {
 fn report(check: &Check, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     let checks = parts::kernel_features(&check.cgroup, &check.bpffs);
     let mut categories = vec![Category { category_name: "kernel", checks }];
-    if let (true, Some(manifests)) = (check.redirect_peer.is_on(), &check.manifests) {
-        let checks = vec![parts::skipped_policies(manifests)];
+    if check.redirect_peer.is_on() {
+        let (manifests, kubeconfig) = (check.manifests.as_deref(), check.kubeconfig.as_deref());
+        let checks =
+            vec![small_runtime()?.block_on(parts::skipped_policies(manifests, kubeconfig))];
         categories.push(Category { category_name: "redirect", checks });
     }
     let report = Report::new(categories);
@@ -115,13 +118,14 @@ fn authority(ca: Ca, out: &mut dyn Write) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The commands that ask a running agent. One connection, so a runtime of one thread.
+/// One connection, so one thread.
+fn small_runtime() -> anyhow::Result<Runtime> {
+    Builder::new_current_thread().enable_all().build().context("start a runtime")
+}
+
+/// The commands that ask a running agent.
 fn answer(question: &Question, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("start a runtime")?;
-    let answered = runtime.block_on(ask::answer(question, out))?;
+    let answered = small_runtime()?.block_on(ask::answer(question, out))?;
     Ok(match answered {
         Answered::Ok => ExitCode::SUCCESS,
         Answered::Problem => ExitCode::from(PROBLEM),

@@ -219,10 +219,7 @@ impl Agent {
         let redirected = redirects.subscribe();
         if options.redirect_peer.is_on() {
             control.spawn(redirects::survey(Arc::clone(&node), pods.shortfall(), redirects));
-            match source.network_policies() {
-                Some(policies) => drop(control.spawn(redirects::warn_of_policies(policies))),
-                None => redirects::warn_of_any_policy(),
-            }
+            control.spawn(redirects::warn_of_policies(source.network_policies()));
         }
         let nothing = Snapshot::empty(options.node.as_str().into(), options.trust_domain.clone());
         let views = Arc::new(Views {

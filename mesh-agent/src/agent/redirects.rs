@@ -78,12 +78,3 @@ pub(super) async fn warn_of_policies(mut policies: watch::Receiver<usize>) {
         }
     }
 }
-
-/// Says once that they would not hold, where nobody counts them.
-pub(super) fn warn_of_any_policy() {
-    warn!(
-        stage = "capture",
-        "--redirect-peer on skips the node's netfilter: a NetworkPolicy that is enforced there does not \
-         hold between pods of this node"
-    );
-}

@@ -105,11 +105,11 @@ impl Source {
         }
     }
 
-    /// How many NetworkPolicies there are; `None` if they are not looked at.
-    pub(super) fn network_policies(&self) -> Option<watch::Receiver<usize>> {
+    /// How many NetworkPolicies there are, as far as it is known.
+    pub(super) fn network_policies(&self) -> watch::Receiver<usize> {
         match self {
-            Self::Manifests(source) => Some(source.network_policies()),
-            Self::Cluster(_) => None,
+            Self::Manifests(source) => source.network_policies(),
+            Self::Cluster(source) => source.network_policies(),
         }
     }
 

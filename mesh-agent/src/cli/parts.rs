@@ -11,7 +11,10 @@ use super::output::{Table, Tabular};
 use crate::admin::view::{self, CertificateView};
 use crate::capture::probe::{self, Feature, FeatureState};
 use crate::discovery;
+use crate::discovery::client::client;
+use crate::discovery::cluster::network_policies;
 use crate::identity::ca::{self, CaError, CaView};
+use crate::telemetry::chain;
 
 /// What `ca init` and `ca show` print.
 #[derive(Clone, Debug, Serialize)]
@@ -45,28 +48,40 @@ pub fn kernel_features(cgroup: &Path, bpffs: &Path) -> Vec<Finding> {
     features.into_iter().map(finding).collect()
 }
 
-/// What `--redirect-peer on` would skip: NetworkPolicies among the manifests in `dir`.
-pub fn skipped_policies(dir: &Path) -> Finding {
+/// What `--redirect-peer on` would skip: NetworkPolicies among the manifests in a directory, or else those
+/// of the cluster.
+pub async fn skipped_policies(manifests: Option<&Path>, kubeconfig: Option<&Path>) -> Finding {
     let description = "NetworkPolicies that --redirect-peer on skips".to_owned();
-    let (result, detail, hint) = match discovery::network_policies(dir) {
+    let (place, counted) = match manifests {
+        Some(dir) => {
+            (dir.display().to_string(), discovery::network_policies(dir).map_err(|e| chain(&e)))
+        }
+        None => ("the cluster".to_owned(), policies_of_cluster(kubeconfig).await),
+    };
+    let (result, detail, hint) = match counted {
         Ok(0) => (Verdict::Success, String::new(), String::new()),
         Ok(count) => (
             Verdict::Warning,
             format!(
-                "{count} in {}: where the CNI enforces them on the node, they do not hold between \
-                     enrolled pods of one node",
-                dir.display()
+                "{count} in {place}: where the CNI enforces them on the node, they do not hold \
+                     between enrolled pods of one node"
             ),
             "--redirect-peer off, the default, or make sure that no policy is about such pods"
                 .into(),
         ),
         Err(error) => (
             Verdict::Warning,
-            format!("{}: {error}", dir.display()),
-            "name the directory of manifests with --manifests".into(),
+            format!("{place}: {error}"),
+            "name the directory of manifests with --manifests, or a cluster with --kubeconfig"
+                .into(),
         ),
     };
     Finding { description, result, detail, hint }
+}
+
+async fn policies_of_cluster(kubeconfig: Option<&Path>) -> Result<usize, String> {
+    let client = client(kubeconfig).await.map_err(|error| chain(&error))?;
+    network_policies(&client).await.map_err(|error| chain(&error))
 }
 
 fn finding(feature: Feature) -> Finding {

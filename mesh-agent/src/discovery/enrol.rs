@@ -63,6 +63,11 @@ const OF_SERVICE: &[&str] = &[OPAQUE_PORTS];
 /// Namespaces whose pods the mesh itself may need to start.
 const SYSTEM_NAMESPACES: &[&str] = &["kube-system", "malla-system"];
 
+/// Whether no pod of the namespace takes part.
+pub(super) fn is_system(namespace: &str) -> bool {
+    SYSTEM_NAMESPACES.contains(&namespace)
+}
+
 /// Why a pod is left alone: what `workloads` shows.
 pub mod left_alone {
     /// Nobody asked.
@@ -252,7 +257,7 @@ pub fn takes_part(namespace: &Namespace, pod: &Pod) -> bool {
 /// Why a pod that asked cannot be carried.
 fn unfit(namespace: &str, pod: &Pod) -> Option<&'static str> {
     let annotation = |key: &str| pod.metadata.annotations.as_ref().and_then(|map| map.get(key));
-    if SYSTEM_NAMESPACES.contains(&namespace) {
+    if is_system(namespace) {
         Some(left_alone::SYSTEM)
     } else if shares_the_nodes_network(pod) {
         Some(left_alone::HOST_NETWORK)

@@ -196,6 +196,35 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
     Ok(())
 }
 
+/// A policy for a place that packets do not pass.
+#[test]
+fn network_policies_are_warned_of_where_a_setting_skips_them() -> Result<()> {
+    require_cluster!();
+    let agents = Agents::deployed()?;
+    let cluster = Cluster::namespace()?;
+    let nodes = cluster.two_nodes()?;
+    let checked = || -> Result<Value> {
+        let check = agents.ask_by_exec(&nodes[0], &["check", "--redirect-peer", "on"])?;
+        let mut categories = check["categories"].as_array().into_iter().flatten();
+        let found = categories.find(|category| category["categoryName"] == "redirect");
+        found.map(|category| category["checks"][0].clone()).with_context(|| format!("{check}"))
+    };
+    if Cluster::is_ours() {
+        let none = checked()?;
+        assert_eq!(none["result"], "success", "the deployment's own is of nobody's pods: {none}");
+    }
+    cluster.apply(&json!({
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "nobody"},
+        "spec": {"podSelector": {"matchLabels": {"app": "nobody"}}},
+    }))?;
+    let some = checked()?;
+    assert_eq!(some["result"], "warning", "{some}");
+    ensure!(some["detail"].as_str().is_some_and(|it| it.contains("in the cluster")), "{some}");
+    Ok(())
+}
+
 /// Probes reach a strict pod because they are the kubelet's, not because they come from the node.
 #[test]
 fn probes_reach_a_strict_pod_and_other_processes_of_the_node_do_not() -> Result<()> {

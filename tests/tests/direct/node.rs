@@ -170,9 +170,14 @@ fn pod_that_leaves_is_let_in_no_longer_whatever_port_it_comes_from() -> Result<(
     harness::require!();
     let mesh = Mesh::two_nodes_builder()
         .pod(PodSpec::new("a2", "a").annotation("malla.dev/mode", "strict"))
+        .pod(PodSpec::new("b1", "b").annotation("malla.dev/mode", "strict"))
         .start()?;
-    let _server = mesh.pod("a2").serve(8080, answer_once())?;
-    let (a1, to) = (mesh.pod("a1"), mesh.pod("a2").v4(8080));
+    let _servers =
+        [mesh.pod("a2").serve(8080, answer_once())?, mesh.pod("b1").serve(8080, answer_once())?];
+    let a1 = mesh.pod("a1");
+    let (to, far) = (mesh.pod("a2").v4(8080), mesh.pod("b1").v4(8080));
+    let strict = [("event", "lookup_strict")];
+    let refused_there = || mesh.agent("b").metric("mesh_capture_total", &strict);
     for _ in 0..5 {
         mesh.enrol("a1", true)?;
         call(a1, 20_001, to)?; // Delivered by the agent, the first time.
@@ -181,13 +186,17 @@ fn pod_that_leaves_is_let_in_no_longer_whatever_port_it_comes_from() -> Result<(
             call(a1, 0, to).is_ok() && kernel(&mesh, "direct_taken").is_ok_and(|now| now > taken)
         })?;
         call(a1, 20_000, to)?;
+        call(a1, 20_002, far)?; // Delivered by the other node's agent.
+        let before = refused_there()?;
         mesh.enrol("a1", false)?;
         let refused = kernel(&mesh, "lookup_strict")?;
-        // The first two within the second in which the last ACK of the handshake from there would pass.
-        for port in [20_000, 20_001, 0, 0, 0] {
-            ensure!(call(a1, port, to).is_err(), "plain text to a strict pod");
+        // The first three within the second in which the last ACK of the handshake from there would pass.
+        let ports = [(20_002, far), (20_000, to), (20_001, to), (0, to), (0, to), (0, to)];
+        for (port, to) in ports {
+            ensure!(call(a1, port, to).is_err(), "plain text to a strict pod, {to} from {port}");
         }
         ensure!(kernel(&mesh, "lookup_strict")? >= refused + 5.0, "refused by somebody else");
+        ensure!(refused_there()? >= before + 1.0, "refused by somebody else");
     }
     Ok(())
 }

@@ -29,14 +29,14 @@ use crate::discovery::kube::{EndpointSlice, Namespace, Node, ObjectMeta, Pod, Se
 use crate::discovery::objects::{Kind, Object, ObjectKey};
 
 /// Objects asked for at once: a list of 100,000 pods is not one answer.
-const PAGE: usize = 500;
+pub(super) const PAGE: usize = 500;
 /// The server ends a watch after this many seconds, and up to a half more: agents that began together
 /// must not ask again together.
 const WATCH_S: u64 = 240;
 /// Bookmarks come about every minute (apiserver's `bookmarkFrequency`).
 const SILENCE: Duration = Duration::from_secs(180);
 /// A page that takes longer is not coming.
-const LIST_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const LIST_LIMIT: Duration = Duration::from_secs(60);
 /// One object that a connection waits for.
 const READ_LIMIT: Duration = Duration::from_secs(3);
 const FIRST_WAIT: Duration = Duration::from_millis(500);

@@ -22,6 +22,7 @@
 
 mod demand;
 mod feed;
+mod policies;
 mod report;
 #[cfg(test)]
 mod tests;
@@ -41,6 +42,7 @@ use tracing::warn;
 
 use self::demand::{Found, Remote, Wanted, has};
 use self::feed::{Followed as _, News, What, escaped, follow, list, read};
+pub use self::policies::network_policies;
 use self::report::{Known, Reports, Write};
 use super::file::Settings;
 use super::kube::{EndpointSlice, Namespace, Node, Pod, Service};
@@ -74,6 +76,7 @@ pub struct ClusterSource {
     snapshots: watch::Sender<Arc<Snapshot>>,
     problems: watch::Sender<Arc<[Problem]>>,
     confirmed: watch::Sender<Option<Instant>>,
+    network_policies: watch::Sender<usize>,
 }
 
 impl fmt::Debug for ClusterSource {
@@ -98,7 +101,11 @@ impl ClusterSource {
         let problems = watch::Sender::new([].into());
         let confirmed = watch::Sender::new(None);
         let demands = mpsc::channel(DEMANDS);
-        (Self { client, state, demands, snapshots, problems, confirmed }, receiver)
+        let network_policies = watch::Sender::new(0);
+        (
+            Self { client, state, demands, snapshots, problems, confirmed, network_policies },
+            receiver,
+        )
     }
 
     /// The way to the API.
@@ -121,9 +128,16 @@ impl ClusterSource {
         self.confirmed.subscribe()
     }
 
+    /// How many NetworkPolicies there are. They are counted only if this is asked before
+    /// [`run`](Self::run).
+    pub fn network_policies(&self) -> watch::Receiver<usize> {
+        self.network_policies.subscribe()
+    }
+
     /// Follows the cluster, for ever, and writes into it what became of the node's pods.
     pub async fn run(self, mut outcomes: watch::Receiver<Arc<Outcomes>>) {
-        let Self { client, mut state, demands, snapshots, problems, confirmed } = self;
+        let Self { client, mut state, demands, snapshots, problems, confirmed, network_policies } =
+            self;
         let (sender, mut news) = mpsc::channel(QUEUE);
         let mut feeds = JoinSet::new();
         let own = format!("fieldSelector=spec.nodeName%3D{}", escaped(&state.context.node));
@@ -132,6 +146,9 @@ impl ClusterSource {
         feeds.spawn(follow::<Pod>(client.clone(), own, sender.clone()));
         feeds.spawn(follow::<Service>(client.clone(), String::new(), sender.clone()));
         feeds.spawn(follow::<EndpointSlice>(client.clone(), String::new(), sender));
+        if network_policies.receiver_count() > 0 {
+            feeds.spawn(policies::count(client.clone(), network_policies));
+        }
         let (_kept, mut demands) = demands;
         let places = Arc::new(Semaphore::new(READS));
         let (mut reads, mut writes) = (JoinSet::new(), JoinSet::new());

@@ -12,6 +12,7 @@ use rustls::pki_types::ServerName;
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::time::timeout;
 
 use super::world::*;
 use crate::identity::sni_name;
@@ -24,12 +25,15 @@ use crate::tunnel::*;
 /// Opens a flow, sees one byte through, and ends it as told.
 pub(super) async fn exchange(client: &Client, end: fn(TcpStream, TcpStream)) -> Outcome {
     let (address, mut apps) = application().await;
-    let (mut user, connection) = client.connect(address).await;
-    user.write_u8(1).await.unwrap();
-    let mut app = apps.recv().await.unwrap();
-    app.read_u8().await.unwrap();
-    end(user, app);
-    connection.await.unwrap().unwrap().outcome
+    let seen_through = async {
+        let (mut user, connection) = client.connect(address).await;
+        user.write_u8(1).await.unwrap();
+        let mut app = apps.recv().await.unwrap();
+        app.read_u8().await.unwrap();
+        end(user, app);
+        connection.await.unwrap().unwrap().outcome
+    };
+    timeout(Duration::from_secs(30), seen_through).await.expect("it hangs")
 }
 
 pub(super) fn cleanly(user: TcpStream, app: TcpStream) {
@@ -186,9 +190,7 @@ async fn a_lane_survives_refusals() {
 async fn an_application_that_does_not_listen_is_a_refusal_at_delivery() {
     for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
         let (_agent, client) = world(carrier).await;
-        let nobody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let address = nobody.local_addr().unwrap();
-        drop(nobody);
+        let (address, _closed) = closed_port();
         let (_user, app) = pair().await;
         let error = client.open(&app, address, &mut Held::default()).await.unwrap_err();
         assert_eq!((error.stage(), error.reason()), (Stage::Deliver, "connection_refused"));
@@ -271,9 +273,8 @@ async fn a_silent_peer_fails_all_who_wait_together_on_quic() {
 async fn a_peer_that_comes_back_is_used_after_the_back_off() {
     let ca = Ca::new();
     let (ours, theirs) = holdings(&ca);
-    let gone = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let node = PeerAddr(gone.local_addr().unwrap());
-    drop(gone);
+    let (gone, _closed) = closed_port();
+    let node = PeerAddr(gone);
     let mut client = Client::new(&ours, config(CarrierChoice::Lane), node);
     let (address, _apps) = application().await;
     let (_user, app) = pair().await;
@@ -289,9 +290,8 @@ async fn a_peer_that_comes_back_is_used_after_the_back_off() {
 #[tokio::test]
 async fn a_peer_that_refuses_is_asked_again_soon() {
     let (ours, _theirs) = holdings(&Ca::new());
-    let gone = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let node = PeerAddr(gone.local_addr().unwrap());
-    drop(gone);
+    let (gone, _closed) = closed_port();
+    let node = PeerAddr(gone);
     let client = Client::new(&ours, config(CarrierChoice::Lane), node);
     let (address, _apps) = application().await;
     let (_user, app) = pair().await;
@@ -303,7 +303,7 @@ async fn a_peer_that_refuses_is_asked_again_soon() {
         }
     };
     // With a back-off that doubles from 100 ms it is half a minute.
-    tokio::time::timeout(Duration::from_secs(5), ten).await.expect("it is left alone");
+    timeout(Duration::from_secs(5), ten).await.expect("it is left alone");
 }
 
 async fn falls_back(serves: Serves, expected: Carrier) {
@@ -346,7 +346,7 @@ async fn auto_goes_back_to_lanes_when_quic_does_not_pass_any_more() {
     until("the connection is closed", || client.stats.quic_connections.load(Relaxed) == 0).await;
     agent.tasks.shutdown().await;
     // Now TCP passes and UDP does not, and QUIC is still what is remembered.
-    let listener = TcpListener::bind(agent.node.0).await.unwrap();
+    let listener = agent.closed.take().unwrap().listen(BACKLOG).unwrap();
     let _silent = UdpSocket::bind(agent.node.0).await;
     let tunnels = Tunnels::new(
         config,
@@ -417,7 +417,7 @@ async fn a_request_that_does_not_go_on_ends_the_lane_and_an_idle_one_stays() {
     let open = open_to("127.0.0.1:1".parse().unwrap()).encode();
     slow.codec.queue(&open[..20]).unwrap();
     slow.flush().await.unwrap();
-    let ended = tokio::time::timeout(Duration::from_secs(5), slow.next_event()).await;
+    let ended = timeout(Duration::from_secs(5), slow.next_event()).await;
     ended.expect("it is waited for").expect_err("it was answered");
     assert_eq!(agent.stats.refusals_for(Side::Server, "open_timeout"), 1);
 
@@ -438,7 +438,7 @@ async fn a_request_that_does_not_go_on_is_given_up_on_quic() {
     let pool::Ready::Quic(link) = ready else { panic!("{ready:?}") };
     let (mut send, mut recv) = link.connection().open_bi().await.unwrap();
     send.write_all(&open_to("127.0.0.1:1".parse().unwrap()).encode()[..20]).await.unwrap();
-    let ended = tokio::time::timeout(Duration::from_secs(5), recv.read(&mut [0; 1])).await;
+    let ended = timeout(Duration::from_secs(5), recv.read(&mut [0; 1])).await;
     ended.expect("it is waited for").expect_err("it was answered");
     assert_eq!(agent.stats.refusals_for(Side::Server, "open_timeout"), 1);
     // The other flows of the connection are not concerned.
@@ -489,7 +489,7 @@ async fn a_drained_server_finishes_what_runs_and_closes_the_rest() {
         assert_eq!(connection.await.unwrap().unwrap().outcome, Outcome::Clean);
         // Both servers return by themselves.
         let all = async { while agent.tasks.join_next().await.is_some() {} };
-        tokio::time::timeout(Duration::from_secs(10), all).await.expect("it never ended");
+        timeout(Duration::from_secs(10), all).await.expect("it never ended");
     }
 }
 

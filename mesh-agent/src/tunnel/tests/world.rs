@@ -19,7 +19,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::sign::CertifiedKey;
 use socket2::SockRef;
 use time::OffsetDateTime;
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
@@ -43,6 +43,9 @@ pub(super) struct Ca {
     pub(super) root: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
 }
+
+/// Connections that a listener keeps until they are accepted, as tokio has it.
+pub(super) const BACKLOG: u32 = 1024;
 
 /// Validity in seconds from now.
 pub(super) type Span = (i64, i64);
@@ -196,6 +199,8 @@ pub(super) struct Agent {
     pub(super) drain: watch::Sender<bool>,
     pub(super) behaviour: Arc<Mutex<Behaviour>>,
     pub(super) requests: Arc<Mutex<Vec<Seen>>>,
+    /// The port for lanes, if it serves none.
+    pub(super) closed: Option<TcpSocket>,
     pub(super) tasks: JoinSet<()>,
 }
 
@@ -212,7 +217,6 @@ pub(super) struct Seen {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Serves {
     Both,
-    OnlyLanes,
     OnlyQuic,
 }
 
@@ -236,14 +240,13 @@ impl Agent {
         serves: Serves,
         key: ResetKey,
     ) -> Self {
-        let (listener, socket) = loop {
-            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-            let address = listener.local_addr().unwrap();
+        let (address, lanes, socket) = loop {
+            let (address, lanes) = closed_port();
             if let Ok(socket) = UdpSocket::bind(address).await {
-                break (listener, socket.into_std().unwrap());
+                break (address, lanes, socket.into_std().unwrap());
             }
         };
-        let node = PeerAddr(listener.local_addr().unwrap());
+        let node = PeerAddr(address);
         let stats = Arc::new(TunnelStats::default());
         let tickets = TicketKeys::new().unwrap();
         let tunnels =
@@ -256,18 +259,20 @@ impl Agent {
             move |request| handle(request, *behaviour.lock().unwrap(), Arc::clone(&requests))
         };
         let mut tasks = JoinSet::new();
-        if serves != Serves::OnlyQuic {
+        let closed = if serves == Serves::OnlyQuic {
+            Some(lanes)
+        } else {
+            let listener = lanes.listen(BACKLOG).unwrap();
             let serve =
                 Arc::clone(&tunnels).serve_lanes(listener, draining.clone(), handler.clone());
             tasks.spawn(async move { serve.await.unwrap() });
-        }
-        if serves != Serves::OnlyLanes {
-            tasks.spawn(async move {
-                let serve = tunnels.serve_quic(socket, &key, Tag([7; 2]), draining, handler);
-                serve.await.unwrap();
-            });
-        }
-        Self { node, stats, drain, behaviour, requests, tasks }
+            None
+        };
+        tasks.spawn(async move {
+            let serve = tunnels.serve_quic(socket, &key, Tag([7; 2]), draining, handler);
+            serve.await.unwrap();
+        });
+        Self { node, stats, drain, behaviour, requests, closed, tasks }
     }
 
     pub(super) fn behave(&self, behaviour: Behaviour) {
@@ -382,6 +387,14 @@ pub(super) async fn pair() -> (TcpStream, TcpStream) {
     // As the agent's listeners have it: what is dropped is reset.
     SockRef::from(&app).set_linger(Some(Duration::ZERO)).unwrap();
     (user.unwrap(), app)
+}
+
+/// An address that refuses connections for as long as its socket is kept. The port of a listener that is gone
+/// may be another test's the next moment, which would take what was to be refused for its own.
+pub(super) fn closed_port() -> (SocketAddr, TcpSocket) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    (socket.local_addr().unwrap(), socket)
 }
 
 /// An application that accepts one connection after the other; each comes through the channel.

@@ -1,6 +1,7 @@
 //! Against a server that speaks as much of the Kubernetes API as is asked for.
 
 mod demand;
+mod policies;
 mod report;
 mod seen;
 
@@ -18,7 +19,7 @@ use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use kube::Config;
+use kube::{Client, Config};
 use mesh_core::snapshot::Snapshot;
 use mesh_core::spiffe::SpiffeId;
 use serde_json::{Value, json};
@@ -182,7 +183,10 @@ impl Api {
         }
         let all = held.lists.get(&path).cloned().unwrap_or_default();
         let limit: usize = query["limit"].parse().unwrap();
-        let from: usize = query.get("continue").map_or(0, |at| at.parse().unwrap());
+        let from: usize = match query.get("continue").map(String::as_str) {
+            None | Some("") => 0,
+            Some(at) => at.parse().unwrap(),
+        };
         let page: Vec<_> = all.iter().skip(from).take(limit).cloned().collect();
         let next = from + page.len();
         let next = if next < all.len() { next.to_string() } else { String::new() };
@@ -222,12 +226,19 @@ impl Api {
         self.held.lock().unwrap().asked.iter().filter(|asked| *asked == what).count()
     }
 
-    fn follow(&self) -> Followed {
+    fn client(&self) -> Client {
         let config = Config::new(format!("http://{}", self.addr).parse().unwrap());
-        let client = by_config(config).unwrap();
+        by_config(config).unwrap()
+    }
+
+    fn source(&self) -> (ClusterSource, watch::Receiver<Arc<Snapshot>>) {
         let settings =
             Settings { node: "a".into(), trust_domain: cluster_local(), tunnel_port: 15019 };
-        let (source, snapshots) = ClusterSource::new(client, settings, Vec::new());
+        ClusterSource::new(self.client(), settings, Vec::new())
+    }
+
+    fn follow(&self) -> Followed {
+        let (source, snapshots) = self.source();
         let (problems, confirmed) = (source.problems(), source.confirmed());
         let demands = source.demands();
         let outcomes = watch::Sender::default();
