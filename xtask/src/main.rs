@@ -30,7 +30,7 @@ enum Task {
     ///
     /// Done in under a second when nothing is missing; every other task calls it. As another user
     /// than root it prints the commands that root has to run.
-    Setup,
+    Setup(setup::Setup),
     /// Build the agent (with its eBPF programs) and the programs of the tests.
     Build(build::Build),
     /// Format, lints, layers, licences: everything that needs no privileges and runs no program.
@@ -69,7 +69,7 @@ struct Program {
 fn main() -> ExitCode {
     let well = |()| ExitCode::SUCCESS;
     let done = match Task::parse() {
-        Task::Setup => setup::run(setup::Say::Everything).map(|_| ExitCode::SUCCESS),
+        Task::Setup(setup) => setup.run().map(well),
         Task::Build(build) => build.run().map(well),
         Task::Check => check::run().map(well),
         Task::Test => Ok(test::everything()),

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use clap::Args;
 
 use crate::packages::Packages;
 use crate::process::{installed, must};
@@ -39,6 +40,24 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("mount", "mount"),
     ("kill", "procps"),
 ];
+
+#[derive(Debug, Args)]
+pub(crate) struct Setup {
+    /// Only what building needs, and not the programs that tests run: for an image's build.
+    #[arg(long)]
+    build: bool,
+}
+
+impl Setup {
+    /// Tells every step.
+    pub(crate) fn run(&self) -> Result<()> {
+        if self.build {
+            ebpf_toolchain(Say::Everything, &mut Packages::default())?;
+            return Ok(());
+        }
+        run(Say::Everything).map(drop)
+    }
+}
 
 /// How much to tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,6 +12,8 @@ use crate::{say, setup};
 
 /// Where the program lies in the image. `deploy/Dockerfile` has the same.
 const PROGRAM: &str = "/mesh-agent";
+/// As whom it runs where the manifest does not say. `deploy/Dockerfile` has the same.
+const USER: &str = "0:0";
 /// What users install.
 pub(crate) const RELEASE: &str = "release";
 /// What the cluster tests run: the workspace's manifest says in what it differs.
@@ -54,7 +56,7 @@ fn pack(name: &str, agent: &Path, out: &Path) -> Result<()> {
         architecture: architecture()?,
         entrypoint: &[PROGRAM],
         command: &[],
-        user: "0:0",
+        user: USER,
     };
     let program = files.join(PROGRAM.trim_start_matches('/'));
     let written = fs::copy(agent, &program)
@@ -76,14 +78,38 @@ fn name() -> String {
 mod tests {
     use super::*;
 
+    fn read(name: &str) -> String {
+        fs::read_to_string(crate::root().unwrap().join(name)).unwrap()
+    }
+
     #[test]
     fn image_that_docker_makes_is_the_same() {
-        let file = crate::root().unwrap().join("deploy/Dockerfile");
-        let text = fs::read_to_string(file).unwrap();
+        let text = read("deploy/Dockerfile");
         let (_, last) = text.rsplit_once("\nFROM ").unwrap();
         assert!(last.starts_with("scratch\n"));
         assert!(last.contains(&format!("COPY --from=build /mesh-agent {PROGRAM}\n")));
+        assert!(last.contains(&format!("USER {USER}\n")));
         assert!(last.ends_with(&format!("ENTRYPOINT [\"{PROGRAM}\"]\n")));
         assert!(text.contains(&format!("RUSTFLAGS=\"{}\"", build::STATIC)));
+    }
+
+    #[test]
+    fn image_is_built_with_the_pinned_compiler() {
+        let pin = read("rust-toolchain.toml");
+        let pin = pin.lines().find_map(|line| line.strip_prefix("channel = ")).unwrap();
+        let pin = pin.trim_matches('"');
+        let from = format!("FROM --platform=$BUILDPLATFORM rust:{pin}-bookworm AS build\n");
+        assert!(read("deploy/Dockerfile").contains(&from));
+    }
+
+    #[test]
+    fn members_of_the_workspace_are_one_line_as_the_dockerfile_takes_them() {
+        let file = read("deploy/Dockerfile");
+        assert!(file.contains("sed -i 's/^members = .*/members = [\"xtask\"]/' Cargo.toml"));
+        let manifest = read("Cargo.toml");
+        let members: Vec<_> = manifest.lines().filter(|line| line.starts_with("members")).collect();
+        assert!(
+            matches!(members[..], [line] if line.starts_with("members = [") && line.ends_with(']'))
+        );
     }
 }
