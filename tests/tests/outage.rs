@@ -1,6 +1,7 @@
-//! The API server of a real cluster is stopped and started again, while it is needed. In a file of its
-//! own, which runs when the others have: nothing else works there meanwhile.
+//! The API server of a real cluster is stopped and started again, or has no time for the agents, while it is
+//! needed. In a file of its own, which runs when the others have: nothing else works there meanwhile.
 
+use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -103,6 +104,16 @@ impl World {
         agents.wait_until_carried(&self.nodes[node], self.cluster.name(), pod)
     }
 
+    /// Every request of `asks` was answered.
+    fn no_request_has_failed(&self) -> Result<()> {
+        let told = self.cluster.kubectl(&["logs", "asks", "--tail=-1"])?;
+        let (_, told) = told.split_once(BEGUN).context("it has not begun")?;
+        let (well, rest): (Vec<_>, Vec<_>) = told.trim().lines().partition(|line| *line == "ok");
+        assert_eq!(rest, [""; 0], "after {} times 20 connections", well.len());
+        ensure!(well.len() > 20, "{}", well.len());
+        Ok(())
+    }
+
     /// A service and its server that are new, of a service account that is, and the client's answer.
     fn new_server_is_reached(&self) -> Result<()> {
         self.cluster.kubectl(&["create", "serviceaccount", "late"])?;
@@ -118,6 +129,12 @@ impl World {
         .with_context(|| format!("the last thing that was said: {said}"))
     }
 }
+
+/// What an API server says with 429.
+const TOO_MANY: &str = "Too many requests";
+
+/// Kinds of objects that an agent follows.
+const KINDS: usize = 5;
 
 /// Connections that the agent of the client's node has carried.
 fn carried(agent: &PodProcess) -> Result<f64> {
@@ -169,12 +186,121 @@ fn api_server_is_restarted_under_load_and_no_request_fails() -> Result<()> {
         let agent = agents.process(node)?;
         wait::until(RESUMED, "no problem any more", || api_problems(&agent).is_empty())?;
     }
-    let told = world.cluster.kubectl(&["logs", "asks", "--tail=-1"])?;
-    let (_, told) = told.split_once(BEGUN).context("it has not begun")?;
-    let (well, rest): (Vec<_>, Vec<_>) = told.trim().lines().partition(|line| *line == "ok");
-    assert_eq!(rest, [""; 0], "after {} times 20 connections", well.len());
-    ensure!(well.len() > 20, "{}", well.len());
-    Ok(())
+    world.no_request_has_failed()
+}
+
+/// An API server that refuses all that the agents ask (429), until dropped: its own fairness gives them one
+/// place, the least there is, and that is taken.
+struct Overload<'a> {
+    admin: &'a Cluster,
+    name: String,
+    request: Option<UnixStream>,
+}
+
+impl<'a> Overload<'a> {
+    const KINDS: [&'static str; 2] = ["flowschema", "prioritylevelconfiguration"];
+
+    fn begin(admin: &'a Cluster, agents: &Agents) -> Result<Self> {
+        let system = agents.system().name();
+        let name = format!("{system}-overload");
+        let mut this = Self { admin, name, request: None };
+        admin.apply(&json!({
+            "apiVersion": "flowcontrol.apiserver.k8s.io/v1",
+            "kind": "PriorityLevelConfiguration",
+            "metadata": {"name": this.name},
+            "spec": {"type": "Limited", "limited": {
+                "nominalConcurrencyShares": 0,
+                "lendablePercent": 0,
+                "borrowingLimitPercent": 0,
+                "limitResponse": {"type": "Reject"},
+            }},
+        }))?;
+        let account = json!({"name": "malla-agent", "namespace": system});
+        admin.apply(&json!({
+            "apiVersion": "flowcontrol.apiserver.k8s.io/v1",
+            "kind": "FlowSchema",
+            "metadata": {"name": this.name},
+            "spec": {
+                "priorityLevelConfiguration": {"name": this.name},
+                // Before any of the server's own.
+                "matchingPrecedence": 2,
+                "rules": [{
+                    "subjects": [{"kind": "ServiceAccount", "serviceAccount": account}],
+                    "resourceRules": [{
+                        "verbs": ["*"],
+                        "apiGroups": ["*"],
+                        "resources": ["*"],
+                        "clusterScope": true,
+                        "namespaces": ["*"],
+                    }],
+                }],
+            },
+        }))?;
+        // Said when it is in force.
+        admin.kubectl(&["wait", "--for=condition=Dangling=False", "flowschema", &this.name])?;
+        wait::until(wait::SOON, "the only place", || {
+            this.request = agents.system().unfinished_request("malla-agent").ok().flatten();
+            this.request.is_some()
+        })?;
+        Ok(this)
+    }
+}
+
+impl Drop for Overload<'_> {
+    fn drop(&mut self) {
+        for kind in Self::KINDS {
+            self.admin.kubectl(&["delete", kind, &self.name]).ok();
+        }
+    }
+}
+
+#[test]
+fn agents_that_the_api_server_refuses_go_on_from_the_last_snapshot_and_catch_up() -> Result<()> {
+    if let Some(missing) = missing() {
+        harness::skip!("{missing}");
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let agents = Agents::last()?;
+    let world = World::begin(&agents)?;
+    let (here, namespace) = (&world.nodes[0], world.cluster.name());
+    let agent = agents.process(here)?;
+    assert_eq!(api_problems(&agent), [] as [Value; 0]);
+
+    let overload = Overload::begin(&world.cluster, &agents)?;
+    // A watch that is open keeps no place: it is the next one that is refused.
+    agent.disconnect_from_api()?;
+    wait::until(RESUMED, "every kind to be refused", || {
+        let problems = api_problems(&agent);
+        let refused = problems.iter().filter(|problem| problem.to_string().contains(TOO_MANY));
+        refused.count() == KINDS
+    })
+    .with_context(|| format!("{:?}", agent.ask(&["status"])))?;
+    let (before, confirmed) = (carried(&agent)?, age_s(&agent));
+    let change = |value: &str| {
+        let set = format!("malla.dev/mesh={value}");
+        world.cluster.kubectl(&["annotate", "--overwrite", "pod", "client", &set])
+    };
+    change("disabled")?;
+    wait::until(RESUMED, "the agent to say for how long nothing was confirmed", || {
+        age_s(&agent) >= confirmed + AWAY_S
+    })?;
+    let client = agents.workload(here, namespace, "client")?;
+    assert_eq!(client["enrolled"], true, "it cannot have heard of the change: {client}");
+    let now = carried(&agent)?;
+    ensure!(now > before + 100.0, "hardly any traffic meanwhile: {before}, then {now}");
+    ensure!(agent.is_ready(), "an agent that has a snapshot stays ready");
+    ensure!(agent.metrics()?.sum("mesh_manifest_problems", &[]) >= KINDS as f64, "all are counted");
+    drop(overload);
+
+    wait::until(RESUMED, "the change to arrive", || {
+        let client = agents.workload(here, namespace, "client").unwrap_or_default();
+        client["enrolled"] == false
+    })?;
+    change("enabled")?;
+    world.carried(&agents, "client", 0)?;
+    wait::until(RESUMED, "no problem any more", || api_problems(&agent).is_empty())?;
+    world.new_server_is_reached()?;
+    world.no_request_has_failed()
 }
 
 /// A snapshot is in memory: an agent that starts while the API is away has none, and nothing is carried

@@ -1,6 +1,7 @@
 //! Reads from the API without a `kubectl` for each time: to start one takes 60 ms of a core, and whoever
 //! waits for something asks all the time.
 
+use std::io::ErrorKind::WouldBlock;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixStream;
@@ -33,6 +34,8 @@ const CERTIFICATES: &str = "/apis/certificates.k8s.io/v1";
 
 /// As long as anything may take that a test waits for.
 const LIMIT: Duration = wait::SOON;
+/// A request that is refused is so within this.
+const AT_ONCE: Duration = Duration::from_millis(500);
 
 /// Ends with this program, however that ends: its input does.
 const SCRIPT: &str = r#""$0" "$@" >/dev/null & cat >/dev/null; kill $!"#;
@@ -94,6 +97,27 @@ impl Cluster {
         self.read(&format!("{CORE}/namespaces/{}/pods/{pod}/log", self.namespace))
     }
 
+    /// Begins to send an event to the API in the name of a service account, and does not end: until the
+    /// server has waited for a minute, or this is dropped, that account has one request under way. Nothing if
+    /// it is answered at once, since it had another one.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the API cannot be asked.
+    pub fn unfinished_request(&self, account: &str) -> Result<Option<UnixStream>> {
+        let mut stream = self.connect()?;
+        let namespace = &self.namespace;
+        write!(
+            stream,
+            "POST {CORE}/namespaces/{namespace}/events HTTP/1.1\r\nHost: localhost\r\n\
+             Impersonate-User: system:serviceaccount:{namespace}:{account}\r\n\
+             Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{{"
+        )?;
+        stream.set_read_timeout(Some(AT_ONCE))?;
+        let is_open = stream.read(&mut [0]).is_err_and(|error| error.kind() == WouldBlock);
+        Ok(is_open.then_some(stream))
+    }
+
     /// Where to read what `kubectl get` would be asked for; nowhere if that is not known here.
     fn path(&self, what: &[&str]) -> Option<String> {
         let (kind, rest) = what.split_first()?;
@@ -119,14 +143,7 @@ impl Cluster {
     }
 
     fn read(&self, path: &str) -> Result<String> {
-        let mut stream = {
-            let mut proxy = PROXY.lock().unwrap_or_else(PoisonError::into_inner);
-            if proxy.is_none() {
-                *proxy = Some(Proxy::start(self.command())?);
-            }
-            let socket = proxy.as_ref().map(|proxy| proxy.socket.as_path()).context("no proxy")?;
-            UnixStream::connect(socket).context("connect to kubectl proxy")?
-        };
+        let mut stream = self.connect()?;
         stream.set_read_timeout(Some(LIMIT))?;
         // Of this version, the answer ends with the connection and comes in one piece.
         write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
@@ -137,6 +154,15 @@ impl Cluster {
         let status = head.split(' ').nth(1).context("no HTTP status")?;
         ensure!(status == "200", "{path}: {status}: {body}");
         Ok(body.to_owned())
+    }
+
+    fn connect(&self) -> Result<UnixStream> {
+        let mut proxy = PROXY.lock().unwrap_or_else(PoisonError::into_inner);
+        if proxy.is_none() {
+            *proxy = Some(Proxy::start(self.command())?);
+        }
+        let socket = proxy.as_ref().map(|proxy| proxy.socket.as_path()).context("no proxy")?;
+        UnixStream::connect(socket).context("connect to kubectl proxy")
     }
 }
 

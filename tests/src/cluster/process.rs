@@ -130,6 +130,22 @@ impl PodProcess {
         self.http(READY_PORT, "/healthz/ready").is_ok_and(|(status, _)| status == 200)
     }
 
+    /// Breaks all connections to the API server of the network that it is in, where that is a node's.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there are none.
+    pub fn disconnect_from_api(&self) -> Result<()> {
+        let mut kill = Command::new("nsenter");
+        kill.args(["--target", &self.pid.to_string(), "--net", "--"]);
+        // Pods ask the Service's port, and what Kubernetes runs on the node asks the server's own.
+        kill.args(["ss", "--kill", "--no-header", "--tcp", "state", "established", "dport = :443"]);
+        sys::unblock_interrupts(&mut kill);
+        let killed = read(&mut kill)?;
+        ensure!(!killed.trim().is_empty(), "no connection to the API server, or no SOCK_DESTROY");
+        Ok(())
+    }
+
     fn http(&self, port: u16, path: &str) -> Result<(u16, String)> {
         let netns = File::open(format!("/proc/{}/ns/net", self.pid)).context("open a netns")?;
         thread::scope(|scope| {

@@ -2,15 +2,14 @@
 
 use anyhow::{Context as _, Result, ensure};
 use harness::{Agents, Cluster};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::agents::{SERVERS, Shop};
+use crate::{host, hosts};
 
-/// The first of these addresses that is of IPv6, as a URL has it.
-fn v6(addresses: &Value, key: &str) -> Option<String> {
-    let mut all = addresses.as_array()?.iter();
-    let text = |one: &Value| one.as_str().or_else(|| one[key].as_str()).map(str::to_owned);
-    all.find_map(|one| text(one).filter(|text| text.contains(':'))).map(|text| format!("[{text}]"))
+/// Which of these is of IPv6.
+fn v6(hosts: Vec<String>) -> Option<String> {
+    hosts.into_iter().find(|host| host.starts_with('['))
 }
 
 #[test]
@@ -19,14 +18,12 @@ fn v6_is_carried_between_nodes_and_on_one_by_address_service_and_name_in_strict_
     require_cluster!();
     let agents = Agents::deployed()?;
     let shop = Shop::open(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
-    let service = shop.cluster.get(&["service", "web"])?;
-    let Some(service) = v6(&service["spec"]["clusterIPs"], "") else {
+    let Some(service) = v6(hosts(&shop.cluster, "web")?) else {
         harness::skip!("the cluster gives no IPv6 address to a Service");
     };
     let mut pods = Vec::new();
     for pod in SERVERS {
-        let pod = shop.cluster.get(&["pod", pod])?;
-        pods.push(v6(&pod["status"]["podIPs"], "ip").context("a pod without IPv6")?);
+        pods.push(v6(shop.hosts_of_pod(pod)?).context("a pod without IPv6")?);
     }
     let outside = Cluster::namespace()?;
     for (node, name) in shop.nodes.iter().zip(["here", "there"]) {
@@ -108,10 +105,10 @@ fn pods_that_no_service_selects_are_carried_by_address(
         let addresses = pod["status"]["podIPs"].as_array().context("no addresses")?;
         ensure!(addresses.len() == 2, "of both families: {addresses:?}");
         for (index, address) in addresses.iter().filter_map(|one| one["ip"].as_str()).enumerate() {
-            let host = if address.contains(':') { &format!("[{address}]") } else { address };
+            let host = host(address);
             // The first of them; the next one may go past the agent.
             for _ in 0..2 {
-                let ask = ["curl", "--silent", "--fail", "--max-time", "5", host];
+                let ask = ["curl", "--silent", "--fail", "--max-time", "5", &host];
                 assert_eq!(shop.cluster.exec("client", &ask)?.trim(), "lonely", "{host}");
             }
             if way == "passthrough" && index > 0 {

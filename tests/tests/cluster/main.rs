@@ -44,6 +44,18 @@ fn service(name: &str, port: u16) -> Value {
     })
 }
 
+/// The addresses of a service, as URLs have them: of both families in a cluster that is made here.
+fn hosts(cluster: &Cluster, service: &str) -> Result<Vec<String>> {
+    let service = cluster.get(&["service", service])?;
+    let addresses = service["spec"]["clusterIPs"].as_array().context("no addresses")?;
+    ensure!(!Cluster::is_ours() || addresses.len() == 2, "of both families: {service}");
+    Ok(addresses.iter().filter_map(Value::as_str).map(host).collect())
+}
+
+fn host(address: &str) -> String {
+    if address.contains(':') { format!("[{address}]") } else { address.to_owned() }
+}
+
 /// Asks until a server answers: a new service is known on a node a moment later.
 fn fetch(cluster: &Cluster, from: &str, url: &str) -> Result<String> {
     let ask = ["curl", "--silent", "--fail", "--max-time", "2", url];
@@ -90,15 +102,8 @@ fn service_is_reached_by_address_and_name_from_both_nodes() -> Result<()> {
     cluster.client("other-node", &nodes[1])?;
     cluster.ready("web")?;
 
-    let service = cluster.get(&["service", "web"])?;
-    let addresses = service["spec"]["clusterIPs"].as_array().context("no addresses")?;
-    if Cluster::is_ours() {
-        assert_eq!(addresses.len(), 2, "of both families: {service}");
-    }
     for from in ["same-node", "other-node"] {
-        for address in addresses.iter().filter_map(Value::as_str) {
-            let host =
-                if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
+        for host in hosts(&cluster, "web")? {
             assert_eq!(fetch(&cluster, from, &format!("http://{host}/"))?, "web\n");
         }
         let name = format!("http://web.{}.svc.cluster.local/", cluster.name());

@@ -13,7 +13,7 @@ fn running_pods_join_and_leave_twenty_times_under_load_and_no_request_fails() ->
     let agents = Agents::deployed()?;
     let shop = Shop::open(&json!({}))?;
     let before = shop.lives()?;
-    let asked = under_load(&shop.cluster, "client", "http://web/", || {
+    let asked = under_load(&shop.cluster, "client", "web", || {
         for _ in 0..20 {
             shop.cluster.annotate(&enabled())?;
             shop.wait_until_told("enabled")?;
@@ -36,13 +36,13 @@ fn agents_are_replaced_under_load_and_no_request_fails() -> Result<()> {
     let mut agents = Agents::alone()?;
     let shop = Shop::open(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     shop.wait_until_enrolled(&agents, true)?;
-    let asked = under_load(&shop.cluster, "client", "http://web/", || {
+    let asked = under_load(&shop.cluster, "client", "web", || {
         agents.replace()?;
         agents.replace()
     })?;
     ensure!(asked > 100, "hardly any traffic: {asked}");
     shop.wait_until_enrolled(&agents, true)?;
-    shop.hear_both(&["web"])
+    shop.hear_both_by_address()
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn deployment_grows_to_twenty_pods_and_shrinks_under_load_and_no_request_fails()
     settled()?;
     cluster.client("client", &here)?;
     agents.wait_until_carried(&here, cluster.name(), "client")?;
-    let asked = under_load(&cluster, "client", "http://web/", || {
+    let asked = under_load(&cluster, "client", "web", || {
         for replicas in ["20", "1"] {
             cluster.kubectl(&["scale", "deployment/web", "--replicas", replicas])?;
             settled()?;
@@ -118,6 +118,7 @@ fn deployment_that_is_deleted_leaves_plain_text_and_no_trace() -> Result<()> {
     let before = shop.lives()?;
     agents.delete()?;
     shop.hear_both(&["web"])?;
+    shop.hear_both_by_address()?;
     shop.hear_both(&SERVERS.map(|name| format!("{name}.headless")))?;
     assert_eq!(shop.lives()?, before);
     talks.check()?;

@@ -97,8 +97,7 @@ fn root_is_replaced_under_traffic_and_no_connection_fails() -> Result<()> {
         agents.wait_until_enrolled(node, shop.name(), pod, true)?;
         agents.wait_until_carried(node, shop.name(), pod)?;
     }
-    let asked =
-        under_load(&shop, "client", "http://web/", || rotate(&agents, &shop, &nodes, &server))?;
+    let asked = under_load(&shop, "client", "web", || rotate(&agents, &shop, &nodes, &server))?;
     ensure!(asked > 100, "hardly any traffic: {asked}");
     Ok(())
 }
