@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use harness::{Agents, Cluster, wait};
 use serde_json::{Value, json};
 
-use crate::{host, hosts, service};
+use crate::{hosts, hosts_of_pod, service};
 
 /// A server on either node behind a Service and a headless one, and a client on the first.
 pub(crate) struct Shop {
@@ -63,18 +63,11 @@ impl Shop {
         for host in hosts(&self.cluster, "web")? {
             self.hear_both(&[host])?;
         }
-        let [near, other] = SERVERS.map(|name| self.hosts_of_pod(name));
+        let [near, other] = SERVERS.map(|name| hosts_of_pod(&self.cluster, name));
         for pair in near?.into_iter().zip(other?) {
             self.hear_both(&<[String; 2]>::from(pair))?;
         }
         Ok(())
-    }
-
-    /// The addresses of a pod, as URLs have them.
-    pub(crate) fn hosts_of_pod(&self, pod: &str) -> Result<Vec<String>> {
-        let pod = self.cluster.get(&["pod", pod])?;
-        let addresses = pod["status"]["podIPs"].as_array().context("no addresses")?;
-        Ok(addresses.iter().filter_map(|one| one["ip"].as_str()).map(host).collect())
     }
 
     /// The same with options of `curl`.

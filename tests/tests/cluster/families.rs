@@ -5,7 +5,7 @@ use harness::{Agents, Cluster};
 use serde_json::json;
 
 use crate::agents::{SERVERS, Shop};
-use crate::{host, hosts};
+use crate::{host, hosts, hosts_of_pod};
 
 /// Which of these is of IPv6.
 fn v6(hosts: Vec<String>) -> Option<String> {
@@ -23,7 +23,7 @@ fn v6_is_carried_between_nodes_and_on_one_by_address_service_and_name_in_strict_
     };
     let mut pods = Vec::new();
     for pod in SERVERS {
-        pods.push(v6(shop.hosts_of_pod(pod)?).context("a pod without IPv6")?);
+        pods.push(v6(hosts_of_pod(&shop.cluster, pod)?).context("a pod without IPv6")?);
     }
     let outside = Cluster::namespace()?;
     for (node, name) in shop.nodes.iter().zip(["here", "there"]) {

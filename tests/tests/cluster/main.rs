@@ -52,6 +52,13 @@ fn hosts(cluster: &Cluster, service: &str) -> Result<Vec<String>> {
     Ok(addresses.iter().filter_map(Value::as_str).map(host).collect())
 }
 
+/// The addresses of a pod, as URLs have them.
+fn hosts_of_pod(cluster: &Cluster, pod: &str) -> Result<Vec<String>> {
+    let pod = cluster.get(&["pod", pod])?;
+    let addresses = pod["status"]["podIPs"].as_array().context("no addresses")?;
+    Ok(addresses.iter().filter_map(|one| one["ip"].as_str()).map(host).collect())
+}
+
 fn host(address: &str) -> String {
     if address.contains(':') { format!("[{address}]") } else { address.to_owned() }
 }

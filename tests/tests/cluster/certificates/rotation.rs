@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use harness::{Agents, Cluster, wait};
 use serde_json::{Value, json};
 
+use crate::hosts_of_pod;
 use crate::load::under_load;
 
 use super::world::{Answer, Asked, World, certificates, is_believed};
@@ -148,10 +149,11 @@ fn rotate(
     ensure!(is_believed(&chain, &new)?, "not of the new root");
 
     // Of the old root's client and the new one's server, and of the old ones.
-    let mut heard = std::collections::BTreeSet::new();
-    wait::until(wait::SOON, "both servers", || {
-        let ask = ["curl", "--silent", "--fail", "--max-time", "5", "http://web/"];
-        heard.extend(shop.exec("client", &ask).ok());
-        heard.len() == 2
-    })
+    for pod in ["web", "new-web"] {
+        for host in hosts_of_pod(shop, pod)? {
+            let ask = ["curl", "--silent", "--show-error", "--fail", "--max-time", "5", &host];
+            assert_eq!(shop.exec("client", &ask)?.trim(), pod);
+        }
+    }
+    Ok(())
 }
