@@ -153,6 +153,18 @@ fn api_problems(agent: &PodProcess) -> Vec<Value> {
     all.filter(|problem| problem.to_string().contains("API")).cloned().collect()
 }
 
+/// An agent to which nothing is confirmed says for how long, stays ready, and carries as before.
+fn goes_on_from_what_it_knows(agent: &PodProcess) -> Result<()> {
+    let (before, confirmed) = (carried(agent)?, age_s(agent));
+    wait::until(RESUMED, "the agent to say for how long nothing was confirmed", || {
+        age_s(agent) >= confirmed + AWAY_S
+    })?;
+    let now = carried(agent)?;
+    ensure!(now > before + 100.0, "hardly any traffic meanwhile: {before}, then {now}");
+    ensure!(agent.is_ready(), "an agent that has a snapshot stays ready");
+    Ok(())
+}
+
 #[test]
 fn api_server_is_restarted_under_load_and_no_request_fails() -> Result<()> {
     if let Some(missing) = missing() {
@@ -167,18 +179,12 @@ fn api_server_is_restarted_under_load_and_no_request_fails() -> Result<()> {
 
     let outage = Outage::begin()?;
     ensure!(world.cluster.kubectl(&["get", "pods"]).is_err(), "it is away");
-    let (before, confirmed) = (carried(&agent)?, age_s(&agent));
-    wait::until(RESUMED, "the agent to say for how long nothing was confirmed", || {
-        age_s(&agent) >= confirmed + AWAY_S
-    })?;
+    goes_on_from_what_it_knows(&agent)?;
     ensure!(!api_problems(&agent).is_empty(), "{:?}", agent.ask(&["status"]));
     let metrics = agent.metrics()?;
     let (age, told) = (metrics.sum("mesh_snapshot_age_seconds", &[]), age_s(&agent));
     ensure!((told as f64 - age).abs() < 2.0, "the metric says {age}, and status {told}");
     ensure!(metrics.sum("mesh_manifest_problems", &[]) > 0.0, "none is counted");
-    let now = carried(&agent)?;
-    ensure!(now > before + 100.0, "hardly any traffic meanwhile: {before}, then {now}");
-    ensure!(agent.is_ready(), "an agent that has a snapshot stays ready");
     outage.end()?;
 
     world.new_server_is_reached()?;
@@ -275,20 +281,14 @@ fn agents_that_the_api_server_refuses_go_on_from_the_last_snapshot_and_catch_up(
         refused.count() == KINDS
     })
     .with_context(|| format!("{:?}", agent.ask(&["status"])))?;
-    let (before, confirmed) = (carried(&agent)?, age_s(&agent));
     let change = |value: &str| {
         let set = format!("malla.dev/mesh={value}");
         world.cluster.kubectl(&["annotate", "--overwrite", "pod", "client", &set])
     };
     change("disabled")?;
-    wait::until(RESUMED, "the agent to say for how long nothing was confirmed", || {
-        age_s(&agent) >= confirmed + AWAY_S
-    })?;
+    goes_on_from_what_it_knows(&agent)?;
     let client = agents.workload(here, namespace, "client")?;
     assert_eq!(client["enrolled"], true, "it cannot have heard of the change: {client}");
-    let now = carried(&agent)?;
-    ensure!(now > before + 100.0, "hardly any traffic meanwhile: {before}, then {now}");
-    ensure!(agent.is_ready(), "an agent that has a snapshot stays ready");
     ensure!(agent.metrics()?.sum("mesh_manifest_problems", &[]) >= KINDS as f64, "all are counted");
     drop(overload);
 

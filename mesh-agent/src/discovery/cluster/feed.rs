@@ -29,14 +29,14 @@ use crate::discovery::kube::{EndpointSlice, Namespace, Node, ObjectMeta, Pod, Se
 use crate::discovery::objects::{Kind, Object, ObjectKey};
 
 /// Objects asked for at once: a list of 100,000 pods is not one answer.
-pub(super) const PAGE: usize = 500;
+const PAGE: usize = 500;
 /// The server ends a watch after this many seconds, and up to a half more: agents that began together
 /// must not ask again together.
 const WATCH_S: u64 = 240;
 /// Bookmarks come about every minute (apiserver's `bookmarkFrequency`).
 const SILENCE: Duration = Duration::from_secs(180);
 /// A page that takes longer is not coming.
-pub(super) const LIST_LIMIT: Duration = Duration::from_secs(60);
+const LIST_LIMIT: Duration = Duration::from_secs(60);
 /// One object that a connection waits for.
 const READ_LIMIT: Duration = Duration::from_secs(3);
 const FIRST_WAIT: Duration = Duration::from_millis(500);
@@ -198,25 +198,9 @@ impl Feed {
 
     async fn list<T: Followed>(&self) -> Result<(String, Vec<Object>), Ended> {
         let mut objects = Vec::new();
-        let mut next = None::<String>;
-        loop {
-            let mut query = format!("limit={PAGE}");
-            if let Some(next) = &next {
-                query.push_str("&continue=");
-                query.push_str(&escaped(next));
-            }
-            let request = self.request::<T>(&query)?;
-            let asked = timeout(LIST_LIMIT, self.client.request::<List<T>>(request)).await;
-            let list = asked
-                .map_err(|_elapsed| Ended::Failed(format!("no list within {LIST_LIMIT:?}")))?
-                .map_err(ended)?;
-            objects.extend(list.items.into_iter().map(|item| taken(item).0));
-            next = list.metadata.next.filter(|next| !next.is_empty());
-            if next.is_none() {
-                let version = list.metadata.resource_version.unwrap_or_default();
-                return Ok((version, objects));
-            }
-        }
+        let take = |page: Vec<T>| objects.extend(page.into_iter().map(|item| taken(item).0));
+        let version = pages(&self.client, T::PATH, &self.selector, take).await.map_err(ended)?;
+        Ok((version, objects))
     }
 
     /// Leaves in `version` where to go on.
@@ -227,9 +211,9 @@ impl Feed {
             escaped(&version)
         );
         self.version = Some(version);
-        let request = match self.request::<T>(&query) {
+        let request = match get(T::PATH, &query, &self.selector) {
             Ok(request) => request,
-            Err(ended) => return ended,
+            Err(error) => return ended(error),
         };
         let asked = timeout(SILENCE, self.client.request_events::<T>(request)).await;
         let events = match asked {
@@ -270,15 +254,37 @@ impl Feed {
         }
     }
 
-    fn request<T: Followed>(&self, query: &str) -> Result<http::Request<Vec<u8>>, Ended> {
-        let and = if self.selector.is_empty() { "" } else { "&" };
-        let uri = format!("{}?{query}{and}{}", T::PATH, self.selector);
-        http::Request::get(uri).body(Vec::new()).map_err(|error| Ended::Failed(error.to_string()))
-    }
-
     async fn tell<T: Followed>(&self, what: What) -> Result<(), mpsc::error::SendError<News>> {
         self.news.send(News { kind: T::KIND, what }).await
     }
+}
+
+/// Gives `take` all that is at `path` and that `selector` lets through, page by page, and returns its version.
+pub(super) async fn pages<T: DeserializeOwned>(
+    client: &Client,
+    path: &str,
+    selector: &str,
+    mut take: impl FnMut(Vec<T>),
+) -> Result<String, kube::Error> {
+    let mut query = format!("limit={PAGE}");
+    loop {
+        let request = get(path, &query, selector)?;
+        let asked = timeout(LIST_LIMIT, client.request::<List<T>>(request)).await;
+        let page = asked.unwrap_or_else(|_elapsed| {
+            Err(kube::Error::Service(format!("no list within {LIST_LIMIT:?}").into()))
+        })?;
+        take(page.items);
+        match page.metadata.next.filter(|next| !next.is_empty()) {
+            Some(next) => query = format!("limit={PAGE}&continue={}", escaped(&next)),
+            None => return Ok(page.metadata.resource_version.unwrap_or_default()),
+        }
+    }
+}
+
+fn get(path: &str, query: &str, selector: &str) -> Result<http::Request<Vec<u8>>, kube::Error> {
+    let and = if selector.is_empty() { "" } else { "&" };
+    let uri = format!("{path}?{query}{and}{selector}");
+    http::Request::get(uri).body(Vec::new()).map_err(kube::Error::HttpError)
 }
 
 /// The object at `path`, if there is one.

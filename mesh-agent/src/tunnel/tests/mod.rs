@@ -7,5 +7,6 @@ mod pool;
 mod records;
 mod restart;
 mod session;
+mod unreachable;
 mod windows;
 mod world;

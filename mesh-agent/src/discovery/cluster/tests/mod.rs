@@ -183,10 +183,7 @@ impl Api {
         }
         let all = held.lists.get(&path).cloned().unwrap_or_default();
         let limit: usize = query["limit"].parse().unwrap();
-        let from: usize = match query.get("continue").map(String::as_str) {
-            None | Some("") => 0,
-            Some(at) => at.parse().unwrap(),
-        };
+        let from: usize = query.get("continue").map_or(0, |at| at.parse().unwrap());
         let page: Vec<_> = all.iter().skip(from).take(limit).cloned().collect();
         let next = from + page.len();
         let next = if next < all.len() { next.to_string() } else { String::new() };
