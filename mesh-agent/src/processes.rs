@@ -17,6 +17,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use mesh_core::cgroup::{pod_of_name, pod_of_process};
@@ -222,12 +223,17 @@ impl Kubelet {
         self.found.as_ref().and_then(|found| net::inode(found))
     }
 
-    /// Not in pods: they name their cgroups as they like.
+    /// Not in pods, nor in what belongs to a user: those name their cgroups as they like.
     fn look(&self) -> Option<PathBuf> {
+        let owner = |path: &Path| fs::metadata(path).ok().map(|found| found.uid());
+        let root = owner(&self.root)?;
         let mut places = vec![(self.root.clone(), 0)];
         while let Some((place, depth)) = places.pop() {
             for (name, path) in directories(&place).filter(|(name, _)| pod_of_name(name).is_none())
             {
+                if owner(&path) != Some(root) {
+                    continue;
+                }
                 if name == self.name && is_inhabited(&path) {
                     return Some(path);
                 }
@@ -270,6 +276,8 @@ pub(crate) fn directories(path: &Path) -> impl Iterator<Item = (String, PathBuf)
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::chown;
+
     use super::*;
     use crate::dirwatch::testing::TempDir;
 
@@ -294,5 +302,9 @@ mod tests {
         assert_eq!(kubelet.cgroup(), None);
         let next = place("system.slice/kubelet.service", "9\n");
         assert_eq!(kubelet.cgroup(), net::inode(&next));
+        // A tree that systemd has left to a user.
+        if chown(&next, Some(65_534), None).is_ok() {
+            assert_eq!(Kubelet::new(dir.path(), "kubelet.service").cgroup(), None);
+        }
     }
 }

@@ -25,9 +25,11 @@ pub struct ObjectMeta {
     pub uid: Option<String>,
     /// Of this state of the object; only who follows the API reads it.
     pub resource_version: Option<String>,
-    /// What selectors see.
+    /// What selectors see; those that are read.
+    #[serde(default, deserialize_with = "read_only")]
     pub labels: Option<BTreeMap<String, String>>,
-    /// What they do not.
+    /// What they do not; those that are read.
+    #[serde(default, deserialize_with = "read_only")]
     pub annotations: Option<BTreeMap<String, String>>,
     /// What the object belongs to.
     pub owner_references: Option<Vec<OwnerReference>>,
@@ -354,6 +356,62 @@ pub struct ObjectReference {
     pub uid: Option<String>,
 }
 
+/// Keys of labels and annotations that are read: without a prefix, and the prefixes of others.
+const KEYS: [&str; 3] = ["app", "version", "pod-template-hash"];
+const PREFIXES: [&str; 9] = [
+    "malla.dev",
+    "kubernetes.io",
+    "app.kubernetes.io",
+    "topology.kubernetes.io",
+    "istio.io",
+    "sidecar.istio.io",
+    "ambient.istio.io",
+    "service.istio.io",
+    "linkerd.io",
+];
+
+/// The labels or annotations that are read. Others may be 256 KiB in every object, such as what `kubectl
+/// apply` remembers, and a change of one is no news.
+fn read_only<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<BTreeMap<String, String>>, D::Error> {
+    Ok(Option::<ReadOnly>::deserialize(deserializer)?.map(|read| read.0))
+}
+
+struct ReadOnly(BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for ReadOnly {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Keys).map(Self)
+    }
+}
+
+struct Keys;
+
+impl<'de> de::Visitor<'de> for Keys {
+    type Value = BTreeMap<String, String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("texts by key")
+    }
+
+    fn visit_map<M: de::MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
+        let mut read = BTreeMap::new();
+        while let Some(key) = map.next_key::<String>()? {
+            let is_read = match key.split_once('/') {
+                Some((prefix, _)) => PREFIXES.contains(&prefix),
+                None => KEYS.contains(&key.as_str()),
+            };
+            if is_read {
+                read.insert(key, map.next_value()?);
+            } else {
+                map.next_value::<de::IgnoredAny>()?;
+            }
+        }
+        Ok(read)
+    }
+}
+
 /// `null` is as good as nothing, as in the API.
 fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
@@ -393,6 +451,19 @@ mod tests {
         assert_eq!(pod.metadata.name.as_deref(), Some("web"));
         assert_eq!(pod.spec.unwrap().containers, [Container { name: "c".into() }]);
         assert!(read::<Pod>(r#"{"spec": {"containers": {"name": "c"}}}"#).is_err());
+    }
+
+    #[test]
+    fn of_labels_and_annotations_only_those_that_are_read_are_kept() {
+        let large = "x".repeat(200 * 1024);
+        let meta = format!(
+            r#"{{"annotations": {{"kubectl.kubernetes.io/last-applied-configuration": "{large}",
+                "malla.dev/mesh": "enabled", "note": 3}}, "labels": {{"app": "web", "team": "shop"}}}}"#
+        );
+        let meta: ObjectMeta = read(&meta).unwrap();
+        let map = |key: &str, value: &str| Some(BTreeMap::from([(key.into(), value.into())]));
+        assert_eq!(meta.annotations, map("malla.dev/mesh", "enabled"));
+        assert_eq!(meta.labels, map("app", "web"));
     }
 
     #[test]

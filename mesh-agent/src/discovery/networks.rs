@@ -47,8 +47,16 @@ pub(super) fn read(objects: &Objects, networks: &Networks) -> HashSet<IpAddr> {
         Object::Pod(pod) => Some(&**pod),
         _ => None,
     });
-    let all = nobodys.chain(objects.node_ips()).chain(pods.flat_map(addresses));
-    all.filter(|ip| networks.has(*ip)).collect()
+    let all = nobodys.chain(nodes(objects).flat_map(|(_, node)| own_ips(node)));
+    all.chain(pods.flat_map(addresses)).filter(|ip| networks.has(*ip)).collect()
+}
+
+/// The addresses that a node has among those of its pods, such as a bridge's. What it says of others' blocks
+/// does not count: see [`NodeIps`](super::objects::NodeIps).
+fn own_ips(node: &Node) -> impl Iterator<Item = IpAddr> {
+    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    let ips = addresses.filter_map(|address| address.address.parse::<IpAddr>().ok());
+    ips.map(|ip| ip.to_canonical()).filter(|ip| blocks(node).any(|block| block.contains(*ip)))
 }
 
 /// The addresses that are this pod's alone.
@@ -99,7 +107,7 @@ mod tests {
         objects.insert(node("a", &["10.244.1.0/24", "fd00:1::/64"], &["192.0.2.1", "fd00::1"]));
         let strange = ["10.244.2.0/24", "fd00:2::/64", "none"];
         objects.insert(node("b", &strange, &["192.0.2.2", "fd00::2", "10.244.2.1"]));
-        objects.insert(node("c", &[], &["192.0.2.3"]));
+        objects.insert(node("c", &[], &["192.0.2.3", "10.244.2.9"]));
         objects
     }
 
@@ -128,7 +136,7 @@ mod tests {
     fn who_is_known_is_a_pod_that_still_has_its_address_a_node_or_nobody() {
         let mut objects = cluster();
         for (name, address, phase) in
-            [("web", "10.244.2.9", "Running"), ("job", "10.244.2.8", "Succeeded")]
+            [("web", "10.244.2.6", "Running"), ("job", "10.244.2.8", "Succeeded")]
         {
             let pod = json!({
                 "metadata": {"name": name},
@@ -140,7 +148,8 @@ mod tests {
         let absent = ["10.244.2.7", "203.0.113.7", "uid-of-a-pod"].map(str::to_owned);
         objects.absent_mut().unwrap().extend(absent);
         let read = read(&objects, &networks(&objects, "a", &[]));
-        assert_eq!(read, ["10.244.2.9", "10.244.2.7", "10.244.2.1"].map(ip).into());
+        // Not what a node says of another's block.
+        assert_eq!(read, ["10.244.2.6", "10.244.2.7", "10.244.2.1"].map(ip).into());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The objects that a snapshot is made from, by kind and name.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -160,14 +160,17 @@ impl Objects {
         self.absent.as_mut()
     }
 
-    /// The addresses of all nodes.
-    pub fn node_ips(&self) -> HashSet<IpAddr> {
-        let nodes = self.all.values().filter_map(|object| match object {
-            Object::Node(node) => node.status.as_ref()?.addresses.as_ref(),
-            _ => None,
-        });
-        let ips = nodes.flatten().filter_map(|address| address.address.parse::<IpAddr>().ok());
-        ips.map(|ip| ip.to_canonical()).collect()
+    /// Which addresses nodes say are theirs.
+    pub fn node_ips(&self) -> NodeIps<'_> {
+        let mut nodes = HashMap::<IpAddr, Vec<&str>>::new();
+        for (key, object) in &self.all {
+            let Object::Node(node) = object else { continue };
+            let status = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+            for ip in status.filter_map(|address| address.address.parse::<IpAddr>().ok()) {
+                nodes.entry(ip.to_canonical()).or_default().push(&key.name);
+            }
+        }
+        NodeIps(nodes)
     }
 
     /// The object of this key.
@@ -221,6 +224,24 @@ impl Objects {
     /// Where there may be more objects, in the order in which it was said.
     pub fn unread(&self) -> &[String] {
         &self.unread
+    }
+}
+
+/// Which nodes say that an address is theirs. A node's kubelet writes that, so it must not count for what is
+/// on another node: who has taken one over would name the pods of others, and have them talked to in plain
+/// text.
+#[derive(Clone, Debug, Default)]
+pub struct NodeIps<'a>(HashMap<IpAddr, Vec<&'a str>>);
+
+impl NodeIps<'_> {
+    /// Whether this node says that it has this address.
+    pub fn is_of(&self, node: &str, ip: IpAddr) -> bool {
+        self.0.get(&ip).is_some_and(|nodes| nodes.contains(&node))
+    }
+
+    /// Whether any says so.
+    pub fn has(&self, ip: IpAddr) -> bool {
+        self.0.contains_key(&ip)
     }
 }
 

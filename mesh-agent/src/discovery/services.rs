@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use mesh_core::addr::EndpointAddr;
 use mesh_core::locality::{self, Facts, Here, InternalTraffic, Scope, State};
+use mesh_core::networks::Networks;
 use mesh_core::protocol::Protocol;
-use mesh_core::snapshot::{Distribution, Endpoint, Service, ServicePort, Workload};
+use mesh_core::snapshot::{Distribution, Endpoint, Enrolment, Service, ServicePort, Workload};
 
-use super::enrol::Wishes;
+use super::enrol::{Wishes, left_alone};
 use super::kube::{Endpoint as KubeEndpoint, EndpointSlice, Service as KubeService, ServiceSpec};
-use super::objects::ObjectKey;
+use super::objects::{NodeIps, ObjectKey};
 use super::pods::Pods;
 use super::policies::Policies;
 use super::translate::missing;
@@ -74,7 +75,9 @@ pub(super) struct Unread<'a> {
     /// Set if pods are read when they are needed: those that were looked for and do not exist.
     pub(super) absent: Option<&'a HashSet<String>>,
     /// Addresses of nodes.
-    pub(super) nodes: &'a HashSet<IpAddr>,
+    pub(super) nodes: &'a NodeIps<'a>,
+    /// Where pods of other nodes may be.
+    pub(super) networks: &'a Networks,
 }
 
 /// What is behind an endpoint.
@@ -267,6 +270,11 @@ fn state(endpoint: &KubeEndpoint) -> State {
     }
 }
 
+/// Says that the pod with this UID was read and does not have this address.
+pub(super) fn absent_at(uid: &str, ip: IpAddr) -> String {
+    format!("{uid} {ip}")
+}
+
 /// The pod behind an endpoint: the one that it names, if that one has the address, and otherwise the
 /// one that has the address if it names none. A pod is never joined by name alone: its certificate
 /// would be demanded from whoever has the address.
@@ -279,15 +287,19 @@ fn behind(
     report: &mut Report<'_>,
 ) -> Behind {
     let absent = not_read.absent;
+    let target =
+        endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
+    // What shares its node's network is never in the mesh.
+    let is_nodes = match target {
+        Some(_) => endpoint.node_name.as_deref().is_some_and(|node| not_read.nodes.is_of(node, ip)),
+        None => not_read.nodes.has(ip) && !not_read.networks.has(ip),
+    };
     let unless_absent = |what: &str| match absent {
         None => Behind::Outside,
-        // A pod that shares its node's network, which is never in the mesh.
-        Some(_) if not_read.nodes.contains(&ip) => Behind::Outside,
+        Some(_) if is_nodes => Behind::Outside,
         Some(absent) if absent.contains(what) => Behind::Gone,
         Some(_) => Behind::Unread,
     };
-    let target =
-        endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
     let Some(target) = target else {
         return match (pods.at(ip), unless_absent(&ip.to_string())) {
             (Some(found), _) => Behind::Pod(Arc::clone(&found.workload)),
@@ -312,6 +324,13 @@ fn behind(
             "the slice or the pod is out of date: read both again",
         );
         return Behind::Outside;
+    }
+    if absent.is_some() && !found.addresses.contains(&ip) {
+        // The pod or the slice is the older one: whose sandbox was made anew has another address.
+        return match &found.workload.enrolment {
+            Enrolment::LeftAlone(reason) if !left_alone::is_passing(reason) => Behind::Outside,
+            _ => unless_absent(&absent_at(&found.workload.uid, ip)),
+        };
     }
     if !found.addresses.contains(&ip) {
         report.say(

@@ -90,11 +90,17 @@ pub fn translate(
     );
     let unread = objects.unread();
     let node_ips = objects.node_ips();
+    let networks = networks::networks(objects, &context.node, &context.pod_cidrs);
     let services::Services { services, unread: unread_addresses } = services::translate(
         kube_services.into_iter(),
         slices.into_iter(),
         &pods,
-        &services::Unread { files: unread, absent: objects.absent(), nodes: &node_ips },
+        &services::Unread {
+            files: unread,
+            absent: objects.absent(),
+            nodes: &node_ips,
+            networks: &networks,
+        },
         &services::Around {
             node: &context.node,
             zones: &zones,
@@ -107,7 +113,6 @@ pub fn translate(
     let workloads = pods.workloads();
     unreachable_pods(&workloads, &nodes, context, unread, &mut problems);
     problems.sort();
-    let networks = networks::networks(objects, &context.node, &context.pod_cidrs);
     let read = networks::read(objects, &networks);
     let parts = Parts { workloads, services, nodes, unread: unread_addresses, networks, read };
     let (node, trust_domain) = (Arc::clone(&context.node), context.trust_domain.clone());

@@ -3,7 +3,7 @@
 //! An EndpointSlice names the pods behind a service; whether they are in the mesh, and as whom, only the
 //! pods say. Watching all of them costs what the cluster has; this costs what the node talks to. No IO.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -14,8 +14,8 @@ use tokio::time::Instant;
 
 use crate::discovery::kube::{Endpoint, EndpointSlice};
 use crate::discovery::networks::{addresses, node_of};
-use crate::discovery::objects::{Kind, Object, ObjectKey, Objects};
-use crate::discovery::services::{self, SERVICE_NAME};
+use crate::discovery::objects::{Kind, NodeIps, Object, ObjectKey, Objects};
+use crate::discovery::services::{self, SERVICE_NAME, absent_at};
 
 /// A pod that no connection has used for so long is dropped.
 const UNUSED: Duration = Duration::from_secs(600);
@@ -38,6 +38,8 @@ pub(super) enum Wanted {
         name: String,
         /// Which one of that name, if the slice says so.
         uid: Option<String>,
+        /// Set if it is known, but not to have this address, which the slice says it has.
+        at: Option<IpAddr>,
     },
     /// Whatever pod has this address.
     Address {
@@ -47,6 +49,18 @@ pub(super) enum Wanted {
         /// Among whose pods it is to be looked for if it cannot be found by the address.
         node: Option<String>,
     },
+}
+
+impl Wanted {
+    /// The same, whatever address it has.
+    fn anywhere(self) -> Self {
+        match self {
+            Self::Pod { namespace, name, uid, at: _ } => {
+                Self::Pod { namespace, name, uid, at: None }
+            }
+            Self::Address { .. } => self,
+        }
+    }
 }
 
 /// What came of it.
@@ -65,7 +79,7 @@ pub(super) struct Remote {
     pending: BTreeSet<Wanted>,
     absent: BTreeMap<Wanted, Instant>,
     failed: BTreeMap<Wanted, Instant>,
-    waiting: Vec<Waiting>,
+    waiting: HashMap<IpAddr, Waiting>,
 }
 
 #[derive(Debug)]
@@ -75,22 +89,36 @@ struct Kept {
     read: Instant,
 }
 
-#[derive(Debug)]
+/// Who waits to know what is at an address.
+#[derive(Debug, Default)]
 struct Waiting {
-    wanted: Vec<Wanted>,
-    done: oneshot::Sender<u64>,
+    /// What has to be read for it,
+    wanted: BTreeSet<Wanted>,
+    /// by what was known in this snapshot.
+    generation: u64,
+    done: Vec<oneshot::Sender<u64>>,
 }
 
 impl Remote {
-    /// Somebody wants to know what is at `ip`: returns what is to be read for it now.
+    /// Somebody wants to know what is at `ip`: returns what is to be read for it now. `generation` is the
+    /// snapshot's that was made of `objects`.
     pub(super) fn need(
         &mut self,
-        objects: &Objects,
+        (objects, generation): (&Objects, u64),
         node: &str,
         (ip, caller): (IpAddr, Option<&SpiffeId>),
         done: oneshot::Sender<u64>,
         now: Instant,
     ) -> Vec<Wanted> {
+        if let Some(waiting) = self.waiting.get_mut(&ip).filter(|one| one.generation == generation)
+        {
+            // Who has given up is not kept for as long as others come: looked for now and then.
+            if waiting.done.len().is_power_of_two() {
+                waiting.done.retain(|done| !done.is_closed());
+            }
+            waiting.done.push(done);
+            return Vec::new();
+        }
         let mut wanted: Vec<Wanted> = behind(objects, node, ip);
         // A pod that is gone says nothing of who has its address now.
         wanted.retain(|wanted| !self.absent.contains_key(wanted));
@@ -101,8 +129,10 @@ impl Remote {
             wanted.push(Wanted::Address { ip, account: caller.map(account), node });
         }
         let to_read = self.begin(wanted.iter().cloned(), now);
-        wanted.retain(|wanted| self.pending.contains(wanted));
-        self.waiting.push(Waiting { wanted, done });
+        let waiting = self.waiting.entry(ip).or_default();
+        waiting.generation = generation;
+        waiting.wanted.extend(wanted.into_iter().filter(|wanted| self.pending.contains(wanted)));
+        waiting.done.push(done);
         to_read
     }
 
@@ -134,6 +164,7 @@ impl Remote {
                 false
             }
             Found::None => {
+                let wanted = wanted.anywhere();
                 self.absent.insert(wanted.clone(), now);
                 let key = self.kept.iter().find(|(_, kept)| kept.wanted == wanted);
                 let key = key.map(|(key, _)| key.clone());
@@ -144,6 +175,12 @@ impl Remote {
                 was_there | self.tell_absent(objects)
             }
             Found::Pods(pods) => {
+                if let Wanted::Pod { at: Some(ip), .. } = &wanted
+                    && !pods.iter().any(|pod| has(pod, *ip))
+                {
+                    self.absent.insert(wanted.clone(), now);
+                }
+                let wanted = wanted.anywhere();
                 let mut changed = self.absent.remove(&wanted).is_some();
                 changed |= self.replaced(objects, &wanted, &pods);
                 for pod in pods {
@@ -178,7 +215,8 @@ impl Remote {
             .absent
             .keys()
             .filter_map(|wanted| match wanted {
-                Wanted::Pod { uid, .. } => uid.clone(),
+                Wanted::Pod { uid, at: None, .. } => uid.clone(),
+                Wanted::Pod { uid, at: Some(ip), .. } => Some(absent_at(uid.as_deref()?, *ip)),
                 Wanted::Address { ip, .. } => Some(ip.to_string()),
             })
             .collect();
@@ -191,11 +229,10 @@ impl Remote {
     /// Answers those who have waited for nothing that is still being read, now that `generation` says
     /// what there is.
     pub(super) fn answer(&mut self, generation: u64) {
-        for waiting in self.waiting.extract_if(.., |waiting| {
-            !waiting.wanted.iter().any(|wanted| self.pending.contains(wanted))
-        }) {
+        let is_over = |_: &IpAddr, waiting: &mut Waiting| waiting.wanted.is_disjoint(&self.pending);
+        for done in self.waiting.extract_if(is_over).flat_map(|(_, waiting)| waiting.done) {
             // Gone, and with it the need.
-            waiting.done.send(generation).ok();
+            done.send(generation).ok();
         }
     }
 
@@ -298,26 +335,31 @@ fn behind(objects: &Objects, node: &str, ip: IpAddr) -> Vec<Wanted> {
     wanted.into_iter().collect()
 }
 
-/// The pod of an endpoint, if it is not read; those of this node are followed, and those that share
-/// their node's network are never in the mesh.
+/// The pod of an endpoint, if it is not read, or not to have its address; those of this node are followed,
+/// and those that share their node's network are never in the mesh.
 fn missing(
     objects: &Objects,
-    (node, nodes): (&str, &HashSet<IpAddr>),
+    (node, nodes): (&str, &NodeIps<'_>),
     namespace: &str,
     endpoint: &Endpoint,
 ) -> Option<Wanted> {
     let ip = endpoint.addresses.first()?.parse::<IpAddr>().ok()?.to_canonical();
-    if endpoint.node_name.as_deref() == Some(node) || nodes.contains(&ip) {
+    let on = endpoint.node_name.as_deref();
+    if on == Some(node) || on.is_some_and(|on| nodes.is_of(on, ip)) {
         return None;
     }
     let Some(key) = pod_key(endpoint, namespace) else {
         let wanted = Wanted::Address { ip, account: None, node: None };
-        return (!knows(objects, ip)).then_some(wanted);
+        return (!knows(objects, ip) && !nodes.has(ip)).then_some(wanted);
     };
     let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.clone());
-    let known = uid_of(objects, &key);
-    let is_it = known.is_some() && (uid.is_none() || uid.as_deref() == known);
-    (!is_it).then_some(Wanted::Pod { namespace: key.namespace, name: key.name, uid })
+    let known = objects.get(&key).filter(|pod| uid.is_none() || uid.as_deref() == uid_of(pod));
+    let at = match known {
+        Some(pod) if has(pod, ip) => return None,
+        Some(_) => Some(ip),
+        None => None,
+    };
+    Some(Wanted::Pod { namespace: key.namespace, name: key.name, uid, at })
 }
 
 /// Whether a pod with this address was read.
@@ -349,8 +391,8 @@ fn pod_key(endpoint: &Endpoint, namespace: &str) -> Option<ObjectKey> {
     Some(ObjectKey { kind: Kind::Pod, namespace, name })
 }
 
-fn uid_of<'a>(objects: &'a Objects, key: &ObjectKey) -> Option<&'a str> {
-    match objects.get(key)? {
+fn uid_of(object: &Object) -> Option<&str> {
+    match object {
         Object::Pod(pod) => pod.metadata.uid.as_deref(),
         _ => None,
     }
@@ -363,176 +405,4 @@ pub(super) fn is_on(object: &Object, node: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use serde_json::{Value, json};
-
-    use super::*;
-
-    fn slice(names: &[&str]) -> Object {
-        let endpoint = |name: &&str| {
-            json!({
-                "addresses": ["10.0.1.1"], "nodeName": "b",
-                "targetRef": {"kind": "Pod", "name": name, "uid": format!("uid-{name}")},
-            })
-        };
-        let endpoints: Vec<Value> = names.iter().map(endpoint).collect();
-        let slice = json!({
-            "metadata": {"name": "web-1", "labels": {SERVICE_NAME: "web"}},
-            "endpoints": endpoints,
-        });
-        Object::EndpointSlice(Arc::new(serde_json::from_value(slice).unwrap()))
-    }
-
-    fn pod(name: &str) -> Object {
-        let meta = json!({"name": name, "uid": format!("uid-{name}")});
-        let pod = json!({"metadata": meta, "spec": {"nodeName": "b"}});
-        Object::Pod(Arc::new(serde_json::from_value(pod).unwrap()))
-    }
-
-    fn wanted(name: &str) -> Wanted {
-        let uid = Some(format!("uid-{name}"));
-        Wanted::Pod { namespace: "default".into(), name: name.into(), uid }
-    }
-
-    fn at(ip: &str) -> Wanted {
-        Wanted::Address { ip: ip.parse().unwrap(), account: None, node: None }
-    }
-
-    struct World {
-        remote: Remote,
-        objects: Objects,
-        now: Instant,
-    }
-
-    impl World {
-        fn with(names: &[&str]) -> Self {
-            let mut objects = Objects::on_demand();
-            objects.insert(slice(names));
-            Self { remote: Remote::default(), objects, now: Instant::now() }
-        }
-
-        fn read(&mut self, name: &str) {
-            let found = Found::Pods(vec![pod(name)]);
-            self.remote.pending.insert(wanted(name));
-            assert!(self.remote.take(&mut self.objects, "a", wanted(name), found, self.now));
-        }
-
-        fn prefetch(&mut self) -> Vec<Wanted> {
-            self.remote.prefetch(&self.objects, "a", self.now)
-        }
-
-        fn has(&self, name: &str) -> bool {
-            self.objects.contains(&pod(name).key())
-        }
-    }
-
-    #[test]
-    fn what_comes_to_a_used_service_is_read_before_anybody_needs_it() {
-        let mut world = World::with(&["one", "two"]);
-        assert_eq!(world.prefetch(), [], "nobody uses the service");
-        world.read("one");
-        assert_eq!(world.prefetch(), [wanted("two")]);
-        assert_eq!(world.prefetch(), [], "it is being read");
-    }
-
-    #[tokio::test]
-    async fn used_pod_is_read_again_and_unused_one_is_dropped() {
-        let mut world = World::with(&["one", "two"]);
-        world.read("one");
-        world.read("two");
-        world.now += UNUSED / 2;
-        world.remote.used(&world.objects, &["uid-one".into()], &[], world.now);
-        assert!(!world.remote.expire(&mut world.objects, world.now));
-        assert_eq!(world.prefetch(), [wanted("one"), wanted("two")], "older than {REFRESH:?}");
-        world.now += UNUSED / 2;
-        assert!(world.remote.expire(&mut world.objects, world.now));
-        assert!(world.has("one") && !world.has("two"));
-    }
-
-    #[tokio::test]
-    async fn pod_that_was_replaced_is_read_and_the_old_one_never_meant() {
-        let mut world = World::with(&["one"]);
-        world.read("one");
-        let mut newer = slice(&["one"]);
-        if let Object::EndpointSlice(slice) = &mut newer {
-            let slice = Arc::make_mut(slice);
-            let target = &mut slice.endpoints.as_mut().unwrap()[0].target_ref;
-            target.as_mut().unwrap().uid = Some("uid-newer".into());
-        }
-        world.objects.insert(newer);
-        let ip = "10.0.1.1".parse().unwrap();
-        let (done, mut answer) = oneshot::channel();
-        let asked = world.remote.need(&world.objects, "a", (ip, None), done, world.now);
-        assert_eq!(asked.len(), 1);
-        world.remote.answer(1);
-        assert!(answer.try_recv().is_err(), "not before it was read");
-        let gone = asked[0].clone();
-        world.remote.take(&mut world.objects, "a", gone, Found::None, world.now);
-        world.remote.answer(2);
-        assert_eq!(answer.try_recv(), Ok(2));
-        assert!(world.objects.absent().unwrap().contains("uid-newer"));
-    }
-
-    #[test]
-    fn pod_that_shares_its_nodes_network_is_never_read() {
-        let mut world = World::with(&["one", "two"]);
-        world.read("one");
-        let address = json!({"type": "InternalIP", "address": "10.0.1.1"});
-        let node = json!({"metadata": {"name": "b"}, "status": {"addresses": [address]}});
-        world.objects.insert(Object::Node(Arc::new(serde_json::from_value(node).unwrap())));
-        assert_eq!(world.prefetch(), []);
-        assert_eq!(behind(&world.objects, "a", "10.0.1.1".parse().unwrap()), []);
-    }
-
-    #[tokio::test]
-    async fn flood_of_addresses_is_not_passed_on_to_the_api() {
-        let mut world = World::with(&[]);
-        let mut asked = 0;
-        for n in 0..2 * u32::try_from(MOST_ABSENT).unwrap() {
-            let ip = std::net::Ipv4Addr::from_bits(n).into();
-            let (done, _answer) = oneshot::channel();
-            let wanted = world.remote.need(&world.objects, "a", (ip, None), done, world.now);
-            asked += wanted.len();
-        }
-        assert_eq!(asked, MOST_ABSENT);
-    }
-
-    #[tokio::test]
-    async fn pod_that_is_left_alone_is_kept_while_somebody_connects_to_it() {
-        let pod = |name: &str| {
-            let Object::Pod(pod) = pod(name) else { panic!() };
-            let mut pod = Arc::unwrap_or_clone(pod);
-            let status = json!({"podIPs": [{"ip": "10.0.1.1"}]});
-            pod.status = Some(serde_json::from_value(status).unwrap());
-            Object::Pod(Arc::new(pod))
-        };
-        let mut world = World::with(&[]);
-        let read = |world: &mut World, name: &str| {
-            let found = Found::Pods(vec![pod(name)]);
-            world.remote.take(&mut world.objects, "a", at("10.0.1.1"), found, world.now)
-        };
-        read(&mut world, "one");
-        world.now += UNUSED / 2;
-        world.remote.used(&world.objects, &[], &["10.0.1.1".parse().unwrap()], world.now);
-        world.now += UNUSED / 2;
-        assert!(!world.remote.expire(&mut world.objects, world.now));
-        assert_eq!(world.prefetch(), [at("10.0.1.1")], "its annotations may have changed");
-        // Somebody else has the address by now.
-        assert!(read(&mut world, "two"));
-        assert!(world.has("two") && !world.has("one"));
-        world.now += UNUSED;
-        assert!(world.remote.expire(&mut world.objects, world.now));
-        assert!(!world.has("two"));
-    }
-
-    #[test]
-    fn pod_of_this_node_is_not_taken_from_a_list() {
-        let mut world = World::with(&[]);
-        let ip = at("10.0.1.1");
-        let found = Found::Pods(vec![pod("one")]);
-        world.remote.take(&mut world.objects, "b", ip, found, world.now);
-        assert!(!world.has("one"));
-    }
-}
+mod tests;

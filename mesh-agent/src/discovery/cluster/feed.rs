@@ -25,6 +25,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
+use crate::discovery::client::escaped;
 use crate::discovery::kube::{EndpointSlice, Namespace, Node, ObjectMeta, Pod, Service};
 use crate::discovery::objects::{Kind, Object, ObjectKey};
 
@@ -41,6 +42,8 @@ const LIST_LIMIT: Duration = Duration::from_secs(60);
 const READ_LIMIT: Duration = Duration::from_secs(3);
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// A server that has forgotten versions has forgotten everybody's: lists are spread over so long.
+const EXPIRED_WAIT: Duration = Duration::from_secs(3);
 
 /// News of one kind.
 #[derive(Debug)]
@@ -146,6 +149,7 @@ pub(super) async fn follow<T: Followed>(
             Ended::Expired => {
                 debug!(kind = ?T::KIND, "the API server has forgotten our version: listing again");
                 feed.version = None;
+                sleep(EXPIRED_WAIT.mul_f32(fastrand::f32())).await;
             }
             Ended::Failed(why) => {
                 if began.elapsed() > LONGEST_WAIT {
@@ -327,20 +331,4 @@ fn ended(error: kube::Error) -> Ended {
         kube::Error::Api(status) if status.code == 410 => Ended::Expired,
         error => Ended::Failed(crate::telemetry::chain(&error)),
     }
-}
-
-/// A value of a query (RFC 3986 section 2.1).
-pub(super) fn escaped(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
-                escaped.push(char::from(byte));
-            }
-            byte => {
-                escaped.push_str(&format!("%{byte:02X}"));
-            }
-        }
-    }
-    escaped
 }

@@ -41,9 +41,10 @@ use tokio::time::{Instant, interval, timeout, timeout_at};
 use tracing::warn;
 
 use self::demand::{Found, Remote, Wanted, has};
-use self::feed::{Followed as _, News, What, escaped, follow, list, read};
+use self::feed::{Followed as _, News, What, follow, list, read};
 pub use self::policies::network_policies;
 use self::report::{Known, Reports, Write};
+use super::client::escaped;
 use super::file::Settings;
 use super::kube::{EndpointSlice, Namespace, Node, Pod, Service};
 use super::objects::{Kind, Object, Objects};
@@ -236,7 +237,7 @@ async fn put(client: &Client, write: Write) -> Result<(), String> {
 /// Reads what is wanted.
 async fn find(client: &Client, wanted: &Wanted) -> Found {
     match wanted {
-        Wanted::Pod { namespace, name, uid } => {
+        Wanted::Pod { namespace, name, uid, at: _ } => {
             let path = format!("/api/v1/namespaces/{}/pods/{}", escaped(namespace), escaped(name));
             match read::<Pod>(client, &path).await {
                 Ok(Some(Object::Pod(pod)))
@@ -366,7 +367,8 @@ impl State {
             }
             Demand::Know { ip, caller, done } => {
                 let at = (ip.to_canonical(), caller.as_ref());
-                self.remote.need(&self.objects, &self.context.node, at, done, now)
+                let known = (&self.objects, self.snapshot.generation);
+                self.remote.need(known, &self.context.node, at, done, now)
             }
             Demand::Used { pods, addresses } => {
                 self.remote.used(&self.objects, &pods, &addresses, now);

@@ -4,7 +4,7 @@
 //! A pod that never asked is never written to. Nothing here is needed by anybody but people: what cannot
 //! be written is tried again a minute later, and nothing waits for it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::Duration;
 
@@ -14,13 +14,17 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::time::Instant;
 
-use super::feed::escaped;
+use crate::discovery::client::escaped;
 use crate::discovery::enrol::{REDIRECTION, left_alone};
 use crate::discovery::objects::{Kind, Object, ObjectKey, Objects};
 use crate::discovery::{Outcome, Outcomes, Problem, shown_long};
 
 /// After a write that failed.
 const AGAIN: Duration = Duration::from_secs(60);
+/// What still holds is told again: the API keeps an Event for an hour (apiserver's `--event-ttl`).
+const EVENT_AGAIN: Duration = Duration::from_secs(1800);
+/// Of an object's name in that of an Event, which has 253 (RFC 1123, as Kubernetes has it).
+const NAMED: usize = 200;
 
 /// One request.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,8 +40,10 @@ pub(super) struct Write {
 /// What was written, and what could not be.
 #[derive(Debug, Default)]
 pub(super) struct Reports {
-    /// By key: what the API was told last.
+    /// By key: what a pod was last told to say.
     told: HashMap<String, String>,
+    /// By key: when the API was told.
+    events: HashMap<String, Instant>,
     failed: HashMap<String, Instant>,
 }
 
@@ -57,7 +63,9 @@ impl Reports {
         let mut writes = Vec::new();
         let local = known.snapshot.workloads().filter(|pod| pod.node == known.snapshot.node);
         let mut events = BTreeMap::new();
+        let mut annotations = HashSet::new();
         for pod in local {
+            annotations.insert(annotation_key(pod));
             let Some(wanted) = state(pod, known.outcomes) else { continue };
             if let Some(write) = self.annotation(known.objects, pod, wanted.as_deref()) {
                 writes.push(write);
@@ -74,10 +82,13 @@ impl Reports {
                 events.extend(event(known, &key, "NotUnderstood", &message));
             }
         }
+        self.told.retain(|key, _| annotations.contains(key));
         // What is over may come again, and is told again then.
-        self.told.retain(|key, _| !key.starts_with(EVENT) || events.contains_key(key));
+        self.events.retain(|key, told| {
+            events.contains_key(key) && now.duration_since(*told) < EVENT_AGAIN
+        });
         for (key, write) in events {
-            if !self.failed.contains_key(&key) && self.told.insert(key, String::new()).is_none() {
+            if !self.failed.contains_key(&key) && self.events.insert(key, now).is_none() {
                 writes.push(write);
             }
         }
@@ -90,7 +101,7 @@ impl Reports {
         pod: &Workload,
         wanted: Option<&str>,
     ) -> Option<Write> {
-        let key = format!("annotation {}", pod.uid);
+        let key = annotation_key(pod);
         let Some(Object::Pod(object)) = objects.get(&pod_key(pod)) else { return None };
         let annotations = object.metadata.annotations.as_ref();
         let present = annotations.and_then(|all| all.get(REDIRECTION)).map(String::as_str);
@@ -118,6 +129,7 @@ impl Reports {
     /// It could not be written.
     pub(super) fn failed(&mut self, key: String, now: Instant) {
         self.told.remove(&key);
+        self.events.remove(&key);
         self.failed.insert(key, now);
     }
 }
@@ -143,7 +155,9 @@ fn state(pod: &Workload, outcomes: &Outcomes) -> Option<Option<String>> {
     }
 }
 
-const EVENT: &str = "event ";
+fn annotation_key(pod: &Workload) -> String {
+    format!("annotation {}", pod.uid)
+}
 
 /// An Event on the object, by the key under which it is told.
 fn event(known: Known<'_>, of: &ObjectKey, reason: &str, message: &str) -> Option<(String, Write)> {
@@ -157,7 +171,10 @@ fn event(known: Known<'_>, of: &ObjectKey, reason: &str, message: &str) -> Optio
     // second one of the name.
     let mut hasher = DefaultHasher::new();
     (&uid, reason, message).hash(&mut hasher);
-    let name = format!("{}.malla.{:016x}", of.name, hasher.finish());
+    let whose: String = of.name.chars().take(NAMED).collect();
+    // Each part of a name ends with a letter or digit.
+    let whose = whose.trim_end_matches(['-', '.']);
+    let name = format!("{whose}.malla.{:016x}", hasher.finish());
     // Events of what is in no namespace are in this one.
     let namespace = if of.namespace.is_empty() { "default" } else { &of.namespace };
     let now = OffsetDateTime::now_utc().replace_nanosecond(0).ok()?.format(&Rfc3339).ok()?;
@@ -166,7 +183,7 @@ fn event(known: Known<'_>, of: &ObjectKey, reason: &str, message: &str) -> Optio
         involved["namespace"] = json!(of.namespace);
     }
     let node = &*known.snapshot.node;
-    let key = format!("{EVENT}{name}");
+    let key = format!("event {name}");
     let write = Write {
         key: key.clone(),
         method: http::Method::POST,
@@ -225,4 +242,61 @@ fn whose(known: Known<'_>, problem: &Problem) -> Option<ObjectKey> {
 fn pod_key(pod: &Workload) -> ObjectKey {
     let (namespace, name) = (pod.namespace.to_string(), pod.name.to_string());
     ObjectKey { kind: Kind::Pod, namespace, name }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::discovery::translate::{Context, NetnsFrom, translate};
+    use crate::identity::testing::cluster_local;
+
+    fn known(name: &str) -> (Objects, Snapshot) {
+        let pod = json!({
+            "metadata": {
+                "name": name, "uid": "uid-1", "annotations": {"malla.dev/mesh": "enabled"},
+            },
+            "spec": {"nodeName": "a"},
+            "status": {"podIPs": [{"ip": "10.0.0.1"}]},
+        });
+        let mut objects = Objects::on_demand();
+        objects.insert(Object::Pod(Arc::new(serde_json::from_value(pod).unwrap())));
+        let namespace = json!({"metadata": {"name": "default"}});
+        objects.insert(Object::Namespace(Arc::new(serde_json::from_value(namespace).unwrap())));
+        let context = Context {
+            node: "a".into(),
+            trust_domain: cluster_local(),
+            tunnel_port: 15019,
+            netns: NetnsFrom::Processes,
+            pod_cidrs: Vec::new(),
+        };
+        let (snapshot, _problems) = translate(&objects, &context, 1);
+        (objects, snapshot)
+    }
+
+    #[test]
+    fn event_is_told_again_before_the_api_forgets_it_and_what_is_gone_is_forgotten() {
+        let long = format!("{}-{}", "a".repeat(NAMED - 1), "b".repeat(52));
+        let (objects, snapshot) = known(&long);
+        let outcomes = Outcomes::from([("uid-1".into(), Outcome::Failing("no room".into()))]);
+        let (mut reports, mut now) = (Reports::default(), Instant::now());
+        let mut due = |known, now| -> Vec<String> {
+            let writes = reports.due(known, now);
+            let names = writes.iter().map(|write| write.body["metadata"]["name"].clone());
+            names.filter_map(|name| name.as_str().map(str::to_owned)).collect()
+        };
+        let failing =
+            Known { objects: &objects, snapshot: &snapshot, outcomes: &outcomes, problems: &[] };
+        let names = due(failing, now);
+        assert_eq!(names.len(), 1, "{names:?}");
+        assert!(names[0].len() < 253 && names[0].contains("a.malla."), "{names:?}");
+        assert!(due(failing, now).is_empty());
+        now += EVENT_AGAIN;
+        assert_eq!(due(failing, now), names);
+        let nothing = Snapshot::empty("a".into(), cluster_local());
+        let (objects, none) = (Objects::on_demand(), Outcomes::default());
+        due(Known { objects: &objects, snapshot: &nothing, outcomes: &none, problems: &[] }, now);
+        assert!(reports.told.is_empty() && reports.events.is_empty());
+    }
 }

@@ -14,6 +14,7 @@ use thiserror::Error;
 use tokio::time::timeout;
 use zeroize::Zeroize as _;
 
+use crate::discovery::client::escaped;
 use crate::discovery::kube::{ObjectMeta, Pod};
 
 /// An answer that takes longer is not coming.
@@ -212,6 +213,11 @@ impl SigningRequest {
         self.metadata.name.as_deref().unwrap_or_default()
     }
 
+    /// Where it is. Its name may be of any characters but `/` and `%`.
+    pub(super) fn path(&self) -> String {
+        format!("{REQUESTS}/{}", escaped(self.name()))
+    }
+
     /// The condition of a kind: `Approved`, `Denied` or `Failed`.
     pub(super) fn condition(&self, kind: &str) -> Option<&Value> {
         self.status.conditions.iter().find(|condition| condition["type"] == kind)
@@ -275,4 +281,20 @@ pub(super) struct ConfigMap {
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct Named {
     pub(super) metadata: ObjectMeta,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// Who may make requests names them, and must not choose what is asked of the server.
+    #[test]
+    fn name_of_a_request_is_one_part_of_its_path() {
+        let spec = json!({"request": "", "signerName": "a.example/b"});
+        let request = json!({"metadata": {"name": "a?b=1#c d..é"}, "spec": spec});
+        let request: SigningRequest = serde_json::from_value(request).unwrap();
+        assert_eq!(request.path(), format!("{REQUESTS}/a%3Fb%3D1%23c%20d..%C3%A9"));
+    }
 }

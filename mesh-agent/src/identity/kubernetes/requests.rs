@@ -32,8 +32,10 @@ use crate::identity::{hex, request};
 /// Agents that start together begin to ask within so long: a thousand of them, with twenty
 /// identities each, come to ten thousand requests in a second otherwise.
 const SPREAD: Duration = Duration::from_secs(2);
-/// Requests that are open at the same time.
+/// Requests made at the same time, each until it is answered or for so long: one that nobody answers must
+/// not keep others from being made.
 const AT_ONCE: usize = 4;
+const TURN: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(20);
 const FIRST_LOOK: Duration = Duration::from_millis(50);
 const LAST_LOOK: Duration = Duration::from_secs(2);
@@ -97,12 +99,15 @@ impl SigningRequests {
     /// waiting.
     pub async fn issue(&self, id: &SpiffeId, lifetime: Duration) -> Result<Issued, CaError> {
         sleep_until(self.begin).await;
-        let Ok(_turn) = self.turns.acquire().await else { return Err(self.not_answered("")) };
-        let open = match self.take_open(id) {
-            Some(open) => open,
-            None => self.ask(id, lifetime).await?,
+        let (open, mut turn) = match self.take_open(id) {
+            Some(open) => (open, None),
+            None => {
+                let turn = self.turns.acquire().await.ok();
+                (self.ask(id, lifetime).await?, turn)
+            }
         };
-        let until = Instant::now() + self.patience;
+        let asked = Instant::now();
+        let until = asked + self.patience;
         let mut wait = FIRST_LOOK;
         loop {
             match self.look(&open, id).await {
@@ -121,6 +126,9 @@ impl SigningRequests {
             }
             sleep(wait).await;
             wait = (wait * 2).min(LAST_LOOK);
+            if asked.elapsed() >= TURN {
+                drop(turn.take());
+            }
         }
     }
 
@@ -368,6 +376,25 @@ mod tests {
         assert_eq!(world.issue().await.unwrap_err().reason(), "not_answered");
         let [first, second] = [0, 1].map(|nth| world.api.asked(nth).unwrap().public_key);
         assert_ne!(first, second);
+    }
+
+    #[tokio::test]
+    async fn requests_that_nobody_answers_keep_no_other_from_being_made() {
+        let mut world = World::new().await;
+        world.requests.patience = Duration::from_secs(600);
+        let names: Vec<_> = (0..=AT_ONCE).map(|n| id(&format!("web{n}"))).collect();
+        let hour = Duration::from_secs(3600);
+        let all = names.iter().map(|id| world.requests.issue(id, hour));
+        let all = futures_util::future::join_all(all);
+        let made = async {
+            while world.api.requests().len() <= AT_ONCE {
+                sleep(FIRST_LOOK).await;
+            }
+        };
+        tokio::select! {
+            _ = all => panic!("nobody answers"),
+            made = timeout(Duration::from_secs(20), made) => made.expect("every request"),
+        }
     }
 
     #[tokio::test(start_paused = true)]

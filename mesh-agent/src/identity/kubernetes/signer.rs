@@ -28,6 +28,7 @@ use tracing::{debug, info, warn};
 use super::api::{Api, List, Named, Pods, REQUESTS, SigningRequest};
 use super::roots::{Roots, Standing};
 use super::{ApiError, pem};
+use crate::discovery::client::escaped;
 use crate::discovery::enrol;
 use crate::discovery::kube::Namespace;
 use crate::identity::authority::Authority;
@@ -178,10 +179,13 @@ impl Signer {
     ) -> Result<(), ApiError> {
         let mut desk =
             Desk { signer: self, standing, answering: JoinSet::new(), names: HashSet::new() };
-        let query = format!("{REQUESTS}?fieldSelector=spec.signerName={}", self.settings.signer);
+        let query = format!(
+            "{REQUESTS}?fieldSelector=spec.signerName%3D{}",
+            escaped(&self.settings.signer)
+        );
         let mut next = String::new();
         let version = loop {
-            let path = format!("{query}&limit={PAGE}&continue={next}");
+            let path = format!("{query}&limit={PAGE}&continue={}", escaped(&next));
             let list = self.api.get::<List<SigningRequest>>(&path).await?;
             let Some(list) = list else { return Ok(()) };
             for request in list.items {
@@ -229,8 +233,7 @@ impl Signer {
                 }
             }
             // As it is now: it may have been answered, or approved and no more.
-            let path = format!("{REQUESTS}/{}", request.name());
-            match self.api.get::<SigningRequest>(&path).await {
+            match self.api.get::<SigningRequest>(&request.path()).await {
                 Ok(Some(now)) if !now.is_answered() => request = now,
                 Ok(_) => return,
                 Err(error) => debug!(error = telemetry::chain(&error), "not read again"),
@@ -316,7 +319,7 @@ impl Signer {
             version = approved.metadata.resource_version;
         }
         let chain: String = signed.chain.iter().map(|der| pem(der)).collect();
-        let path = format!("{REQUESTS}/{}/status", request.name());
+        let path = format!("{}/status", request.path());
         let certificate = k8s_openapi::ByteString(chain.into_bytes());
         let patch = json!({
             "metadata": {"resourceVersion": version},
@@ -361,7 +364,7 @@ impl Signer {
         part: &str,
         conditions: Value,
     ) -> Result<Named, ApiError> {
-        let path = format!("{REQUESTS}/{}/{part}", request.name());
+        let path = format!("{}/{part}", request.path());
         let patch = json!({
             "metadata": {"resourceVersion": request.metadata.resource_version},
             "status": {"conditions": conditions},

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::{Api, PATHS, PODS, ip, pod, until};
 
 const VIP: &str = "10.96.0.10";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 
 /// A service with two pods of another node and one of this.
 fn shop(api: &Api) {
@@ -43,7 +44,7 @@ fn shop(api: &Api) {
             endpoint("exporter", "192.0.2.2", "b"),
         ],
     });
-    api.has("/apis/discovery.k8s.io/v1/endpointslices", vec![slice]);
+    api.has(SLICES, vec![slice]);
     // The last one shares its node's network.
     let address = json!({"type": "InternalIP", "address": "192.0.2.2"});
     let spec = json!({"podCIDRs": ["10.0.1.0/24", "fd00::/64"]});
@@ -213,4 +214,64 @@ async fn what_cannot_be_read_is_answered_at_once_and_stays_unread() {
     api.set_down(None);
     followed.until_problems(|all| all.is_empty()).await;
     assert!(!followed.know(VIP).await.is_unread(ip(VIP)));
+}
+
+/// As after a reboot of its node: the same pod, another address.
+#[tokio::test]
+async fn pod_that_has_another_address_is_read_again_before_anybody_talks_to_it() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    assert!(!followed.know(VIP).await.is_unread(ip(VIP)));
+
+    let moves = |to: &str| {
+        let mut there = pod("there", to);
+        there["spec"]["nodeName"] = json!("b");
+        there["metadata"]["annotations"] = json!({"malla.dev/mesh": "enabled"});
+        let path = "/api/v1/namespaces/default/pods/there";
+        api.held.lock().unwrap().elsewhere.insert(path.into(), there);
+        let mut slice = api.held.lock().unwrap().lists[SLICES][0].clone();
+        slice["endpoints"][1]["addresses"] = json!([to]);
+        api.event_at(SLICES, "MODIFIED", slice);
+    };
+    until("a watch", || api.asked("watch endpointslices") == 1).await;
+    // The service is in use: nobody has to ask.
+    moves("10.0.1.5");
+    let read = followed.until(|snapshot| snapshot.workload_at(ip("10.0.1.5")).is_some()).await;
+    assert!(read.workload_at(ip("10.0.1.5")).unwrap().is_enrolled());
+    assert!(!read.is_unread(ip(VIP)));
+    // Until it is read, it is no place outside the mesh.
+    api.held.lock().unwrap().silent.push("there".into());
+    moves("10.0.1.6");
+    let has_moved = |snapshot: &Snapshot| {
+        let service = snapshot.service("default", "web").unwrap();
+        service.ports[0].endpoints.iter().any(|one| one.addr.0.ip() == ip("10.0.1.6"))
+    };
+    let moved = followed.until(has_moved).await;
+    assert!(moved.is_unread(ip(VIP)) && is_captured(&moved, "10.0.1.6"));
+}
+
+/// A kubelet writes what its node says: who has taken one over must not have others' pods left alone.
+#[tokio::test]
+async fn node_that_says_others_pods_are_its_own_addresses_takes_nobody_out_of_the_mesh() {
+    let api = Api::start().await;
+    shop(&api);
+    let claims = ["192.0.2.3", "10.0.1.1", "10.0.1.9", "fd00::9"];
+    let claims = claims.map(|address| json!({"type": "InternalIP", "address": address}));
+    let liar = json!({"metadata": {"name": "c"}, "status": {"addresses": claims}});
+    let mut nodes = api.held.lock().unwrap().lists["/api/v1/nodes"].clone();
+    nodes.push(liar);
+    api.has("/api/v1/nodes", nodes);
+    let mut followed = api.follow();
+    let before = followed.until_pods(&["here"]).await;
+    for at in [VIP, "10.0.1.1", "10.0.1.9", "fd00::9"] {
+        assert!(before.is_unread(ip(at)) && is_captured(&before, at), "{at}");
+    }
+    let after = followed.know(VIP).await;
+    let endpoints = &after.service("default", "web").unwrap().ports[0].endpoints;
+    let there = endpoints.iter().find(|endpoint| endpoint.addr.0.ip() == ip("10.0.1.1"));
+    assert!(there.unwrap().workload.as_ref().unwrap().is_enrolled());
+    let bare = followed.know("10.0.1.9").await;
+    assert!(bare.workload_at(ip("10.0.1.9")).unwrap().is_enrolled());
 }

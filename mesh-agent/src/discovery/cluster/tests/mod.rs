@@ -270,6 +270,11 @@ impl Drop for Followed {
 }
 
 impl Followed {
+    async fn until(&mut self, is_so: impl Fn(&Snapshot) -> bool) -> Arc<Snapshot> {
+        let waited = timeout(SOON, self.snapshots.wait_for(|snapshot| is_so(snapshot))).await;
+        Arc::clone(&waited.expect("a snapshot that never came").unwrap())
+    }
+
     async fn until_pods(&mut self, names: &[&str]) -> Arc<Snapshot> {
         let is_so = |snapshot: &Arc<Snapshot>| {
             let mut found: Vec<_> = snapshot.workloads().map(|w| w.name.to_string()).collect();

@@ -1,0 +1,241 @@
+//! What is read when.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::*;
+
+fn slice(names: &[&str]) -> Object {
+    let endpoint = |name: &&str| {
+        json!({
+            "addresses": ["10.0.1.1"], "nodeName": "b",
+            "targetRef": {"kind": "Pod", "name": name, "uid": format!("uid-{name}")},
+        })
+    };
+    let endpoints: Vec<Value> = names.iter().map(endpoint).collect();
+    let slice = json!({
+        "metadata": {"name": "web-1", "labels": {SERVICE_NAME: "web"}},
+        "endpoints": endpoints,
+    });
+    Object::EndpointSlice(Arc::new(serde_json::from_value(slice).unwrap()))
+}
+
+fn pod_at(name: &str, ip: &str) -> Object {
+    let meta = json!({"name": name, "uid": format!("uid-{name}")});
+    let status = json!({"podIPs": [{"ip": ip}]});
+    let pod = json!({"metadata": meta, "spec": {"nodeName": "b"}, "status": status});
+    Object::Pod(Arc::new(serde_json::from_value(pod).unwrap()))
+}
+
+fn pod(name: &str) -> Object {
+    pod_at(name, "10.0.1.1")
+}
+
+fn wanted(name: &str) -> Wanted {
+    let uid = Some(format!("uid-{name}"));
+    Wanted::Pod { namespace: "default".into(), name: name.into(), uid, at: None }
+}
+
+fn at(ip: &str) -> Wanted {
+    Wanted::Address { ip: ip.parse().unwrap(), account: None, node: None }
+}
+
+struct World {
+    remote: Remote,
+    objects: Objects,
+    generation: u64,
+    now: Instant,
+}
+
+impl World {
+    fn with(names: &[&str]) -> Self {
+        let mut objects = Objects::on_demand();
+        objects.insert(slice(names));
+        Self { remote: Remote::default(), objects, generation: 1, now: Instant::now() }
+    }
+
+    fn read(&mut self, name: &str) {
+        self.remote.pending.insert(wanted(name));
+        assert!(self.take(&wanted(name), Found::Pods(vec![pod(name)])));
+    }
+
+    /// Somebody dials it.
+    fn need(&mut self, ip: &str) -> (Vec<Wanted>, oneshot::Receiver<u64>) {
+        let (done, answer) = oneshot::channel();
+        let at = (ip.parse().unwrap(), None);
+        let known = (&self.objects, self.generation);
+        (self.remote.need(known, "a", at, done, self.now), answer)
+    }
+
+    fn take(&mut self, wanted: &Wanted, found: Found) -> bool {
+        self.generation += 1;
+        self.remote.take(&mut self.objects, "a", wanted.clone(), found, self.now)
+    }
+
+    fn prefetch(&mut self) -> Vec<Wanted> {
+        self.remote.prefetch(&self.objects, "a", self.now)
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.objects.contains(&pod(name).key())
+    }
+}
+
+#[test]
+fn what_comes_to_a_used_service_is_read_before_anybody_needs_it() {
+    let mut world = World::with(&["one", "two"]);
+    assert_eq!(world.prefetch(), [], "nobody uses the service");
+    world.read("one");
+    assert_eq!(world.prefetch(), [wanted("two")]);
+    assert_eq!(world.prefetch(), [], "it is being read");
+}
+
+#[tokio::test]
+async fn used_pod_is_read_again_and_unused_one_is_dropped() {
+    let mut world = World::with(&["one", "two"]);
+    world.read("one");
+    world.read("two");
+    world.now += UNUSED / 2;
+    world.remote.used(&world.objects, &["uid-one".into()], &[], world.now);
+    assert!(!world.remote.expire(&mut world.objects, world.now));
+    assert_eq!(world.prefetch(), [wanted("one"), wanted("two")], "older than {REFRESH:?}");
+    world.now += UNUSED / 2;
+    assert!(world.remote.expire(&mut world.objects, world.now));
+    assert!(world.has("one") && !world.has("two"));
+}
+
+#[tokio::test]
+async fn pod_that_was_replaced_is_read_and_the_old_one_never_meant() {
+    let mut world = World::with(&["one"]);
+    world.read("one");
+    let mut newer = slice(&["one"]);
+    if let Object::EndpointSlice(slice) = &mut newer {
+        let slice = Arc::make_mut(slice);
+        let target = &mut slice.endpoints.as_mut().unwrap()[0].target_ref;
+        target.as_mut().unwrap().uid = Some("uid-newer".into());
+    }
+    world.objects.insert(newer);
+    let (asked, mut answer) = world.need("10.0.1.1");
+    assert_eq!(asked.len(), 1);
+    world.remote.answer(1);
+    assert!(answer.try_recv().is_err(), "not before it was read");
+    world.take(&asked[0], Found::None);
+    world.remote.answer(2);
+    assert_eq!(answer.try_recv(), Ok(2));
+    assert!(world.objects.absent().unwrap().contains("uid-newer"));
+}
+
+#[test]
+fn pod_that_shares_its_nodes_network_is_never_read() {
+    let mut world = World::with(&["one", "two"]);
+    world.read("one");
+    let address = json!({"type": "InternalIP", "address": "10.0.1.1"});
+    let node = json!({"metadata": {"name": "b"}, "status": {"addresses": [address]}});
+    world.objects.insert(Object::Node(Arc::new(serde_json::from_value(node).unwrap())));
+    assert_eq!(world.prefetch(), []);
+    assert_eq!(behind(&world.objects, "a", "10.0.1.1".parse().unwrap()), []);
+}
+
+#[tokio::test]
+async fn flood_of_addresses_is_not_passed_on_to_the_api() {
+    let mut world = World::with(&[]);
+    let mut asked = 0;
+    for n in 0..2 * u32::try_from(MOST_ABSENT).unwrap() {
+        asked += world.need(&std::net::Ipv4Addr::from_bits(n).to_string()).0.len();
+    }
+    assert_eq!(asked, MOST_ABSENT);
+}
+
+#[tokio::test]
+async fn pod_that_is_left_alone_is_kept_while_somebody_connects_to_it() {
+    let mut world = World::with(&[]);
+    let read =
+        |world: &mut World, name: &str| world.take(&at("10.0.1.1"), Found::Pods(vec![pod(name)]));
+    read(&mut world, "one");
+    world.now += UNUSED / 2;
+    world.remote.used(&world.objects, &[], &["10.0.1.1".parse().unwrap()], world.now);
+    world.now += UNUSED / 2;
+    assert!(!world.remote.expire(&mut world.objects, world.now));
+    assert_eq!(world.prefetch(), [at("10.0.1.1")], "its annotations may have changed");
+    // Somebody else has the address by now.
+    assert!(read(&mut world, "two"));
+    assert!(world.has("two") && !world.has("one"));
+    world.now += UNUSED;
+    assert!(world.remote.expire(&mut world.objects, world.now));
+    assert!(!world.has("two"));
+}
+
+#[tokio::test]
+async fn pod_whose_slice_says_another_address_is_read_again_once() {
+    let mut world = World::with(&["one"]);
+    let elsewhere = || Found::Pods(vec![pod_at("one", "10.0.1.9")]);
+    world.take(&wanted("one"), elsewhere());
+    let at = Some("10.0.1.1".parse().unwrap());
+    let again = Wanted::Pod {
+        namespace: "default".into(),
+        name: "one".into(),
+        uid: Some("uid-one".into()),
+        at,
+    };
+    let (asked, mut answer) = world.need("10.0.1.1");
+    assert_eq!(asked, std::slice::from_ref(&again));
+    world.remote.answer(2);
+    assert!(answer.try_recv().is_err(), "not before it was read");
+    // The slice is the older one.
+    assert!(world.take(&again, elsewhere()));
+    world.remote.answer(3);
+    assert_eq!(answer.try_recv(), Ok(3));
+    let absent = world.objects.absent().unwrap();
+    assert!(absent.contains("uid-one 10.0.1.1") && !absent.contains("uid-one"));
+    assert_eq!(world.prefetch(), []);
+    // The pod was.
+    world.now += ABSENT;
+    world.remote.used(&world.objects, &["uid-one".into()], &[], world.now);
+    assert!(world.remote.expire(&mut world.objects, world.now));
+    assert_eq!(world.prefetch(), std::slice::from_ref(&again));
+    assert!(world.take(&again, Found::Pods(vec![pod("one")])));
+    assert!(world.objects.absent().unwrap().is_empty() && world.has("one"));
+    world.now += REFRESH;
+    assert_eq!(world.prefetch(), [wanted("one")], "wherever it is");
+}
+
+#[tokio::test]
+async fn those_who_wait_for_the_same_are_one_and_who_gave_up_is_forgotten() {
+    let names: Vec<String> = (0..500).map(|n| n.to_string()).collect();
+    let mut world = World::with(&names.iter().map(String::as_str).collect::<Vec<_>>());
+    let (asked, mut first) = world.need("10.0.1.1");
+    assert_eq!(asked.len(), 500);
+    for _ in 0..10_000 {
+        assert_eq!(world.need("10.0.1.1").0, []);
+    }
+    let waiting = &world.remote.waiting[&"10.0.1.1".parse::<IpAddr>().unwrap()];
+    assert!(waiting.wanted.len() == 500 && waiting.done.len() < 10, "{}", waiting.done.len());
+    for wanted in asked {
+        world.remote.answer(world.generation);
+        assert!(first.try_recv().is_err());
+        world.take(&wanted, Found::None);
+    }
+    world.remote.answer(world.generation);
+    assert_eq!(first.try_recv(), Ok(world.generation));
+    assert!(world.remote.waiting.is_empty());
+}
+
+/// Only what a node says of itself counts.
+#[test]
+fn pod_whose_address_another_node_claims_is_read() {
+    let mut world = World::with(&["one"]);
+    let address = json!({"type": "Hostname", "address": "10.0.1.1"});
+    let node = json!({"metadata": {"name": "c"}, "status": {"addresses": [address]}});
+    world.objects.insert(Object::Node(Arc::new(serde_json::from_value(node).unwrap())));
+    assert_eq!(world.need("10.0.1.1").0, [wanted("one")]);
+}
+
+#[test]
+fn pod_of_this_node_is_not_taken_from_a_list() {
+    let mut world = World::with(&[]);
+    let ip = at("10.0.1.1");
+    let found = Found::Pods(vec![pod("one")]);
+    world.remote.take(&mut world.objects, "b", ip, found, world.now);
+    assert!(!world.has("one"));
+}

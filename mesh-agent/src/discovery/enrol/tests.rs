@@ -1,0 +1,165 @@
+//! Who takes part, and how.
+
+use super::*;
+use crate::discovery::Problem;
+use crate::discovery::kube::{Container, PodSpec, PodStatus};
+
+fn meta(annotations: &[(&str, &str)], labels: &[(&str, &str)]) -> ObjectMeta {
+    let map = |pairs: &[(&str, &str)]| {
+        Some(pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
+    };
+    ObjectMeta { annotations: map(annotations), labels: map(labels), ..Default::default() }
+}
+
+fn wishes(meta: &ObjectMeta) -> (Wishes, Vec<Problem>) {
+    let mut problems = Vec::new();
+    let wishes = Wishes::of_pod(meta, &mut Report::of("Pod default/web".into(), &mut problems));
+    (wishes, problems)
+}
+
+fn enrolment(pod: &Pod) -> Enrolment {
+    let (own, problems) = wishes(&pod.metadata);
+    assert_eq!(problems, []);
+    own.enrolment(&Wishes::default(), "default", pod)
+}
+
+fn enrolled_pod() -> Pod {
+    Pod { metadata: meta(&[(MESH, "enabled")], &[]), ..Default::default() }
+}
+
+#[test]
+fn pod_goes_before_namespace_and_annotation_before_label() {
+    let on = wishes(&meta(&[(MESH, "enabled")], &[])).0;
+    let off = wishes(&meta(&[(MESH, "disabled")], &[])).0;
+    let label = wishes(&meta(&[], &[(MESH, "enabled")])).0;
+    let both = wishes(&meta(&[(MESH, "disabled")], &[(MESH, "enabled")])).0;
+    let nothing = Wishes::default();
+    let pod = Pod::default();
+    let left = Enrolment::LeftAlone;
+    for (own, namespace, expected) in [
+        (&nothing, &nothing, left(left_alone::NOT_ENROLLED)),
+        (&nothing, &on, Enrolment::Enrolled),
+        (&nothing, &label, Enrolment::Enrolled),
+        (&label, &nothing, Enrolment::Enrolled),
+        (&off, &on, left(left_alone::DISABLED)),
+        (&on, &off, Enrolment::Enrolled),
+        (&both, &nothing, left(left_alone::DISABLED)),
+    ] {
+        assert_eq!(own.enrolment(namespace, "default", &pod), expected);
+    }
+}
+
+#[test]
+fn pod_that_cannot_be_carried_is_left_alone_with_the_reason() {
+    assert_eq!(enrolment(&enrolled_pod()), Enrolment::Enrolled);
+    let with = |change: &dyn Fn(&mut Pod)| {
+        let mut pod = enrolled_pod();
+        change(&mut pod);
+        enrolment(&pod)
+    };
+    let annotated = |key: &str, value: &str| {
+        with(&|pod| {
+            let map = pod.metadata.annotations.get_or_insert_default();
+            map.insert(key.into(), value.into());
+        })
+    };
+    let container = |name: &str| Container { name: name.into() };
+    let host = PodSpec { host_network: Some(true), ..Default::default() };
+    let linkerd =
+        PodSpec { init_containers: Some(vec![container("linkerd-proxy")]), ..Default::default() };
+    let phase = |phase: &str| PodStatus { phase: Some(phase.into()), ..Default::default() };
+    for (found, reason) in [
+        (with(&|pod| pod.spec = Some(host.clone())), left_alone::HOST_NETWORK),
+        (with(&|pod| pod.status = Some(phase("Succeeded"))), left_alone::COMPLETED),
+        (with(&|pod| pod.status = Some(phase("Failed"))), left_alone::COMPLETED),
+        (annotated("sidecar.istio.io/status", "{}"), left_alone::ISTIO_SIDECAR),
+        (annotated("ambient.istio.io/redirection", "enabled"), left_alone::ISTIO_AMBIENT),
+        (annotated("linkerd.io/proxy-version", "2.20"), left_alone::LINKERD),
+        (annotated("kubernetes.io/config.mirror", "1f2e"), left_alone::STATIC),
+        (with(&|pod| pod.spec = Some(linkerd.clone())), left_alone::LINKERD),
+    ] {
+        assert_eq!(found, Enrolment::LeftAlone(reason));
+    }
+    assert_eq!(with(&|pod| pod.status = Some(phase("Running"))), Enrolment::Enrolled);
+    let (own, _) = wishes(&enrolled_pod().metadata);
+    let system = own.enrolment(&Wishes::default(), "kube-system", &enrolled_pod());
+    assert_eq!(system, Enrolment::LeftAlone(left_alone::SYSTEM));
+}
+
+#[test]
+fn pod_that_istio_is_to_capture_is_left_alone_before_it_has() {
+    let labelled = |value: &str| wishes(&meta(&[(MESH, "enabled")], &[(AMBIENT, value)])).0;
+    let (ambient, none) = (labelled("ambient"), labelled("none"));
+    let (nothing, _) = wishes(&meta(&[], &[]));
+    let left = Enrolment::LeftAlone(left_alone::ISTIO_AMBIENT);
+    for (own, namespace, expected) in [
+        (&ambient, &nothing, left.clone()),
+        (&nothing, &ambient, left),
+        (&none, &ambient, Enrolment::Enrolled),
+        (&none, &nothing, Enrolment::Enrolled),
+    ] {
+        assert_eq!(own.enrolment(namespace, "default", &Pod::default()), expected);
+    }
+}
+
+#[test]
+fn settings_of_the_pod_go_before_those_of_the_namespace() {
+    let namespace = meta(
+        &[
+            (MODE, "strict"),
+            (SKIP_OUTBOUND_PORTS, "25"),
+            (FAIL_OPEN, "true"),
+            (OUTBOUND, "all"),
+            (UNKNOWN_PODS, "deny"),
+        ],
+        &[],
+    );
+    let pod = meta(&[(MODE, "permissive"), (SKIP_OUTBOUND_CIDRS, "10.0.0.0/8, fd00::/8")], &[]);
+    let allowed = wishes(&meta(&[(UNKNOWN_PODS, "allow")], &[])).0;
+    let (namespace, none) = wishes(&namespace);
+    assert_eq!(none, []);
+    let settings = wishes(&pod).0.settings(&namespace);
+    assert_eq!(settings.mode, Mode::Permissive);
+    assert_eq!(settings.outbound, Outbound::All);
+    assert_eq!(settings.unknown_pods, UnknownPods::Deny);
+    assert_eq!(allowed.settings(&namespace).unknown_pods, UnknownPods::Allow);
+    assert!(settings.fail_open && settings.preserve_client_address);
+    assert!(settings.skip_outbound_ports.contains(25));
+    assert_eq!(settings.skip_outbound_cidrs.len(), 2);
+    assert_eq!(Wishes::default().settings(&Wishes::default()), Settings::default());
+}
+
+#[test]
+fn value_that_is_not_understood_is_reported_and_counts_as_not_given() {
+    let strict = wishes(&meta(&[(MODE, "strict")], &[])).0;
+    let wrong = [
+        (MESH, "yes"),
+        (MODE, "STRICT"),
+        (OUTBOUND, ""),
+        (SKIP_INBOUND_PORTS, "0"),
+        (SKIP_OUTBOUND_PORTS, "90000"),
+        (SKIP_OUTBOUND_CIDRS, "10.0.0.0/8,x"),
+        (FAIL_OPEN, "1"),
+        (PRESERVE_CLIENT_ADDRESS, "no"),
+        (UNKNOWN_PODS, "refuse"),
+    ];
+    let (own, problems) = wishes(&meta(&wrong, &[]));
+    assert_eq!(own, Wishes::default());
+    assert_eq!(own.settings(&strict).mode, Mode::Strict);
+    let mut fields: Vec<_> = problems.iter().map(|problem| problem.field.clone()).collect();
+    let mut expected: Vec<_> = wrong.iter().map(|(key, _)| annotation(key)).collect();
+    fields.sort();
+    expected.sort();
+    assert_eq!(fields, expected);
+    let (_, problems) = wishes(&meta(&[], &[(MESH, "on")]));
+    assert_eq!(problems[0].field, "metadata.labels[\"malla.dev/mesh\"]");
+}
+
+#[test]
+fn misspelt_setting_is_reported() {
+    let (_, problems) = wishes(&meta(&[("malla.dev/mod", "strict")], &[]));
+    assert_eq!(problems.len(), 1);
+    assert!(problems[0].remedy.contains(MODE), "{}", problems[0]);
+    let fine = [("malla.dev/redirection", "enabled"), (NETNS, "/run/netns/a"), ("other/key", "x")];
+    assert_eq!(wishes(&meta(&fine, &[])).1, []);
+}
