@@ -23,7 +23,7 @@ use mesh_core::spiffe::TrustDomain;
 
 pub use self::authority::{Ca, CaRun};
 use self::output::Format;
-pub use self::problems::FlagProblem;
+pub use self::problems::{FlagProblem, cgroup2};
 use crate::discovery::owner::DaemonSetName;
 use crate::identity::ca::BUNDLE;
 use crate::identity::kubernetes::SIGNER;
@@ -216,7 +216,8 @@ pub struct Run {
     #[arg(long, env = "MESH_TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local")]
     pub trust_domain: TrustDomain,
 
-    /// cgroup v2 directory whose processes are captured; enrolment narrows it to pods.
+    /// cgroup v2 directory whose processes are captured; enrolment narrows it to pods. Where v1 is
+    /// mounted, `unified` in it.
     #[arg(long, env = "MESH_CGROUP", value_name = "DIR", default_value = DEFAULT_CGROUP)]
     pub cgroup: PathBuf,
 
@@ -404,7 +405,7 @@ pub struct Ask {
 /// `mesh-agent check`.
 #[derive(Clone, Debug, Args)]
 pub struct Check {
-    /// cgroup v2 directory that `run` would attach to.
+    /// cgroup v2 directory that `run` would attach to. Where v1 is mounted, `unified` in it.
     #[arg(long, env = "MESH_CGROUP", value_name = "DIR", default_value = DEFAULT_CGROUP)]
     pub cgroup: PathBuf,
 

@@ -10,7 +10,7 @@ use mesh_agent::capture::{Capture, Detached};
 use mesh_agent::cli::ask::{Answered, AskError};
 use mesh_agent::cli::check::{Category, Report};
 use mesh_agent::cli::output::{self, Format};
-use mesh_agent::cli::{Ca, Check, Cli, Command, Question, Run, ask, parts};
+use mesh_agent::cli::{Ca, Check, Cli, Command, Question, Run, ask, cgroup2, parts};
 use tokio::runtime::{Builder, Runtime};
 
 /// A problem was found.
@@ -82,7 +82,8 @@ fn tell_detached(report: &Detached, out: &mut dyn Write) -> io::Result<()> {
 }
 
 /// Starts the agent, unless a flag cannot work.
-fn start(run: Run) -> anyhow::Result<ExitCode> {
+fn start(mut run: Run) -> anyhow::Result<ExitCode> {
+    run.cgroup = cgroup2(&run.cgroup);
     let problems = run.problems();
     if problems.is_empty() {
         agent::run(run)?;
@@ -95,7 +96,7 @@ fn start(run: Run) -> anyhow::Result<ExitCode> {
 }
 
 fn report(check: &Check, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
-    let checks = parts::kernel_features(&check.cgroup, &check.bpffs);
+    let checks = parts::kernel_features(&cgroup2(&check.cgroup), &check.bpffs);
     let mut categories = vec![Category { category_name: "kernel", checks }];
     if check.redirect_peer.is_on() {
         let (manifests, kubeconfig) = (check.manifests.as_deref(), check.kubeconfig.as_deref());

@@ -117,6 +117,7 @@ fn every_flag_that_the_documents_name_exists() {
             "--json",
             "--only",
             "--sides",
+            "--dial",
         ];
         let others =
             ["--file", "--kubeconfig", "--load-image", "--long", "--nodes", "--out", "--program"];

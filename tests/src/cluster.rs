@@ -80,6 +80,13 @@ impl Cluster {
         Ok(this)
     }
 
+    /// A namespace that is about to be made, and goes with this value.
+    pub(crate) fn named(namespace: &str) -> Result<Self> {
+        Guard::over_this_process()?;
+        let kubeconfig = env::var_os("MALLA_KUBECONFIG").context("no cluster")?.into();
+        Ok(Self { kubeconfig, namespace: namespace.to_owned(), is_ours: true })
+    }
+
     /// The name of the namespace.
     pub fn name(&self) -> &str {
         &self.namespace

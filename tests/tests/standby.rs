@@ -64,6 +64,30 @@ fn stands_by(carrier: Carrier) -> Result<()> {
     exchange(&mut mesh.pod("a1").connect(to)?, b"the new one goes on")
 }
 
+/// As with a version that this kernel does not take: whoever rolls it out must not lose the agent that works.
+#[test]
+fn agent_that_could_not_load_its_programs_is_never_ready_to_replace_one() -> Result<()> {
+    harness::require!("setpriv");
+    let mut mesh = Mesh::two_nodes_builder().flag("--standby=on").start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.service("b").v4(80);
+    let rights = "--bounding-set=-bpf,-perfmon,-sys_admin";
+    mesh.agent_mut("a").start_through(&["setpriv", rights, "--"]);
+    let mut old = mesh.agent_mut("a").start_beside()?;
+    wait::until(wait::SOON, "the new one to give up", || {
+        mesh.agent("a").log().contains("this agent cannot replace the one that runs here")
+    })?;
+    ensure!(!mesh.agent("a").log().contains("waiting for it to drain"));
+    ensure!(old.runs()?);
+    exchange(&mut mesh.pod("a1").connect(to)?, b"the old one carries")?;
+    // The next one can.
+    mesh.agent_mut("a").start_through(&[]);
+    drop(old);
+    mesh.agent_mut("a").kill()?;
+    mesh.agent_mut("a").restart()?;
+    exchange(&mut mesh.pod("a1").connect(to)?, b"another one carries")
+}
+
 #[test]
 fn no_connection_is_refused_while_one_agent_follows_the_other() -> Result<()> {
     harness::require!();

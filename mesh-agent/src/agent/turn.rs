@@ -1,12 +1,14 @@
 //! Whose turn it is: of two agents of a node, one attaches and serves.
 //!
 //! A DaemonSet that surges starts the new agent beside the old one, and ends the old one when the new
-//! one is ready. So the new one is: it has read its flags, and waits for the old one to be told to end.
+//! one is ready. So the new one is: it has read its flags, has tried to load its programs, and waits for
+//! the old one to be told to end.
 //! From then on the old one touches neither the programs nor their maps. It goes on accepting what they
 //! still send to it until the new one carries, so that nothing is refused in between; then it drains.
 
 use std::fs::{self, File, TryLockError};
-use std::os::unix::fs::DirBuilderExt as _;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +19,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use crate::cli::Run;
-use crate::{admin, net, telemetry};
+use crate::{admin, capture, net, telemetry};
 
 /// Between looks at the lock: after an agent that dies, what is captured meanwhile is refused, so this is
 /// short.
@@ -42,23 +44,27 @@ impl Turn {
             let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
             made.with_context(|| format!("create {}", dir.display()))?;
         }
-        let lock = File::create(&path).with_context(|| format!("create {}", path.display()))?;
-        if try_lock(&lock)? {
+        if let Some(lock) = take(&path)? {
             return Ok(Self { lock });
         }
+        // The old one ends when this one is ready, so what would fail then fails now.
+        let rehearsed = capture::rehearse(options.redirect_peer.is_on());
+        rehearsed.context("this agent cannot replace the one that runs here")?;
         info!(lock = %path.display(), "another agent runs here: waiting for it to drain");
         let probes = net::listen_shared(super::listeners::usable(options.ready_addr));
         let probes = TcpListener::from_std(probes.context("--ready-addr")?)?;
         let waiting = async {
-            while !try_lock(&lock)? {
+            loop {
+                if let Some(lock) = take(&path)? {
+                    return anyhow::Ok(lock);
+                }
                 sleep(LOOK).await;
             }
-            anyhow::Ok(())
         };
-        tokio::select! {
-            locked = waiting => locked?,
+        let lock = tokio::select! {
+            lock = waiting => lock?,
             never = telemetry::serve_probes(probes, Arc::new(|| Ok(()))) => match never {},
-        }
+        };
         info!("it is this agent's turn");
         Ok(Self { lock })
     }
@@ -99,10 +105,46 @@ pub(super) fn lock_path(admin_socket: &Path) -> PathBuf {
     admin_socket.with_extension("lock")
 }
 
+/// The lock, if nobody has it.
+fn take(path: &Path) -> Result<Option<File>> {
+    let lock = File::create(path).with_context(|| format!("create {}", path.display()))?;
+    if !try_lock(&lock)? {
+        return Ok(None);
+    }
+    // An agent that leaves nothing behind, or `detach`, removes the file: a lock on one that is not there any
+    // more keeps nobody out.
+    let inode = |found: io::Result<fs::Metadata>| found.ok().map(|found| found.ino());
+    let is_there = inode(fs::metadata(path)) == inode(lock.metadata());
+    Ok(is_there.then_some(lock))
+}
+
 fn try_lock(lock: &File) -> Result<bool> {
     match lock.try_lock() {
         Ok(()) => Ok(true),
         Err(TryLockError::WouldBlock) => Ok(false),
         Err(TryLockError::Error(error)) => Err(error).context("lock"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dirwatch::testing::TempDir;
+
+    #[test]
+    fn lock_is_one_agents_also_when_its_file_was_removed() {
+        let dir = TempDir::new();
+        let path = dir.path().join("admin.lock");
+        let old = take(&path).unwrap().unwrap();
+        assert!(take(&path).unwrap().is_none());
+        // Of somebody who waits since before the file was removed.
+        let stale = File::create(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let new = take(&path).unwrap().unwrap();
+        drop(old);
+        assert!(try_lock(&stale).unwrap(), "the lock of a file that is gone");
+        assert!(take(&path).unwrap().is_none(), "the file's is another one's");
+        drop(new);
+        assert!(take(&path).unwrap().is_some());
     }
 }

@@ -16,6 +16,7 @@ use aya::programs::{CgroupSockAddr, ProgramError, ProgramFd, SkLookup, SockOps};
 use super::CaptureError;
 use super::lock;
 use super::pins::{Pins, failed, lookup_name, lookups, open_link, remove_layout};
+use super::redirect::Redirect;
 use super::sys::{self, AttachType, Target};
 
 /// A program that hangs on the cgroup.
@@ -35,6 +36,37 @@ const HOOKS: [Hook; 5] = [
     Hook { program: "mesh_connect6", what: "connect6", attach_type: AttachType::Connect6 },
 ];
 
+/// Loads what [`Capture::start`](super::Capture::start) would, and lets go of it: whether this kernel, and
+/// what this process may do, allow it. Nothing is attached or pinned.
+///
+/// # Errors
+///
+/// They do not.
+pub fn rehearse(redirect_peer: bool) -> Result<(), CaptureError> {
+    let mut ebpf = super::loader()
+        .load(super::OBJECT)
+        .map_err(|error| CaptureError::Load { what: "the maps", source: error.into() })?;
+    load_all(&mut ebpf)?;
+    if redirect_peer {
+        Redirect::take(&mut ebpf)?;
+    }
+    Ok(())
+}
+
+/// The hooks' programs in their order, and that of `sk_lookup`.
+fn load_all(ebpf: &mut Ebpf) -> Result<(Vec<OwnedFd>, OwnedFd), CaptureError> {
+    let mut hooks = Vec::new();
+    for hook in &HOOKS {
+        let fd = if hook.attach_type == AttachType::SockOps {
+            load(ebpf, hook.program, SockOps::load, SockOps::fd)?
+        } else {
+            load(ebpf, hook.program, CgroupSockAddr::load, CgroupSockAddr::fd)?
+        };
+        hooks.push(fd);
+    }
+    Ok((hooks, load(ebpf, "mesh_lookup", SkLookup::load, SkLookup::fd)?))
+}
+
 /// The loaded programs, and where older agents left links.
 #[derive(Debug)]
 pub(super) struct Programs {
@@ -53,16 +85,7 @@ impl Programs {
         cgroup_id: u64,
         older: Vec<PathBuf>,
     ) -> Result<Self, CaptureError> {
-        let mut hooks = Vec::new();
-        for hook in &HOOKS {
-            let fd = if hook.attach_type == AttachType::SockOps {
-                load(ebpf, hook.program, SockOps::load, SockOps::fd)?
-            } else {
-                load(ebpf, hook.program, CgroupSockAddr::load, CgroupSockAddr::fd)?
-            };
-            hooks.push(fd);
-        }
-        let lookup = load(ebpf, "mesh_lookup", SkLookup::load, SkLookup::fd)?;
+        let (hooks, lookup) = load_all(ebpf)?;
         Ok(Self { hooks, lookup, cgroup, cgroup_id, older: Mutex::new(older) })
     }
 

@@ -57,6 +57,7 @@ use mesh_core::networks::Block;
 use mesh_core::settings::Settings;
 use serde::Serialize;
 
+pub use attach::rehearse;
 pub use direct::{VerdictEntry, Written};
 pub use error::CaptureError;
 pub use events::{DirectFacts, DirectRecord, Ended, KernelEvents};

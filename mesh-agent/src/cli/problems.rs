@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Run;
@@ -103,6 +104,14 @@ impl Run {
     }
 }
 
+/// The cgroup v2 directory that `dir` means: itself or, where v1 is mounted there, `unified` in it, as
+/// systemd has both (its "hybrid" hierarchy).
+pub fn cgroup2(dir: &Path) -> PathBuf {
+    let unified = dir.join("unified");
+    let is_v2 = |dir: &Path| dir.join("cgroup.controllers").exists();
+    if !is_v2(dir) && is_v2(&unified) { unified } else { dir.to_owned() }
+}
+
 const MAX_WORKERS: usize = 1024;
 /// Longer than it takes to wake a core, looking for work saves nothing.
 const MAX_POLL: Duration = Duration::from_millis(1);
@@ -125,6 +134,7 @@ mod tests {
 
     use super::*;
     use crate::cli::{Cli, Command};
+    use crate::dirwatch::testing::TempDir;
 
     fn run(line: &str) -> Box<Run> {
         match Cli::try_parse_from(line.split_whitespace()).unwrap().command {
@@ -154,6 +164,18 @@ mod tests {
         ];
         assert_eq!(flags, expected);
         assert!(run.problems().iter().all(|problem| !problem.remedy.is_empty()));
+    }
+
+    #[test]
+    fn cgroup_v2_is_found_beside_v1() {
+        let dir = TempDir::new();
+        let unified = dir.path().join("unified");
+        assert_eq!(cgroup2(dir.path()), dir.path());
+        fs::create_dir(&unified).unwrap();
+        fs::write(unified.join("cgroup.controllers"), "").unwrap();
+        assert_eq!(cgroup2(dir.path()), unified);
+        fs::write(dir.path().join("cgroup.controllers"), "").unwrap();
+        assert_eq!(cgroup2(dir.path()), dir.path());
     }
 
     #[test]

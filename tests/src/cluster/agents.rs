@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::env;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -29,16 +28,22 @@ pub struct Agents {
 }
 
 impl Agents {
+    /// What users apply, with no other change than the image's name.
+    pub(super) fn ship() -> Result<Self> {
+        let mut deployment = Deployment::shipped()?;
+        name_image(&mut deployment)?;
+        let spec = deployment.object("DaemonSet")["spec"]["template"]["spec"].clone();
+        deployment.apply(&[])?;
+        let mut this = Self { deployment, spec, pods: BTreeMap::new() };
+        this.find()?;
+        this.find_authority()?;
+        Ok(this)
+    }
+
     pub(super) fn deploy(changed: &[(&str, &str)], roots: Option<&str>) -> Result<Self> {
-        let image = load()?;
         let mut deployment = Deployment::read(None)?;
-        for kind in ["DaemonSet", "Deployment"] {
-            let containers = &mut deployment.object(kind)["spec"]["template"]["spec"]["containers"];
-            containers[0]["image"] = json!(image);
-        }
-        let cgroup = cgroup(deployment.system())?;
+        name_image(&mut deployment)?;
         let settings = &mut deployment.object("ConfigMap")["data"];
-        settings["MESH_CGROUP"] = json!(cgroup);
         settings["MESH_ACCESS_LOG"] = json!("json");
         settings["MESH_DRAIN_S"] = json!("2");
         settings["MESH_LOG"] = json!("info,mesh_agent=debug");
@@ -62,7 +67,19 @@ impl Agents {
         deployment.apply(without)?;
         let mut this = Self { deployment, spec, pods: BTreeMap::new() };
         this.find()?;
+        if roots.is_none() {
+            this.find_authority()?;
+        }
         Ok(this)
+    }
+
+    /// Waits until both replicas of the CA are ready: one leads, the other one would.
+    fn find_authority(&self) -> Result<()> {
+        let limit = format!("--timeout={}s", READY.as_secs());
+        self.system().kubectl(&["rollout", "status", "deployment/malla-ca", &limit])?;
+        let status = self.system().get(&["deployment", "malla-ca"])?["status"].clone();
+        ensure!(status["readyReplicas"] == 2, "two replicas: {status}");
+        Ok(())
     }
 
     /// The namespace of agents and CA.
@@ -90,7 +107,10 @@ impl Agents {
             let text = |value: &Value| value.as_str().map(str::to_owned).context("no name");
             found.insert(text(&pod["spec"]["nodeName"])?, text(&pod["metadata"]["name"])?);
         }
-        ensure!(found.len() == system.nodes()?.len(), "an agent on every node: {found:?}");
+        // Also on those that take no other pods.
+        let nodes = system.get(&["nodes"])?;
+        let nodes = nodes["items"].as_array().map_or(0, Vec::len);
+        ensure!(found.len() == nodes, "an agent on every node, of {nodes}: {found:?}");
         self.pods = found;
         Ok(())
     }
@@ -266,40 +286,17 @@ impl Drop for Agents {
     }
 }
 
-/// The nodes' cgroup2 as the agent's pod sees it, which may be beside version 1. Asked for by a pod that
-/// runs in `place` and sees what an agent does.
-fn cgroup(place: &Cluster) -> Result<&'static str> {
-    static FOUND: Mutex<Option<&str>> = Mutex::new(None);
-    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(path) = *found {
-        return Ok(path);
+/// Loads the agent's image, as `cargo xtask image` makes it, into every node, and returns its name.
+/// Loads the image that is to be tested, and has it run.
+fn name_image(deployment: &mut Deployment) -> Result<()> {
+    let image = load()?;
+    for kind in ["DaemonSet", "Deployment"] {
+        let containers = &mut deployment.object(kind)["spec"]["template"]["spec"]["containers"];
+        containers[0]["image"] = json!(image);
     }
-    let node = place.nodes()?.into_iter().next().context("no node")?;
-    let look = "test -e /host/cgroup/unified/cgroup.controllers && echo both || echo one";
-    place.start(
-        "cgroup",
-        &node,
-        json!({
-            "restartPolicy": "Never",
-            "containers": [{
-                "image": Cluster::load("busybox")?,
-                "command": ["sh", "-c", look],
-                "volumeMounts": [{"name": "cgroup", "mountPath": "/host/cgroup"}],
-            }],
-            "volumes": [{"name": "cgroup", "hostPath": {"path": "/sys/fs/cgroup"}}],
-        }),
-    )?;
-    let limit = format!("--timeout={}s", READY.as_secs());
-    let phase = "--for=jsonpath={.status.phase}=Succeeded";
-    place.kubectl(&["wait", phase, &limit, "pod", "cgroup"])?;
-    let is_hybrid = place.kubectl(&["logs", "cgroup"])?.trim() == "both";
-    place.kubectl(&["delete", "pod", "cgroup", "--wait=false"])?;
-    let path = if is_hybrid { "/host/cgroup/unified" } else { "/host/cgroup" };
-    *found = Some(path);
-    Ok(path)
+    Ok(())
 }
 
-/// Loads the agent's image, as `cargo xtask image` makes it, into every node, and returns its name.
 fn load() -> Result<String> {
     let archive = env::var_os("MALLA_IMAGE").context("cargo xtask e2e makes the agent's image")?;
     load_archive(&archive)?;

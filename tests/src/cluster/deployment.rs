@@ -37,12 +37,28 @@ impl Deployment {
     /// Fails if the file is no manifest.
     pub fn read(signer: Option<&str>) -> Result<Self> {
         let system = Cluster::namespace()?;
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/daemonset.yaml");
-        let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
-        let text = text.replace(NAMESPACE, system.name()).replace(SIGNER, signer.unwrap_or(SIGNER));
+        let text = text()?.replace(NAMESPACE, system.name());
+        let text = text.replace(SIGNER, signer.unwrap_or(SIGNER));
+        let mut this = Self::parse(system, &text)?;
+        for object in &mut this.objects {
+            rename(object, this.system.name());
+        }
+        Ok(this)
+    }
+
+    /// Reads the file, to apply it as it is.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file is no manifest.
+    pub fn shipped() -> Result<Self> {
+        Self::parse(Cluster::named(NAMESPACE)?, &text()?)
+    }
+
+    fn parse(system: Cluster, text: &str) -> Result<Self> {
         let mut create = system.command();
         create.args(["create", "--dry-run=client", "--output=json", "--filename=-"]);
-        let printed = fed(&mut create, &text)?;
+        let printed = fed(&mut create, text)?;
         let mut objects = Vec::new();
         for object in Deserializer::from_slice(&printed).into_iter::<Value>() {
             let object = object.context("read what kubectl printed")?;
@@ -50,9 +66,6 @@ impl Deployment {
                 Some(items) => objects.extend(items.iter().cloned()),
                 None => objects.push(object),
             }
-        }
-        for object in &mut objects {
-            rename(object, system.name());
         }
         Ok(Self { system, objects })
     }
@@ -90,7 +103,7 @@ impl Deployment {
     pub fn delete(&self) -> Result<()> {
         let list = json!({"apiVersion": "v1", "kind": "List", "items": self.objects});
         let mut delete = self.system.command();
-        delete.args(["delete", "--filename", "-", "--timeout=60s"]);
+        delete.args(["delete", "--filename", "-", "--timeout=120s"]);
         fed(&mut delete, &list.to_string()).map(drop)
     }
 }
@@ -105,6 +118,11 @@ impl Drop for Deployment {
             }
         }
     }
+}
+
+fn text() -> Result<String> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/daemonset.yaml");
+    fs::read_to_string(&file).with_context(|| file.display().to_string())
 }
 
 fn rename(object: &mut Value, namespace: &str) {

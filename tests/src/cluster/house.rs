@@ -191,6 +191,21 @@ impl Agents {
     }
 }
 
+impl Agents {
+    /// New ones, of `deploy/` as it is but for the image's name. When no other test has any, nor waits for
+    /// those that are there.
+    ///
+    /// # Errors
+    ///
+    /// Fails, with their logs, if they do not become ready.
+    pub fn shipped() -> Result<OwnAgents> {
+        let (mut own, kept) = OwnAgents::take(HOUSE.wait(Rooms::is_free_of_keepers));
+        drop(kept);
+        own.agents = Some(Self::ship()?);
+        Ok(own)
+    }
+}
+
 impl OwnAgents {
     fn take(mut rooms: MutexGuard<'_, Rooms>) -> (Self, Option<Agents>) {
         rooms.is_taken = true;

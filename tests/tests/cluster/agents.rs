@@ -167,7 +167,21 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
     cluster.start("alone", &nodes[0], json!({"containers": sleep("3600")}))?;
     cluster.kubectl(&["annotate", "pod", "alone", "malla.dev/mesh=disabled"])?;
     cluster.start("member", &nodes[0], json!({"containers": sleep("3600")}))?;
+    // Of another mesh, by what its injector, its agent or a user writes.
+    for (pod, verb, word) in [
+        ("istio", "annotate", "sidecar.istio.io/status={}"),
+        ("ambient", "annotate", "ambient.istio.io/redirection=enabled"),
+        ("to-be-ambient", "label", "istio.io/dataplane-mode=ambient"),
+        ("linkerd", "annotate", "linkerd.io/proxy-version=edge"),
+    ] {
+        cluster.start(pod, &nodes[0], json!({"containers": sleep("3600")}))?;
+        cluster.kubectl(&[verb, "pod", pod, word])?;
+    }
     for (pod, reason) in [
+        ("istio", "has an Istio sidecar"),
+        ("ambient", "in Istio's ambient mesh"),
+        ("to-be-ambient", "in Istio's ambient mesh"),
+        ("linkerd", "has a Linkerd proxy"),
         ("on-host", "shares the node's network"),
         ("ends", "completed"),
         ("alone", "disabled"),
@@ -185,9 +199,12 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
             format!("{pod} is not `{reason}`: {found:?}\n{}", agents.log(&nodes[0]))
         })?;
     }
-    for (pod, says) in
-        [("on-host", "refused: shares the node's network"), ("alone", ""), ("member", "enabled")]
-    {
+    for (pod, says) in [
+        ("on-host", "refused: shares the node's network"),
+        ("alone", ""),
+        ("member", "enabled"),
+        ("linkerd", "refused: has a Linkerd proxy"),
+    ] {
         let said = || {
             let found = cluster.get(&["pod", pod]).unwrap_or_default();
             let found = &found["metadata"]["annotations"]["malla.dev/redirection"];

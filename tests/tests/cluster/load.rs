@@ -1,7 +1,6 @@
 //! Requests beside what a test does, each by a new connection.
 
 use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, Result};
@@ -9,11 +8,13 @@ use harness::Cluster;
 
 use crate::hosts;
 
-/// Connections of one `curl`: starting it in a pod takes longer than they do.
+/// Connections of one `curl`, which the loop in the pod starts anew until it is told to end.
 const AT_ONCE: usize = 50;
+const END: &str = "/tmp/end";
 
-/// Asks `service` over and over from the pod `from` while `work` runs, and returns how often. By its addresses
-/// in turns: by its name `curl` would go to the one when the other does not answer.
+/// Asks `service` over and over from the pod `from` while `work` runs, and returns how often: from inside of the
+/// pod, so that there is no moment without. By its addresses in turns: by its name `curl` would go to the one
+/// when the other does not answer.
 ///
 /// # Errors
 ///
@@ -25,36 +26,27 @@ pub(crate) fn under_load(
     work: impl FnOnce() -> Result<()>,
 ) -> Result<usize> {
     let hosts = hosts(cluster, service)?;
-    let end = AtomicBool::new(false);
+    let urls = hosts.iter().cycle().take(AT_ONCE).map(|host| format!("'http://{host}/'"));
+    let urls: Vec<_> = urls.collect();
+    let ask = format!(
+        "curl --silent --show-error --fail --fail-early --max-time 5 --header 'Connection: close' {}",
+        urls.join(" ")
+    );
+    let script = format!(
+        "rm -f {END}; n=0
+         while [ ! -e {END} ]; do
+             {ask} >/dev/null || {{ echo \"after $n connections\" >&2; exit 1; }}
+             n=$((n + {AT_ONCE}))
+         done
+         echo $n"
+    );
     thread::scope(|scope| {
-        let asking = scope.spawn(|| keep_asking(cluster, from, &hosts, &end));
+        let asking = scope.spawn(|| cluster.exec(from, &["sh", "-c", &script]));
         let worked = work();
-        end.store(true, Ordering::Release);
+        let ended = cluster.exec(from, &["touch", END]);
         let asked = asking.join().unwrap_or_else(|panic| resume_unwind(panic));
         worked?;
-        asked
+        ended?;
+        asked?.trim().parse().context("read how often was asked")
     })
-}
-
-fn keep_asking(cluster: &Cluster, from: &str, hosts: &[String], end: &AtomicBool) -> Result<usize> {
-    let urls: Vec<_> =
-        hosts.iter().cycle().take(AT_ONCE).map(|host| format!("http://{host}/")).collect();
-    let mut ask = vec![
-        "curl",
-        "--silent",
-        "--show-error",
-        "--fail",
-        "--fail-early",
-        "--max-time",
-        "5",
-        "--header",
-        "Connection: close",
-    ];
-    ask.extend(urls.iter().map(String::as_str));
-    let mut asked = 0;
-    while !end.load(Ordering::Acquire) {
-        cluster.exec(from, &ask).with_context(|| format!("after {asked} connections"))?;
-        asked += AT_ONCE;
-    }
-    Ok(asked)
 }

@@ -31,7 +31,7 @@ use harness::Interrupt;
 use machine::Machine;
 use results::{Place, Results, Side};
 use run::{Group, Plan, Round, start_server};
-use world::World;
+use world::{Dial, World};
 
 /// Measures plain TCP and the mesh between the same pods, of two nodes and of one.
 #[derive(Debug, Parser)]
@@ -56,6 +56,10 @@ struct Cli {
         default_values = ["plain", "hops", "lane", "quic", "near", "direct", "redirect"]
     )]
     sides: Vec<Side>,
+
+    /// What clients on the same node dial.
+    #[arg(long, value_enum, default_value_t = Dial::Service)]
+    dial: Dial,
 
     /// What to measure.
     #[arg(
@@ -140,7 +144,7 @@ fn bench(cli: &Cli) -> Result<()> {
         if sides.is_empty() {
             continue;
         }
-        let mut world = World::new(place, &sides)?;
+        let mut world = World::new(place, cli.dial, &sides)?;
         let measured =
             measure(&mut world, &sides, rounds, (plan, &cli.only), &interrupt, &mut results);
         // Ctrl-C on a terminal has ended the clients too, and their error is not the reason.
@@ -156,7 +160,7 @@ fn bench(cli: &Cli) -> Result<()> {
         plan.connect_seconds,
         plan.idle,
         world::SETTINGS,
-        if has_same_node { world::DIALLED } else { "" },
+        if has_same_node { cli.dial.told() } else { "" },
     );
     writeln!(stdout(), "{table}\n{conditions}").context("write the table")?;
     if let Some(path) = &cli.json {

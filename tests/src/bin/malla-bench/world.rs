@@ -7,6 +7,7 @@ use std::process::{self, Child, Command};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
 use harness::{Agent, Mesh, Pod, PodSpec, ServiceSpec, wait};
 
 use crate::direct::{Ways, warm_up};
@@ -20,11 +21,33 @@ use crate::stages::Taken;
 pub(crate) const SETTINGS: &str = "In both pods net.ipv4.tcp_tw_reuse=1 and \
      net.ipv4.ip_local_port_range=10240 65535, so that a client's own TIME_WAIT ports are not what \
      is measured";
-/// What the same node's clients dial, for readers of its table.
-pub(crate) const DIALLED: &str = " On the same node clients dial the service's ClusterIP on both \
-     sides, and nftables translates it, as kube-proxy does, where the mesh does not: a rule for \
-     each port of this one service behind a map of 1,000 others, and connections tracked on both sides. \
-     Each side has a third of the client's ports.";
+/// What clients on the same node dial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dial {
+    /// The service's ClusterIP, which nftables translates where the mesh does not.
+    Service,
+    /// The server's pod: the same path with and without the mesh, and no rule of nftables anywhere.
+    Pod,
+}
+
+impl Dial {
+    /// The same, for readers of the table.
+    pub(crate) fn told(self) -> &'static str {
+        match self {
+            Self::Service => {
+                " On the same node clients dial the service's ClusterIP on all sides, and nftables \
+                 translates it, as kube-proxy does, where the mesh does not: a rule for each port of \
+                 this one service behind a map of 1,000 others, and connections tracked on all sides. \
+                 Each side has a third of the client's ports."
+            }
+            Self::Pod => {
+                " On the same node clients dial the server's pod on all sides, and nothing is \
+                 translated or tracked. Each side has a third of the client's ports."
+            }
+        }
+    }
+}
+
 /// The same as files; the server's ports lie outside of the range.
 const SYSCTLS: [(&str, &str); 2] =
     [("net/ipv4/tcp_tw_reuse", "1"), ("net/ipv4/ip_local_port_range", "10240 65535")];
@@ -46,6 +69,7 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 pub(crate) struct World {
     mesh: Mesh,
     place: Place,
+    dial: Dial,
     /// Whether there are any, running or not.
     agents: bool,
     /// Only on the side that is named after them.
@@ -58,7 +82,7 @@ impl World {
     /// # Errors
     ///
     /// Fails without the privilege, or when an agent does not become ready.
-    pub(crate) fn new(place: Place, sides: &[Side]) -> Result<Self> {
+    pub(crate) fn new(place: Place, dial: Dial, sides: &[Side]) -> Result<Self> {
         let nodes = nodes(place);
         let builder = nodes.iter().fold(Mesh::builder(), |builder, node| builder.node(node));
         let builder = builder
@@ -77,13 +101,14 @@ impl World {
                 let service = ServiceSpec::new(SERVER).pods(&[SERVER]);
                 let service =
                     PORTS.iter().fold(service, |service, port| service.port(*port, *port));
-                builder.service(service).translated_services()
+                let builder = builder.service(service);
+                if dial == Dial::Service { builder.translated_services() } else { builder }
             }
         };
         // Without a mesh to measure, no agent has to be built.
         let agents = sides.iter().any(|side| side.is_mesh());
         let mesh = if agents { builder } else { builder.plain() }.start()?;
-        if place == Place::SameNode {
+        if place == Place::SameNode && dial == Dial::Service {
             other_services(&mesh)?;
         }
         for pod in mesh.pods() {
@@ -94,7 +119,7 @@ impl World {
                 })
             })?;
         }
-        Ok(Self { mesh, place, agents, hops: Vec::new() })
+        Ok(Self { mesh, place, dial, agents, hops: Vec::new() })
     }
 
     /// Turns to `side`, and says which processes carry it. They are fresh ones; none on the direct
@@ -244,15 +269,15 @@ impl World {
         ])
     }
 
-    /// What clients dial: the server's pod, on the same node its service, and before two hops the
-    /// first of them.
+    /// What clients dial: the server's pod, on the same node its service if that is asked for, and before two
+    /// hops the first of them.
     pub(crate) fn server_address(&self) -> IpAddr {
         if !self.hops.is_empty() {
             return self.mesh.pod(CLIENT).v4_ip().into();
         }
-        match self.place {
-            Place::Across => self.server().v4_ip().into(),
-            Place::SameNode => self.mesh.service(SERVER).v4_ip().into(),
+        match (self.place, self.dial) {
+            (Place::Across, _) | (_, Dial::Pod) => self.server().v4_ip().into(),
+            (Place::SameNode, Dial::Service) => self.mesh.service(SERVER).v4_ip().into(),
         }
     }
 
