@@ -1,6 +1,6 @@
 //! Pods with the same ports, and pods that take over others' addresses.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Carrier, Family, Load, Mesh, Pod, Serve, exchange, linger_zero, wait};
+use harness::{Carrier, Family, Load, Mesh, Pod, PodSpec, Serve, exchange, linger_zero, wait};
 use socket2::{Domain, Socket, Type};
 
-use crate::{is_honest, mesh};
+use crate::{is_honest, joined, mesh};
 
 /// A connection of `pod` from a port of the test's choice.
 fn connect_from(pod: &Pod, port: u16, to: SocketAddr) -> Result<TcpStream> {
@@ -55,17 +55,17 @@ fn one_source_port_leads_to_several_destinations_at_once() -> Result<()> {
     Ok(())
 }
 
-/// Tells its name, what it was sent, and from which address.
+/// Tells its name, what it was sent, and from which address, for as long as it is asked.
 fn introduce(name: &'static str) -> Serve {
     Serve::custom(move |mut stream| {
-        let mut token = [0; 8];
-        stream.read_exact(&mut token)?;
         let IpAddr::V6(from) = stream.peer_addr()?.ip() else {
             anyhow::bail!("the listener is of both families");
         };
-        stream.write_all(&[name.as_bytes(), &token, &from.octets()].concat())?;
+        let mut token = [0; 8];
         // Whoever asked ends it.
-        _ = stream.read(&mut [0]);
+        while stream.read_exact(&mut token).is_ok() {
+            stream.write_all(&[name.as_bytes(), &token, &from.octets()].concat())?;
+        }
         Ok(())
     })
 }
@@ -73,41 +73,83 @@ fn introduce(name: &'static str) -> Serve {
 #[test]
 fn ten_thousand_connections_with_the_same_source_ports_are_never_mixed_up() -> Result<()> {
     harness::require!();
-    // Below the ports that the kernel gives to listeners and connections.
-    const PORTS: std::ops::Range<u16> = 10_000..15_000;
+    never_mixed_up(&mesh(Carrier::Lane)?, ["a1", "a2"], ["b1", "b2"], 5000)
+}
+
+#[test]
+fn connections_with_the_same_source_ports_are_never_mixed_up_over_quic_and_directly() -> Result<()>
+{
+    harness::require!();
+    never_mixed_up(&mesh(Carrier::Quic)?, ["a1", "a2"], ["b1", "b2"], 1500)?;
+    let pods = ["b3", "b4"].map(|name| PodSpec::new(name, "b"));
+    let builder = pods.into_iter().fold(Mesh::two_nodes_builder(), |builder, pod| builder.pod(pod));
+    let mesh = builder.start()?;
+    never_mixed_up(&mesh, ["b1", "b2"], ["b3", "b4"], 3000)?;
+    let direct = mesh.agent("b").metric("mesh_capture_total", &[("event", "direct_taken")])?;
+    ensure!(direct > 5500.0, "hardly any went directly: {direct}");
+    Ok(())
+}
+
+/// From as many ports of two pods at once, with hundreds of them open at a time.
+fn never_mixed_up(
+    mesh: &Mesh,
+    clients: [&str; 2],
+    servers: [&'static str; 2],
+    ports: u16,
+) -> Result<()> {
+    /// Below the ports that the kernel gives to listeners and connections.
+    const FIRST: u16 = 10_000;
     const THREADS: usize = 3;
-    let mesh = mesh(Carrier::Auto)?;
-    let _servers = ["b1", "b2"].map(|name| mesh.pod(name).serve(8080, introduce(name)).unwrap());
+    const OPEN: usize = 200;
+    let _servers = servers
+        .map(|name| mesh.pod(name).serve(8080, introduce(name)))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
     let run = |from: &Pod, number: usize, first: usize| -> Result<()> {
-        for port in PORTS.skip(first).step_by(THREADS) {
+        let mut open = VecDeque::new();
+        for port in (FIRST..FIRST + ports).skip(first).step_by(THREADS) {
             // One port leads each pod elsewhere at the same time, and the next one the other way round.
-            let to = ["b1", "b2"][(usize::from(port) + number) % 2];
+            let to = servers[(usize::from(port) + number) % 2];
             let family = Family::BOTH[usize::from(port) / 2 % 2];
             let mut stream = connect_from(from, port, mesh.pod(to).addr(family, 8080))?;
             let mut token = [0; 8];
             token[0] = u8::try_from(number)?;
             token[1..3].copy_from_slice(&port.to_be_bytes());
-            stream.write_all(&token)?;
-            let mut answer = [0; 26];
-            stream.read_exact(&mut answer).with_context(|| format!("{port} to {to}"))?;
             let client = match from.ip(family) {
                 IpAddr::V4(v4) => v4.to_ipv6_mapped(),
                 IpAddr::V6(v6) => v6,
             };
             let expected = [to.as_bytes(), &token, &client.octets()].concat();
-            ensure!(answer[..] == expected, "{} from {port}: {answer:?}", from.name());
+            is_as_expected(&mut stream, token, &expected)
+                .with_context(|| from.name().to_owned())?;
+            open.push_back((stream, token, expected));
+            // When many others have come since.
+            if open.len() > OPEN
+                && let Some((mut stream, token, expected)) = open.pop_front()
+            {
+                is_as_expected(&mut stream, token, &expected)
+                    .with_context(|| from.name().to_owned())?;
+            }
         }
         Ok(())
     };
     let run = &run;
     thread::scope(|scope| {
         let all = (0..2 * THREADS).map(|thread| {
-            let pod = mesh.pod(["a1", "a2"][thread % 2]);
+            let pod = mesh.pod(clients[thread % 2]);
             scope.spawn(move || run(pod, thread % 2, thread / 2))
         });
         let all: Vec<_> = all.collect();
-        all.into_iter().try_for_each(|one| one.join().unwrap())
+        all.into_iter().try_for_each(joined)
     })
+}
+
+fn is_as_expected(stream: &mut TcpStream, token: [u8; 8], expected: &[u8]) -> Result<()> {
+    stream.write_all(&token)?;
+    let mut answer = [0; 26];
+    stream.read_exact(&mut answer).with_context(|| format!("{token:?}"))?;
+    ensure!(answer[..] == *expected, "{answer:?} and not {expected:?}");
+    Ok(())
 }
 
 /// Two pods on node b take turns at being the one with b1's address: each has a namespace, a server and
