@@ -18,6 +18,7 @@ mod families;
 mod foreign;
 mod load;
 mod operations;
+mod programs;
 mod ready;
 mod services;
 mod unknown;
@@ -118,41 +119,6 @@ fn service_is_reached_by_address_and_name_from_both_nodes() -> Result<()> {
         assert_eq!(fetch(&cluster, from, "http://web/")?, "web\n", "by the search list");
     }
     Ok(())
-}
-
-/// The programs that tests put into the mesh, in the images that are made for them.
-#[test]
-fn ordinary_programs_run_in_their_images_and_talk_across_nodes() -> Result<()> {
-    require_cluster!();
-    let cluster = Cluster::namespace()?;
-    let nodes = cluster.two_nodes()?;
-    for program in ["nginx", "redis", "postgres"] {
-        let image = Cluster::load(program)?;
-        cluster.start(program, &nodes[0], json!({"containers": [{"image": image}]}))?;
-    }
-    for program in ["curl", "redis", "postgres"] {
-        let image = Cluster::load(program)?;
-        let sleep = json!({"image": image, "command": ["sleep", "3600"]});
-        cluster.start(&format!("{program}-client"), &nodes[1], json!({"containers": [sleep]}))?;
-    }
-    let address = |pod: &str| -> Result<String> {
-        cluster.ready(pod)?;
-        let pod = cluster.get(&["pod", pod])?;
-        Ok(pod["status"]["podIP"].as_str().context("no address")?.to_owned())
-    };
-    let say = |pod: &str, command: &[&str], answer: &str| -> Result<()> {
-        cluster.ready(pod)?;
-        // A server is ready as soon as its process runs, and listens later.
-        wait::until(wait::SOON, &format!("{command:?} to say {answer}"), || {
-            cluster.exec(pod, command).is_ok_and(|said| said.trim() == answer)
-        })
-    };
-    let (nginx, redis) = (address("nginx")?, address("redis")?);
-    let postgres = address("postgres")?;
-    say("curl-client", &["curl", "--silent", &format!("http://{nginx}/")], "nginx")?;
-    say("redis-client", &["redis-cli", "-h", &redis, "set", "a", "1"], "OK")?;
-    let psql = "exec /usr/lib/postgresql/*/bin/psql -At -U postgres -c 'select 6 * 7' -h";
-    say("postgres-client", &["sh", "-c", &format!("{psql} {postgres}")], "42")
 }
 
 /// What an agent in a pod of the host's namespaces counts on.

@@ -20,7 +20,7 @@ pub(crate) struct Image {
     #[arg(long)]
     out: PathBuf,
 
-    /// Not the agent but a program of the tests: pause, coredns, busybox, curl, nginx, postgres,
+    /// Not the agent but a program of the tests: pause, coredns, busybox, curl, nginx, postgres, bookinfo,
     /// redis.
     #[arg(long)]
     program: Option<String>,

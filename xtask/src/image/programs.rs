@@ -13,8 +13,8 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::cluster::tools;
 use crate::image::{architecture, oci};
-use crate::process::{answer, must};
-use crate::{say, setup};
+use crate::process::{answer, cargo, must};
+use crate::{root, say, setup};
 
 /// A mirror may be slow.
 const LIMIT: Duration = Duration::from_secs(900);
@@ -63,6 +63,8 @@ enum From {
     Packages(&'static [&'static str], &'static [(&'static str, &'static str)]),
     /// The name server that is built with the cluster.
     CoreDns,
+    /// A program of the tests, with the libraries that it finds here. Never kept: it changes.
+    Ours(&'static str),
 }
 
 /// What holds a pod's namespaces: it ends at once when asked, as nothing else in a pod would.
@@ -128,8 +130,17 @@ const REDIS: Program = Program {
     user: "65534:65534",
 };
 
-pub(crate) const ALL: [&Program; 7] =
-    [&PAUSE, &COREDNS, &BUSYBOX, &CURL, &NGINX_LIGHT, &POSTGRES, &REDIS];
+/// The four services of the demo; which one is the argument.
+const BOOKINFO: Program = Program {
+    short: "bookinfo",
+    from: From::Ours("malla-bookinfo"),
+    revision: 1,
+    command: &["/malla-bookinfo"],
+    user: "65534:65534",
+};
+
+pub(crate) const ALL: [&Program; 8] =
+    [&PAUSE, &COREDNS, &BUSYBOX, &CURL, &NGINX_LIGHT, &POSTGRES, &REDIS, &BOOKINFO];
 
 /// What a node cannot do without.
 pub(crate) const EVERY_NODE: [&Program; 2] = [&PAUSE, &COREDNS];
@@ -151,8 +162,11 @@ impl Program {
     /// Fails if a package cannot be had.
     pub(crate) fn archive(&self) -> Result<PathBuf> {
         let cache = setup::cache()?;
-        let file = cache.join(format!("image-{}-{}.tar", self.short, self.key()?));
-        if file.is_file() {
+        let file = match self.key()? {
+            Some(key) => cache.join(format!("image-{}-{key}.tar", self.short)),
+            None => root()?.join(format!("target/image-{}.tar", self.short)),
+        };
+        if file.is_file() && !matches!(self.from, From::Ours(_)) {
             return Ok(file);
         }
         say(&format!("image: making {}", self.name()?));
@@ -174,9 +188,10 @@ impl Program {
         made.map(|()| file)
     }
 
-    /// What the archive is kept under.
-    fn key(&self) -> Result<String> {
-        Ok(match self.from {
+    /// What the archive is kept under, if it is.
+    fn key(&self) -> Result<Option<String>> {
+        Ok(Some(match self.from {
+            From::Ours(_) => return Ok(None),
             From::CoreDns => {
                 let dir = tools::COREDNS.dir()?;
                 let name = dir.file_name().context("a directory has a name")?;
@@ -187,7 +202,7 @@ impl Program {
                 let codename = release.lines().find_map(|l| l.strip_prefix("VERSION_CODENAME="));
                 format!("{}-{}", codename.unwrap_or("unknown"), self.revision)
             }
-        })
+        }))
     }
 
     fn fill(&self, files: &Path, packages: &Path) -> Result<()> {
@@ -195,6 +210,14 @@ impl Program {
             From::CoreDns => {
                 let program = tools::COREDNS.program("coredns")?;
                 fs::copy(program, files.join("coredns")).context("copy the name server")?;
+            }
+            From::Ours(name) => {
+                let mut build = cargo("build --workspace --bin")?;
+                build.arg(name);
+                must("building a program of the tests", build, LIMIT)?;
+                let program = root()?.join("target/debug").join(name);
+                fs::copy(&program, files.join(name)).context("copy a program of the tests")?;
+                libraries(&program, files)?;
             }
             From::Packages(names, ours) => {
                 // A shell, for whatever image: tests want to look around in pods.
@@ -262,6 +285,20 @@ fn shell(files: &Path) -> Result<()> {
         if real.iter().all(|place| place.symlink_metadata().is_err()) {
             symlink("busybox", &real[0]).with_context(|| format!("create {name}"))?;
         }
+    }
+    Ok(())
+}
+
+/// Puts what `program` is linked with here to where it looks for it.
+fn libraries(program: &Path, files: &Path) -> Result<()> {
+    let list = answer("ldd", &[&program.display().to_string()]).context("ldd")?;
+    // `libc.so.6 => /lib/…/libc.so.6 (0x…)`, and the loader by its path alone.
+    let paths = list.split_whitespace().filter(|word| word.starts_with('/'));
+    for path in paths {
+        let to = files.join(path.trim_start_matches('/'));
+        let dir = to.parent().context("a file is in a directory")?;
+        fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        fs::copy(path, &to).with_context(|| format!("copy {path}"))?;
     }
     Ok(())
 }
