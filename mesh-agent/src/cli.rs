@@ -234,8 +234,9 @@ pub struct Run {
     #[arg(long, env = "MESH_METRICS_ADDR", value_name = "ADDR", default_value = "[::]:15020")]
     pub metrics_addr: SocketAddr,
 
-    /// Serves `/healthz/ready` and `/healthz/live`.
-    #[arg(long, env = "MESH_READY_ADDR", value_name = "ADDR", default_value = "[::]:15021")]
+    /// Serves `/healthz/ready` and `/healthz/live`: to the node alone, since who keeps its connections there
+    /// busy has the agent restarted.
+    #[arg(long, env = "MESH_READY_ADDR", value_name = "ADDR", default_value = "127.0.0.1:15021")]
     pub ready_addr: SocketAddr,
 
     #[command(flatten)]
@@ -502,7 +503,7 @@ mod tests {
         assert_eq!(run.bpffs, PathBuf::from("/sys/fs/bpf/malla"));
         assert_eq!(run.tunnel_port.get(), 15019);
         assert_eq!(run.metrics_addr, "[::]:15020".parse().unwrap());
-        assert_eq!(run.ready_addr, "[::]:15021".parse().unwrap());
+        assert_eq!(run.ready_addr, "127.0.0.1:15021".parse().unwrap());
         assert_eq!(run.admin.socket, PathBuf::from("/run/malla/admin.sock"));
         assert_eq!(run.carrier, CarrierChoice::Auto);
         assert_eq!(run.workers, None);

@@ -383,11 +383,13 @@ fn stream_socket(domain: Domain) -> io::Result<Socket> {
 /// A socket that is going to be relayed, or whose accepted ones are: they inherit all of it, and it
 /// costs them no system call. Small writes go at once: the application has decided when to write.
 /// Closing it is RST from its first moment on, also when this process is killed, so that a crash never
-/// looks like a clean end; the relay turns that off when both directions have ended.
+/// looks like a clean end; the relay turns that off when both directions have ended. Urgent data stays where it
+/// is in the stream (RFC 6093, section 4): taken out of it, it would be lost.
 fn relayed_socket(domain: Domain) -> io::Result<Socket> {
     let socket = stream_socket(domain)?;
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_tcp_nodelay(true)?;
+    socket.set_out_of_band_inline(true)?;
     Ok(socket)
 }
 

@@ -32,6 +32,7 @@ use mesh_core::authorize::{self, Request, Verdict, Via};
 use mesh_core::snapshot::Snapshot;
 use mesh_core::stage::Stage;
 use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
 
 pub use self::error::{InboundError, connect_reason};
 use crate::capture::Role;
@@ -70,14 +71,13 @@ pub fn serve_request(
     request: tunnel::Request,
 ) -> impl Future<Output = ()> + Send + use<> {
     let place = Arc::clone(&worker.node.connections).try_acquire_owned().ok();
-    let has_place = place.is_some();
     // Boxed: what admitting needs, the request with it, is given back before the long part begins.
-    let admitted = Box::pin(async move { admit_request(&worker, request, has_place).await });
+    let admitted = Box::pin(async move { admit_request(&worker, request, place).await });
     async move {
-        if let Some((app, flow, tracked)) = admitted.await {
+        if let Some((app, flow, tracked, place)) = admitted.await {
             carry(app, flow, tracked).await;
+            drop(place);
         }
-        drop(place);
     }
 }
 
@@ -85,8 +85,9 @@ pub fn serve_request(
 async fn admit_request(
     worker: &Worker,
     request: tunnel::Request,
-    has_place: bool,
-) -> Option<(TcpStream, Flow, Tracked)> {
+    place: Option<OwnedSemaphorePermit>,
+) -> Option<(TcpStream, Flow, Tracked, Option<OwnedSemaphorePermit>)> {
+    let has_place = place.is_some();
     let client = canonical(request.open.source);
     let is_known = |snapshot: &Snapshot| snapshot.workload_at(client.ip()).is_some();
     let caller = request.caller.clone();
@@ -126,7 +127,7 @@ async fn admit_request(
     match admitted {
         Ok(app) => {
             if let Some(flow) = request.accept().await {
-                return Some((app, flow, tracked));
+                return Some((app, flow, tracked, place));
             }
             let detail = "the tunnel broke before the flow was accepted";
             let failure = Failure::new(Stage::Tunnel, "tunnel_lost", detail);
@@ -134,6 +135,8 @@ async fn admit_request(
         }
         Err(error) => {
             tracked.finish(Outcome::Failed(error.failure()));
+            // However long it takes to say so.
+            drop(place);
             request.refuse(error.refusal()).await;
         }
     }

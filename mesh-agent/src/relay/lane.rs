@@ -86,7 +86,9 @@ impl LaneEnd<'_> {
                     let len = self.codec.payload().len();
                     self.codec.taken(len);
                 }
-                Ok(Some(_)) => {}
+                Ok(Some(LaneEvent::Fin)) => {}
+                // Once the peer has ended the lane, that is what every call says.
+                Ok(Some(_)) => return Outcome::TunnelLost,
                 Ok(None) => {
                     let received = self.read.try_read(self.codec.room(BUDGET));
                     let len = *received.as_ref().unwrap_or(&0);

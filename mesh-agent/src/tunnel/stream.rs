@@ -111,7 +111,8 @@ impl QuicFlow {
         room: &mut [u8],
     ) -> Poll<Result<usize, StreamError>> {
         let read = self.recv.poll_read(cx, room);
-        self.reader.read(read.is_pending());
+        // Neither after the end, which is read once, is anything left lying.
+        self.reader.read(!matches!(read, Poll::Ready(Ok(1..))));
         read.map_err(|error| match error {
             ReadError::Reset(code) => StreamError::Reset(reset_reason(code)),
             _ => StreamError::Lost,
@@ -153,14 +154,18 @@ impl QuicAnswer {
         Self(QuicFlow::new(send, recv, claim, None))
     }
 
+    /// `None` if the client has gone, or lets nothing be said to it.
     pub(super) async fn accept(mut self) -> Option<QuicFlow> {
-        self.0.send.write_all(&encode_answer(Ok(()))).await.ok()?;
-        Some(self.0)
+        let answer = encode_answer(Ok(()));
+        let said = timeout(LAST_BYTES, self.0.send.write_all(&answer)).await;
+        said.is_ok_and(|said| said.is_ok()).then_some(self.0)
     }
 
     pub(super) async fn refuse(self, refusal: Refusal) {
         let mut flow = self.0;
-        if flow.send.write_all(&encode_answer(Err(refusal))).await.is_ok() {
+        let answer = encode_answer(Err(refusal));
+        let said = timeout(LAST_BYTES, flow.send.write_all(&answer)).await;
+        if said.is_ok_and(|said| said.is_ok()) {
             flow.finish_sending().unwrap_or_default();
             flow.over = true;
             // The client sends no more than this before it reads the answer; reading it frees the

@@ -1,6 +1,7 @@
 //! Both ends of the tunnel on loopback, with certificates made on the spot.
 
 mod carriers;
+mod hostile;
 mod identity;
 mod limits;
 mod pool;

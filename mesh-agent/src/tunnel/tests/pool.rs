@@ -214,7 +214,7 @@ async fn a_peer_that_vanishes_after_accepting_is_an_error() {
 }
 
 /// A lane to the agent that says what a test wants it to.
-async fn raw_lane(ca: &Ca, agent: &Agent) -> Lane {
+pub(super) async fn raw_lane(ca: &Ca, agent: &Agent) -> Lane {
     let (ours, _) = holdings(ca);
     let credentials = ours.credentials();
     let certified = (credentials.certified)(&id(CALLER)).unwrap();
