@@ -2,7 +2,9 @@
 //! longer allowed.
 //!
 //! Every connection is judged when it is heard of and with every snapshot, by the code that decides for
-//! carried ones, so there is no moment at which one that is not allowed can go unseen.
+//! carried ones. What the ring had no room to tell is found in the kernel's list of open connections:
+//! before the next snapshot judges, and otherwise within a second. What has ended already is recorded and
+//! not judged.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,8 +17,9 @@ use mesh_core::direct::{Open as Judged, still_allowed};
 use mesh_core::protocol::Protocol;
 use mesh_core::snapshot::{Endpoint, Snapshot, Workload, WorkloadUid};
 use mesh_core::stage::Stage;
-use tracing::{info, warn};
+use tracing::warn;
 
+use super::ending::Fate;
 use crate::capture::{DirectFacts, DirectRecord, Ended, KernelEvents, PodTag};
 use crate::net::{Ends, SockDiag};
 use crate::node::Node;
@@ -25,8 +28,10 @@ use crate::telemetry::{DirectTracked, Failure, Neighbours, Outcome, Party, Path,
 /// How often the kernel is asked what happened: the ring has room for ten times what a busy node tells in
 /// this time.
 pub(super) const INTERVAL: Duration = Duration::from_millis(100);
-/// How often records of ends that the kernel could not tell are looked for, in intervals.
-const SWEEP: u32 = 100;
+/// How often the kernel's list is compared with what is known here.
+const SWEEP: Duration = Duration::from_secs(10);
+/// The same while they are known to differ.
+const SWEEP_SOON: Duration = Duration::from_secs(1);
 
 /// All direct connections of this node, shared by the tasks of the control thread.
 #[derive(Clone, Debug)]
@@ -37,26 +42,41 @@ struct Table {
     node: Arc<Node>,
     events: KernelEvents,
     open: HashMap<u64, Open>,
-    turn: u32,
+    /// What the ring had no room for, as it was counted when the list was read last.
+    lost: u64,
+    swept: Instant,
+    /// What is known here is not what the kernel knows, as far as anybody can tell.
+    differs: bool,
 }
 
 #[derive(Debug)]
 struct Open {
     facts: DirectFacts,
+    /// When `connect()` was called.
+    started: Instant,
     /// UIDs of the client's and the server's pod; `None` if one was gone when it was heard of.
     pods: Option<(WorkloadUid, WorkloadUid)>,
     tracked: DirectTracked,
-    /// Why this agent has ended it.
-    refused: Option<AuthorizeRefusal>,
-    /// The kernel did not know it when it was asked last.
-    is_missing: bool,
+    fate: Fate,
+    /// Since when the kernel does not know it.
+    missing: Option<Instant>,
 }
 
 impl Connections {
     /// Begins with the connections that are open already, of the time of an earlier agent.
     pub(super) fn start(node: Arc<Node>, events: KernelEvents) -> Self {
-        let mut table = Table { node, events, open: HashMap::new(), turn: 0 };
-        table.adopt();
+        let lost = node.capture.direct_events_lost();
+        let (open, swept) = (HashMap::new(), Instant::now());
+        let mut table = Table { node, events, open, lost, swept, differs: false };
+        let (adopted, _listed) = table.adopt();
+        table.look();
+        for cookie in &adopted {
+            if let Some(open) = table.open.get(cookie) {
+                // Its bytes so far were counted by another one.
+                open.tracked.skip_carried();
+            }
+        }
+        table.judge_some(&adopted);
         Self(Arc::new(Mutex::new(table)))
     }
 
@@ -70,10 +90,16 @@ impl Connections {
         }
     }
 
+    /// Hears what has happened until now. For the last moment in which the snapshot is in use under which
+    /// it has: pods that are gone are not to be named any more.
+    pub(super) fn hear(&self) {
+        self.lock().hear();
+    }
+
     /// Judges every open connection by a new snapshot, which is in use already.
     pub(super) fn judge(&self, snapshot: &Snapshot) {
         let mut table = self.lock();
-        table.drain();
+        table.hear();
         table.judge(snapshot);
     }
 
@@ -101,53 +127,69 @@ impl Connections {
 impl Table {
     fn turn(&mut self) {
         self.drain();
-        self.turn = self.turn.wrapping_add(1);
-        if self.turn.is_multiple_of(SWEEP) {
+        for open in self.open.values_mut() {
+            open.fate.end(&open.facts);
+        }
+        self.differs |= self.lost != self.node.capture.direct_events_lost();
+        if self.swept.elapsed() >= if self.differs { SWEEP_SOON } else { SWEEP } {
             self.sweep();
         }
     }
 
+    /// Reads what the kernel tells, and what it could not tell.
+    fn hear(&mut self) {
+        self.drain();
+        if self.lost != self.node.capture.direct_events_lost() {
+            let (adopted, _listed) = self.adopt();
+            self.judge_some(&adopted);
+            // Of ends that were not told nothing is known yet.
+            self.differs = true;
+        }
+    }
+
     fn drain(&mut self) {
+        let mut heard = Vec::new();
         while let Some(record) = self.events.next() {
             match record {
-                DirectRecord::Opened(facts, setup) => self.opened(facts, setup),
+                DirectRecord::Opened(facts, setup) => heard.extend(self.opened(facts, setup)),
                 DirectRecord::Closed(facts, ended) => self.ended(facts, &ended, None),
                 DirectRecord::Failed(facts, ended) => {
                     self.ended(facts, &ended, Some(failure_to_connect(&ended)));
                 }
             }
         }
+        self.judge_some(&heard);
     }
 
-    /// What is open since before this agent: its bytes so far were counted by another one.
-    fn adopt(&mut self) {
-        match self.node.capture.direct_connections() {
-            Ok(found) => {
-                for facts in found {
-                    self.opened(facts, Duration::ZERO);
-                }
-                self.look();
-                for open in self.open.values() {
-                    open.tracked.skip_carried();
-                }
-            }
+    /// Takes in what is open and was not told of. Returns the cookies of these, to be judged, and of all
+    /// that are listed.
+    fn adopt(&mut self) -> (Vec<u64>, HashSet<u64>) {
+        let lost = self.node.capture.direct_events_lost();
+        let found = match self.node.capture.direct_connections() {
+            Ok(found) => found,
             Err(error) => {
                 let error = crate::telemetry::chain(&error);
-                warn!(error, stage = "telemetry", "direct connections of before are not known");
+                warn!(error, stage = "telemetry", "not all direct connections are known");
+                return Default::default();
             }
-        }
+        };
+        self.lost = lost;
+        let listed = found.iter().map(|(facts, _setup)| facts.cookie).collect();
+        let new = found.into_iter().filter_map(|(facts, setup)| self.opened(facts, setup));
+        (new.collect(), listed)
     }
 
-    fn opened(&mut self, facts: DirectFacts, setup: Duration) {
+    /// Returns the cookie of one that was not known.
+    fn opened(&mut self, facts: DirectFacts, setup: Duration) -> Option<u64> {
         if self.open.contains_key(&facts.cookie) {
-            return;
+            return None;
         }
         let snapshot = self.node.snapshot.load_full();
         let mut open = self.record(&snapshot, facts);
         self.keep_to(&snapshot, &open);
         open.tracked.established(setup);
-        self.refuse_unless_allowed(&snapshot, &mut open);
         self.open.insert(facts.cookie, open);
+        Some(facts.cookie)
     }
 
     /// A client whose connections pass no agent goes on keeping to its endpoint.
@@ -182,10 +224,11 @@ impl Table {
         let uid = |workload: &Arc<Workload>| Arc::clone(&workload.uid);
         Open {
             facts,
+            started,
             pods: client.map(uid).zip(server.map(uid)),
             tracked: self.node.telemetry.open_direct(neighbours, started),
-            refused: None,
-            is_missing: false,
+            fate: Fate::Allowed,
+            missing: None,
         }
     }
 
@@ -200,7 +243,7 @@ impl Table {
         });
         open.tracked.carried(ended.sent, ended.received);
         let path = Path { rtt: ended.rtt, retransmits: ended.retransmits };
-        let outcome = match (failure, open.refused) {
+        let outcome = match (failure, open.fate.refusal()) {
             (Some(failure), _) => Outcome::Failed(failure),
             (None, Some(refusal)) => Outcome::Failed(denied(refusal)),
             (None, None) if ended.clean => Outcome::Complete,
@@ -213,69 +256,24 @@ impl Table {
     }
 
     fn judge(&mut self, snapshot: &Snapshot) {
-        let mut open = std::mem::take(&mut self.open);
-        for open in open.values_mut() {
-            self.refuse_unless_allowed(snapshot, open);
-        }
-        self.open = open;
-    }
-
-    fn refuse_unless_allowed(&self, snapshot: &Snapshot, open: &mut Open) {
-        if open.refused.is_some() {
-            return;
-        }
-        let verdict = match &open.pods {
-            None => Err(AuthorizeRefusal::UnknownWorkload),
-            Some((client_uid, server_uid)) => {
-                let judged =
-                    Judged { client_uid, client: open.facts.src, server_uid, to: open.facts.to };
-                still_allowed(snapshot, &judged)
-            }
-        };
-        if let Err(refusal) = verdict {
-            open.refused = Some(refusal);
-            info!(
-                client = %open.facts.src,
-                to = %open.facts.to,
-                reason = refusal.reason(),
-                stage = Stage::Authorize.as_str(),
-                "a direct connection is no longer allowed"
-            );
-            self.destroy(open);
+        for open in self.open.values_mut() {
+            open.refuse_unless_allowed(&self.node, snapshot);
         }
     }
 
-    /// Ends both ends. Each tells the other with a reset, so one would do, were it not that somebody
-    /// between them may drop it.
-    fn destroy(&self, open: &Open) {
-        let (src, to) = (canonical(open.facts.src), canonical(open.facts.to.0));
-        let pods = self.node.pods.load();
-        let client = pods.values().find(|pod| pod.netns.cookie() == open.facts.netns);
-        let server = pods.values().find(|pod| PodTag::of(&pod.uid) == open.facts.server);
-        let ends = [
-            (client, Ends { local: src, remote: to }, Some(open.facts.cookie)),
-            (server, Ends { local: to, remote: src }, None),
-        ];
-        // The server first: its end has to be found by its addresses, while it is there.
-        for (pod, ends, cookie) in ends.into_iter().rev() {
-            let Some(pod) = pod else { continue };
-            let destroyed = pod.netns.run(|| {
-                let diag = SockDiag::open()?;
-                match diag.look(ends, cookie)? {
-                    Some(found) => diag.destroy(ends, found.cookie).map(drop),
-                    None => Ok(()),
-                }
-            });
-            if let Err(error) = destroyed.and_then(|done| done) {
-                let pod = &pod.uid;
-                warn!(%error, %pod, stage = "authorize", "a direct connection is not ended");
+    /// Judges those of `cookies` that are still open.
+    fn judge_some(&mut self, cookies: &[u64]) {
+        let snapshot = self.node.snapshot.load_full();
+        for cookie in cookies {
+            if let Some(open) = self.open.get_mut(cookie) {
+                open.refuse_unless_allowed(&self.node, &snapshot);
             }
         }
     }
 
-    /// Returns the cookies of those that the kernel has told of.
-    fn look(&mut self) -> HashSet<u64> {
-        let mut seen = HashSet::new();
+    /// Returns of those that the kernel was asked about whether it knows them.
+    fn look(&mut self) -> HashMap<u64, bool> {
+        let mut seen = HashMap::new();
         let mut by_netns: HashMap<u64, Vec<u64>> = HashMap::new();
         for (cookie, open) in &self.open {
             by_netns.entry(open.facts.netns).or_default().push(*cookie);
@@ -291,9 +289,10 @@ impl Table {
                     let Some(open) = self.open.get(&cookie) else { continue };
                     let facts = &open.facts;
                     let ends = Ends { local: canonical(facts.src), remote: canonical(facts.to.0) };
-                    if let Some(info) = diag.look(ends, Some(cookie))? {
+                    let found = diag.look(ends, Some(cookie))?;
+                    seen.insert(cookie, found.is_some());
+                    if let Some(info) = found {
                         open.tracked.carried(info.payload_sent(), info.payload_received());
-                        seen.insert(cookie);
                     }
                 }
                 Ok::<_, std::io::Error>(())
@@ -305,30 +304,58 @@ impl Table {
         seen
     }
 
-    /// Finishes connections whose end could not be told: the kernel did not know them twice in a row.
+    /// Compares what is known with what the kernel knows: takes in what is open, and finishes what it did
+    /// not know twice in a row, whose end could not be told.
     fn sweep(&mut self) {
+        self.swept = Instant::now();
         if let Err(error) = self.node.capture.sweep_verdicts() {
             let error = crate::telemetry::chain(&error);
             warn!(error, stage = "capture", "old verdicts are not removed");
         }
-        if self.open.is_empty() {
-            return;
-        }
-        let Ok(listed) = self.node.capture.direct_connections() else { return };
-        let mut there: HashSet<u64> = listed.into_iter().map(|facts| facts.cookie).collect();
-        // The list has no room for all that is open.
-        there.extend(self.look());
+        let (adopted, listed) = self.adopt();
+        self.judge_some(&adopted);
+        let looked = self.look();
+        self.differs = false;
+        let now = Instant::now();
         let mut gone = Vec::new();
         for (cookie, open) in &mut self.open {
-            let was_missing = std::mem::replace(&mut open.is_missing, !there.contains(cookie));
-            if was_missing && open.is_missing {
-                gone.push(*cookie);
+            // The list has no room for all that is open, and keeps one whose end the program missed.
+            if looked.get(cookie).copied().unwrap_or_else(|| listed.contains(cookie)) {
+                open.missing = None;
+            } else if let Some(since) = open.missing {
+                gone.push((*cookie, since));
+            } else {
+                open.missing = Some(now);
+                self.differs = true;
             }
         }
-        for cookie in gone {
-            if let Some(open) = self.open.remove(&cookie) {
-                open.tracked.finish(Outcome::Complete, open.facts.age, None);
+        for (cookie, since) in gone {
+            if listed.contains(&cookie) {
+                self.node.capture.forget_direct(cookie);
             }
+            if let Some(open) = self.open.remove(&cookie) {
+                let outcome = Outcome::Failed(open.fate.refusal().map_or_else(untold, denied));
+                let duration = since.saturating_duration_since(open.started);
+                open.tracked.finish(outcome, duration, None);
+            }
+        }
+    }
+}
+
+impl Open {
+    fn refuse_unless_allowed(&mut self, node: &Node, snapshot: &Snapshot) {
+        if self.fate.refusal().is_some() {
+            return;
+        }
+        let verdict = match &self.pods {
+            None => Err(AuthorizeRefusal::UnknownWorkload),
+            Some((client_uid, server_uid)) => {
+                let (client, to) = (self.facts.src, self.facts.to);
+                still_allowed(snapshot, &Judged { client_uid, client, server_uid, to })
+            }
+        };
+        if let Err(refusal) = verdict {
+            self.fate.refuse(node, &self.facts, refusal);
         }
     }
 }
@@ -357,4 +384,10 @@ fn failure_to_connect(ended: &Ended) -> Failure {
 fn denied(refusal: AuthorizeRefusal) -> Failure {
     let detail = format!("no longer allowed: {}", refusal.reason());
     Failure::new(Stage::Authorize, "denied", detail)
+}
+
+/// It has ended, and the kernel had no room to tell how.
+fn untold() -> Failure {
+    Failure::new(Stage::Telemetry, "end_unknown", "how it ended was not told")
+        .with_flags(ResponseFlags::None)
 }

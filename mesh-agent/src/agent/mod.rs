@@ -11,6 +11,7 @@
 
 mod connections;
 mod direct;
+mod ending;
 mod identities;
 mod kubelet;
 mod listeners;
@@ -326,6 +327,9 @@ impl Agent {
     async fn apply(&mut self, snapshot: Arc<Snapshot>) {
         // First of all: what the kernel lets through by itself must not outlive what it was decided from.
         self.verdicts.follow(&snapshot);
+        if let Some(connections) = &self.connections {
+            connections.hear();
+        }
         self.node.snapshot.store(Arc::clone(&snapshot));
         self.node.stored.send_replace(snapshot.generation);
         if let Some(connections) = &self.connections {

@@ -76,11 +76,7 @@ impl Views {
                     connections.look();
                 }
             }),
-            direct_events_lost: Box::new(move || {
-                let counters = lost.node.capture.counters();
-                let lost = mesh_common::Counter::DirectEventLost.name();
-                counters.into_iter().find(|(event, _)| *event == lost).map_or(0, |(_, n)| n)
-            }),
+            direct_events_lost: Box::new(move || lost.node.capture.direct_events_lost()),
         }
     }
 

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use aya::Ebpf;
 use aya::maps::{MapData, RingBuf};
+use mesh_common::Counter;
 use mesh_common::direct::{CLOSED, DirectConn, DirectEvent, FIN_SENT, OPENED};
 use mesh_core::addr::{EndpointAddr, OrigDst};
 
-use super::maps::{PodTag, typed};
+use super::maps::{PodTag, absent_is_ok, typed};
 use super::{Capture, CaptureError, lock, sys};
 
 /// A direct connection, as the kernel let it through.
@@ -100,20 +101,35 @@ impl Capture {
         lock(&self.events).take()
     }
 
-    /// The direct connections that are open now.
+    /// How much the ring had no room for, since the maps were made.
+    pub fn direct_events_lost(&self) -> u64 {
+        lock(&self.pods).maps.counter(Counter::DirectEventLost)
+    }
+
+    /// The direct connections that are open now, and how long the handshake of each took.
     ///
     /// # Errors
     ///
     /// The kernel refuses.
-    pub fn direct_connections(&self) -> Result<Vec<DirectFacts>, CaptureError> {
+    pub fn direct_connections(&self) -> Result<Vec<(DirectFacts, Duration)>, CaptureError> {
         let pods = lock(&self.pods);
         let failed = pods.maps.failed("DIRECT_CONNS");
         let now_ns = sys::boot_ns();
         let all = pods.maps.direct.iter().map(|found| {
             let (cookie, conn) = found.map_err(&failed)?;
-            Ok(facts(cookie, &conn, now_ns))
+            let setup = Duration::from_nanos(conn.opened_ns.saturating_sub(conn.started_ns));
+            Ok((facts(cookie, &conn, now_ns), setup))
         });
         all.collect()
+    }
+
+    /// Takes a connection whose end the program has missed off the list of those that are open.
+    pub fn forget_direct(&self, cookie: u64) {
+        let mut pods = lock(&self.pods);
+        if let Err(error) = absent_is_ok(pods.maps.direct.remove(&cookie)) {
+            let error = super::maps::io_error(error);
+            tracing::debug!(%error, cookie, stage = "telemetry", "a connection stays listed");
+        }
     }
 }
 

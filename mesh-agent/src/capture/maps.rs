@@ -208,13 +208,18 @@ impl Maps {
 
     /// Each counter's sum over all CPUs; one that cannot be read is left out.
     pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
-        (0u32..)
-            .zip(Counter::ALL)
-            .filter_map(|(index, counter)| {
-                let per_cpu = self.counters.get(&index, 0).ok()?;
-                Some((counter.name(), per_cpu.iter().sum()))
-            })
-            .collect()
+        let each = Counter::ALL.iter();
+        each.filter_map(|counter| Some((counter.name(), self.sum(*counter)?))).collect()
+    }
+
+    /// One counter's sum; 0 if it cannot be read.
+    pub(super) fn counter(&self, counter: Counter) -> u64 {
+        self.sum(counter).unwrap_or(0)
+    }
+
+    fn sum(&self, counter: Counter) -> Option<u64> {
+        let per_cpu = self.counters.get(&(counter as u32), 0).ok()?;
+        Some(per_cpu.iter().sum())
     }
 }
 

@@ -44,6 +44,12 @@ impl Telemetry {
     /// A direct connection that began at `started`.
     pub fn open_direct(&self, neighbours: Neighbours, started: Instant) -> DirectTracked {
         let Neighbours { source, destination, orig_dst, service, protocol, node } = neighbours;
+        // Both identities are this agent's own issuing, and nothing leaves the machine. Of a pod that was
+        // gone when this was heard of, nobody knows which it had.
+        let security = match (&source.identity, &destination.identity) {
+            (Some(_), Some(_)) => SecurityPolicy::MutualTls,
+            _ => SecurityPolicy::Unknown,
+        };
         let facts = |direction, orig_dst, service, protocol| ConnectionFacts {
             destination: destination.clone(),
             orig_dst,
@@ -52,8 +58,7 @@ impl Telemetry {
             peer_node: Some(Arc::clone(&node)),
             carrier: Some(Carrier::Local),
             way: Some(Way::Direct),
-            // Both identities are this agent's own issuing, and nothing leaves the machine.
-            security: SecurityPolicy::MutualTls,
+            security,
             ..ConnectionFacts::new(direction, source.clone())
         };
         let outbound = facts(Direction::Outbound, Some(orig_dst), service, protocol);
