@@ -88,6 +88,8 @@ counters! {
     LookupSelf = "lookup_self",
     /// `sk_lookup`: a delivery by the agent.
     LookupDelivery = "lookup_delivery",
+    /// `sk_lookup`: refused; a direct connection to the pod that had this address before.
+    LookupAnother = "lookup_another",
     /// `sk_lookup`: a direct connection whose source port the node has changed.
     LookupTranslated = "lookup_translated",
     /// `sk_lookup`: `connect` asked whether somebody listens; no connection.

@@ -2,6 +2,7 @@
 
 use crate::abi::{self, Layout as _};
 use crate::addr::{WireAddr, WireIp};
+use crate::announce::Announcement;
 use crate::counter::Counter;
 use crate::direct::{DirectConn, DirectEvent, Flow, Verdict, VerdictEndpoint, VerdictKey};
 use crate::redirect::{Peer, PeerFlow, PeerFlowKey};
@@ -76,6 +77,8 @@ pub const ROLE_AGENT: u8 = 1;
 pub const ROLE_DELIVER: u8 = 2;
 /// [`SockMeta::role`]: an application's socket that goes straight to an endpoint on this node.
 pub const ROLE_DIRECT: u8 = 3;
+/// [`SockMeta::role`]: an application's socket that its pod keeps out of the mesh, to a pod of this node.
+pub const ROLE_PLAIN: u8 = 4;
 
 map_struct! {
     /// Ports from `first` to `last`, both included, in host order.
@@ -161,9 +164,9 @@ map_struct! {
 }
 
 map_struct! {
-    /// A connection that `sk_lookup` lets through: a delivery under way, or a captured one from a second
-    /// address of its pod. Map `DELIVERIES`; for the value see [`crate::announce`]. The tuple names the pod by its
-    /// address, which is unique on a node.
+    /// A connection that `sk_lookup` is to know: a delivery under way, a direct connection, a captured one
+    /// from a second address of its pod, or one that is none of these. Map `DELIVERIES`; the value is an
+    /// [`Announcement`]. The tuple names pods by their addresses, which are unique on a node.
     pub struct DeliveryKey {
         /// What the application will see as its client.
         pub src: WireAddr,
@@ -229,7 +232,7 @@ map_struct! {
         pub client: [u32; 2],
         /// Hash of the server pod's UID, if direct.
         pub server: [u32; 2],
-        /// [`ROLE_APP`], [`ROLE_AGENT`], [`ROLE_DELIVER`], [`ROLE_DIRECT`].
+        /// [`ROLE_APP`], [`ROLE_AGENT`], [`ROLE_DELIVER`], [`ROLE_DIRECT`], [`ROLE_PLAIN`].
         pub role: u8,
         /// 1 while the socket's destination is rewritten.
         pub captured: u8,
@@ -357,7 +360,7 @@ pub const SPECS: [MapSpec; 20] = [
         "DELIVERIES",
         LRU_HASH,
         size_of::<DeliveryKey>(),
-        size_of::<u32>(),
+        size_of::<Announcement>(),
         MapSize::Fixed(65_536),
     ),
     spec(
@@ -418,6 +421,7 @@ pub(crate) const fn layout_hash(mut hash: u64) -> u64 {
         PodInbound::HASH,
         FlowKey::HASH,
         DeliveryKey::HASH,
+        Announcement::HASH,
         AdmissionKey::HASH,
         Admission::HASH,
         ListenerKey::HASH,

@@ -3,6 +3,7 @@
 //! What needs a map lookup is passed as a closure and asked only when it matters.
 
 use crate::addr::{WireAddr, WireIp, is_v4};
+use crate::announce::Announced;
 use crate::counter::Counter;
 use crate::maps::{
     BLOCK_LEFT_ALONE, BLOCK_UNREAD, BLOCK_USED, Control, FAIL_OPEN, HAS_SKIP_CIDRS, MAX_PORTS,
@@ -57,6 +58,9 @@ pub enum Connect {
     Pass(Counter),
     /// `EPERM`.
     Deny(Counter),
+    /// Bypasses a silent agent: straight to an endpoint that a verdict names, since what was allowed
+    /// before needs no agent, or else where the application said.
+    FailOpen,
     /// Goes to the agent's listener on the pod's own address.
     Capture {
         /// The pod's address of the destination's family.
@@ -106,7 +110,7 @@ pub fn decide_connect(
     match agent() {
         Agent::Gone => return Connect::Pass(Counter::ConnectDeadMan),
         Agent::Silent if pod.flags & FAIL_OPEN != 0 => {
-            return Connect::Pass(Counter::ConnectFailOpen);
+            return Connect::FailOpen;
         }
         Agent::Silent | Agent::Alive => {}
     }
@@ -159,7 +163,7 @@ pub fn decide_lookup(
     pod: &PodInbound,
     local: &WireAddr,
     remote: &WireAddr,
-    is_delivery: impl FnOnce() -> bool,
+    announced: impl FnOnce() -> Announced,
     agent: impl FnOnce() -> Agent,
 ) -> Lookup {
     let port = local.port();
@@ -168,8 +172,11 @@ pub fn decide_lookup(
     if remote.ip == local.ip {
         return Lookup::Pass(Counter::LookupSelf);
     }
-    if is_delivery() {
-        return Lookup::Pass(Counter::LookupDelivery);
+    match announced() {
+        Announced::Delivery => return Lookup::Pass(Counter::LookupDelivery),
+        // It must not get what was meant for its predecessor, not even through its agent.
+        Announced::ForAnother => return Lookup::Drop(Counter::LookupAnother),
+        Announced::Plain | Announced::Nothing => {}
     }
     if pod.skip.contains(port) {
         return Lookup::Pass(Counter::LookupSkippedPort);
@@ -342,6 +349,11 @@ mod tests {
             })
     }
 
+    fn announced() -> impl Strategy<Value = Announced> {
+        use Announced::{Delivery, ForAnother, Nothing, Plain};
+        proptest::sample::select(vec![Nothing, Nothing, Nothing, Delivery, ForAnother, Plain])
+    }
+
     /// Heartbeats on both sides of every threshold.
     fn silence_ns() -> impl Strategy<Value = u64> {
         let second = 1_000_000_000;
@@ -389,7 +401,7 @@ mod tests {
             return Connect::Pass(Counter::ConnectDeadMan);
         }
         if ns > STALE_NS && pod.flags & FAIL_OPEN != 0 {
-            return Connect::Pass(Counter::ConnectFailOpen);
+            return Connect::FailOpen;
         }
         match own {
             Some(own) if !pod.ports.is_empty() => {
@@ -406,14 +418,16 @@ mod tests {
         listeners: u32,
         local: SocketAddr,
         remote: SocketAddr,
-        delivery: bool,
+        announced: Announced,
         ns: u64,
     ) -> Lookup {
         if local.ip().to_canonical() == remote.ip().to_canonical() {
             return Lookup::Pass(Counter::LookupSelf);
         }
-        if delivery {
-            return Lookup::Pass(Counter::LookupDelivery);
+        match announced {
+            Announced::Delivery => return Lookup::Pass(Counter::LookupDelivery),
+            Announced::ForAnother => return Lookup::Drop(Counter::LookupAnother),
+            _ => {}
         }
         if pod.skips(local.port()) {
             return Lookup::Pass(Counter::LookupSkippedPort);
@@ -481,7 +495,7 @@ mod tests {
             listeners in 0u32..4,
             local in (ip(), port()),
             remote in (ip(), port()),
-            delivery: bool,
+            announced in announced(),
             ns in silence_ns(),
         ) {
             let (local, remote) = (SocketAddr::from(local), SocketAddr::from(remote));
@@ -489,10 +503,10 @@ mod tests {
                 &pod.inbound(listeners),
                 &local.into(),
                 &remote.into(),
-                || delivery,
+                || announced,
                 || Agent::at(ALIVE - ns, ALIVE),
             );
-            prop_assert_eq!(verdict, lookup_model(&pod, listeners, local, remote, delivery, ns));
+            prop_assert_eq!(verdict, lookup_model(&pod, listeners, local, remote, announced, ns));
         }
     }
 
@@ -519,7 +533,8 @@ mod tests {
         };
         let [local, remote] = ["10.1.0.2:80", "10.1.0.3:4000"]
             .map(|addr| WireAddr::from(addr.parse::<SocketAddr>().unwrap()));
-        let verdict = decide_lookup(&pod.inbound(1), &local, &remote, || false, || Agent::Silent);
+        let nothing = || Announced::Nothing;
+        let verdict = decide_lookup(&pod.inbound(1), &local, &remote, nothing, || Agent::Silent);
         assert_eq!(verdict, Lookup::Drop(Counter::LookupStrict));
     }
 }

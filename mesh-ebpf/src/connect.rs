@@ -13,13 +13,13 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::maps::{ROLE_APP, ROLE_DELIVER, ROLE_DIRECT, SkipCidr, SockMeta};
+use mesh_common::maps::{ROLE_AGENT, ROLE_APP, ROLE_DELIVER, ROLE_PLAIN, SkipCidr, SockMeta};
 use mesh_common::pending::{self, decide_pending};
 use mesh_common::verdict::{Block, Connect, decide_connect, is_kubelet};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
-use crate::direct::{Way, way};
+use crate::direct::{self, Way, way};
 use crate::maps::{
     CONTROL, DESTINATIONS, NETWORKS, PENDING, POD_INBOUND, POD_OUTBOUND, SKIP_CIDRS, SOCK_META,
     agent, count, now_ns,
@@ -60,7 +60,7 @@ fn capture(
     if !meta.is_null() {
         // SAFETY: not null; see above. Only this socket's owner and this program write it.
         let meta = unsafe { &mut *meta };
-        if meta.role != ROLE_APP && meta.role != ROLE_DIRECT {
+        if meta.role == ROLE_AGENT || meta.role == ROLE_DELIVER {
             count(Counter::ConnectAgent);
             return ALLOW;
         }
@@ -99,49 +99,73 @@ fn capture(
         },
         agent,
     );
-    match verdict {
+    let listener = match verdict {
         Connect::Pass(reason) => {
             count(reason);
-            ALLOW
+            if matches!(reason, Counter::ConnectSkippedPort | Counter::ConnectSkippedCidr) {
+                keep_apart(ctx, &dst);
+            }
+            return ALLOW;
         }
         Connect::Deny(reason) => {
             count(reason);
-            DENY
+            return DENY;
         }
-        Connect::Capture { ip, port } => {
-            let mut meta = SockMeta { orig: dst, captured: 1, ..SockMeta::of(ROLE_APP) };
-            let to = match way(ctx, netns, pod, &dst) {
-                Way::Agent(endpoint) => {
-                    meta.endpoint = endpoint;
-                    WireAddr::new(ip, port)
-                }
-                Way::Direct(endpoint, server) => {
-                    meta.endpoint = endpoint;
-                    meta.role = ROLE_DIRECT;
-                    meta.started_ns = now_ns();
-                    meta.client = pod.pod;
-                    meta.server = server;
-                    endpoint
-                }
-            };
-            // Remember before rewriting: who accepts without it cannot know the destination.
-            // SAFETY: as for the first lookup; `meta` outlives the call, which copies it.
-            let stored = unsafe { SOCK_META.get_or_insert_ptr_mut(ctx, Some(&mut meta)) };
-            if stored.is_null() {
-                count(Counter::ConnectNoStorage);
-                return DENY;
-            }
-            // SAFETY: not null; this socket's storage. It may have existed before, with an older value.
-            unsafe { *stored = meta };
-            remember_on_mptcp(ctx, &mut meta);
-            redirect(ctx.sock_addr, &to);
-            if meta.role == ROLE_APP {
-                // SAFETY: the slot stays mapped, see above. Not atomic: see `PodOutbound::turn`.
-                unsafe { (*slot).turn = (*slot).turn.wrapping_add(1) };
-                count(Counter::Captured);
-            }
-            ALLOW
+        Connect::FailOpen => None,
+        Connect::Capture { ip, port } => Some(WireAddr::new(ip, port)),
+    };
+    let mut meta = SockMeta { orig: dst, captured: 1, ..SockMeta::of(ROLE_APP) };
+    let to = match (way(ctx, netns, pod, &dst), listener) {
+        (Way::Direct(endpoint, server), _) => {
+            direct::remember(&mut meta, pod, endpoint, server);
+            endpoint
         }
+        (Way::Agent(endpoint), Some(listener)) => {
+            meta.endpoint = endpoint;
+            listener
+        }
+        (Way::Agent(_), None) => {
+            count(Counter::ConnectFailOpen);
+            keep_apart(ctx, &dst);
+            return ALLOW;
+        }
+    };
+    // Remember before rewriting: who accepts without it cannot know the destination.
+    if !remember(ctx, &mut meta) {
+        count(Counter::ConnectNoStorage);
+        return DENY;
+    }
+    remember_on_mptcp(ctx, &mut meta);
+    redirect(ctx.sock_addr, &to);
+    if meta.role == ROLE_APP {
+        // SAFETY: the slot stays mapped, see above. Not atomic: see `PodOutbound::turn`.
+        unsafe { (*slot).turn = (*slot).turn.wrapping_add(1) };
+        count(Counter::Captured);
+    }
+    ALLOW
+}
+
+/// Notes what `sock_ops` is to know of this socket.
+#[inline(always)]
+fn remember(ctx: &SockAddrContext, meta: &mut SockMeta) -> bool {
+    // SAFETY: as for the lookup in `capture`; `meta` outlives the call, which copies it.
+    let stored = unsafe { SOCK_META.get_or_insert_ptr_mut(ctx, Some(meta)) };
+    if stored.is_null() {
+        return false;
+    }
+    // SAFETY: not null; this socket's storage. It may have existed before, with an older value.
+    unsafe { *stored = *meta };
+    true
+}
+
+/// Has `sock_ops` say that this connection is no direct one, if it goes to a pod of this node: the source
+/// pod's direct connections to there may come from any port for a while.
+///
+/// Fails open: without memory it may be taken for one of those, and passes unrecorded.
+#[inline(always)]
+fn keep_apart(ctx: &SockAddrContext, dst: &WireAddr) {
+    if POD_INBOUND.get_ptr(dst.ip).is_some() {
+        let _fails_open = remember(ctx, &mut SockMeta::of(ROLE_PLAIN));
     }
 }
 
@@ -200,7 +224,8 @@ fn while_pending(dst: &WireAddr) -> i32 {
                 count(reason);
                 ALLOW
             }
-            Connect::Capture { .. } => ALLOW, // Nothing that is pending has listeners.
+            // Nothing that is pending has listeners or verdicts.
+            Connect::Capture { .. } | Connect::FailOpen => ALLOW,
         };
     }
     ALLOW

@@ -8,7 +8,7 @@ use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_sk_lookup_tcp, bpf_sk_release};
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::addr::{WireIp, is_v4};
 use mesh_common::direct::{Choice, VerdictEndpoint, VerdictKey, choose};
-use mesh_common::maps::{DeliveryKey, PodInbound, PodOutbound, number};
+use mesh_common::maps::{DeliveryKey, PodInbound, PodOutbound, ROLE_DIRECT, SockMeta, number};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{read, read_ip6};
@@ -48,6 +48,22 @@ pub(crate) fn way(ctx: &SockAddrContext, netns: u64, pod: &PodOutbound, dst: &Wi
         }
         Choice::Direct(endpoint) => direct(ctx, pod, &endpoint),
     }
+}
+
+/// What is remembered on the socket of a connection of `pod` that goes straight to `endpoint`, of the pod
+/// with the hash `server`.
+#[inline(always)]
+pub(crate) fn remember(
+    meta: &mut SockMeta,
+    pod: &PodOutbound,
+    endpoint: WireAddr,
+    server: [u32; 2],
+) {
+    meta.endpoint = endpoint;
+    meta.role = ROLE_DIRECT;
+    meta.started_ns = now_ns();
+    meta.client = pod.pod;
+    meta.server = server;
 }
 
 /// The endpoint, if its pod is the one that was decided about and somebody listens there.

@@ -7,7 +7,7 @@ use aya_ebpf::bindings::{BPF_SK_LOOKUP_F_REPLACE, sk_action};
 use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use mesh_common::addr::{WireIp, v4_mapped};
-use mesh_common::announce;
+use mesh_common::announce::Announced;
 use mesh_common::maps::{AdmissionKey, DeliveryKey, ListenerKey, PodInbound};
 use mesh_common::verdict::{Lookup, decide_lookup};
 use mesh_common::{Counter, WireAddr};
@@ -56,10 +56,11 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp) -> u32 {
         count(Counter::LookupProbe);
         return PASS;
     }
-    let is_delivery = || {
-        is_announced(&DeliveryKey { src: remote, dst: local }) || is_admitted(pod, &remote, &local)
+    let announced = || match announced(pod, &DeliveryKey { src: remote, dst: local }) {
+        Announced::Nothing if is_admitted(pod, &remote, &local) => Announced::Delivery,
+        announced => announced,
     };
-    let verdict = decide_lookup(pod, &local, &remote, is_delivery, agent);
+    let verdict = decide_lookup(pod, &local, &remote, announced, agent);
     match verdict {
         Lookup::Pass(reason) => {
             count(reason);
@@ -87,6 +88,13 @@ fn refuse(reason: Counter, remote: &WireAddr, local: &WireAddr) -> u32 {
         Counter::LookupStrict => {
             tell!("plain text to a strict pod: [{:i}]:{} to [{:i}]:{}", remote, local)
         }
+        Counter::LookupAnother => {
+            tell!(
+                "meant for a pod that had the address before: [{:i}]:{} to [{:i}]:{}",
+                remote,
+                local
+            )
+        }
         Counter::LookupListenerGone => {
             tell!("no listener of the agent: [{:i}]:{} to [{:i}]:{}", remote, local)
         }
@@ -109,10 +117,15 @@ fn is_probe(remote: &WireAddr, local: &WireAddr) -> bool {
 }
 
 #[inline(always)]
-fn is_announced(tuple: &DeliveryKey) -> bool {
-    // SAFETY: four bytes, read at once; a recycled element holds another delivery's value.
-    let value = unsafe { DELIVERIES.get(tuple) }.copied();
-    value.is_some_and(|value| announce::passes(value, now_ms(), || is_member(&tuple.src.ip)))
+fn announced(server: &PodInbound, tuple: &DeliveryKey) -> Announced {
+    // SAFETY: RCU keeps the element mapped for this call, and it is copied at once; a recycled one holds
+    // what another tuple was announced as.
+    let Some(there) = unsafe { DELIVERIES.get(tuple) }.copied() else {
+        return Announced::Nothing;
+    };
+    // SAFETY: as for the server's; two fields are read.
+    let client = || unsafe { POD_INBOUND.get(tuple.src.ip) };
+    there.says(now_ms(), server, client, || is_member(&tuple.src.ip))
 }
 
 /// Whether this is a direct connection that comes from another source port than it left from.

@@ -8,6 +8,7 @@ use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockHash};
 use mesh_common::Counter;
 use mesh_common::addr::WireIp;
+use mesh_common::announce::Announcement;
 use mesh_common::direct::{DirectConn, Flow, Verdict, VerdictKey};
 use mesh_common::maps::{
     Admission, AdmissionKey, Control, DeliveryKey, EVENTS_BYTES, FlowKey, ListenerKey, PendingPod,
@@ -66,9 +67,9 @@ pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES as u32,
 #[map]
 static SECRETS: Array<Secrets> = Array::with_max_entries(1, 0);
 
-/// The value says until when the tuple passes, and for whom: [`mesh_common::announce`].
+/// Who announces a tuple says what it is, and of whom: [`mesh_common::announce`].
 #[map]
-pub(crate) static DELIVERIES: LruHashMap<DeliveryKey, u32> =
+pub(crate) static DELIVERIES: LruHashMap<DeliveryKey, Announcement> =
     LruHashMap::with_max_entries(131_072, 0);
 
 /// Least recently used first out: what is pushed out costs a connection only where the node has changed

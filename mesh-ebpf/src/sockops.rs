@@ -6,8 +6,8 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-    BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops,
+    BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+    BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops,
 };
 use aya_ebpf::helpers::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_setsockopt, bpf_sk_storage_get,
@@ -16,12 +16,12 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use mesh_common::addr::v4_mapped;
-use mesh_common::announce::{self, UNANSWERED};
+use mesh_common::announce::{Announcement, DELIVERY, FOR_MEMBER, PLAIN};
 use mesh_common::direct::{
     CLOSED, DirectConn, DirectEvent, FAILED, FIN_RECEIVED, FIN_SENT, FIN_UNKNOWN, Flow, OPENED,
 };
 use mesh_common::maps::{
-    Admission, AdmissionKey, DeliveryKey, FlowKey, ROLE_DELIVER, ROLE_DIRECT, SockMeta,
+    Admission, AdmissionKey, DeliveryKey, FlowKey, ROLE_DELIVER, ROLE_DIRECT, ROLE_PLAIN, SockMeta,
 };
 use mesh_common::{Counter, WireAddr};
 
@@ -52,28 +52,33 @@ pub fn mesh_sockops(ctx: SockOpsContext) -> u32 {
     // Some nine callbacks run per connection and most are not ours.
     match read!(ctx.ops, op) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
-        BPF_SOCK_OPS_STATE_CB => changed(&ctx),
+        BPF_SOCK_OPS_STATE_CB => {
+            let old = read!(ctx.ops, __bindgen_anon_1.args[0]);
+            let new = read!(ctx.ops, __bindgen_anon_1.args[1]);
+            changed(&ctx, old, new);
+        }
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(&ctx),
         _ => {}
     }
     OK
 }
 
-#[inline(always)]
+// Functions of their own, so that neither's stack is the other's too: together they may take 512 bytes.
+
+#[inline(never)]
 fn connecting(ctx: &SockOpsContext) {
     let Some(meta) = meta(ctx) else {
         return;
     };
     // SAFETY: the storage lives as long as the socket, and nothing else writes it during this callback.
     let meta = unsafe { *meta };
-    if meta.role == ROLE_DELIVER || meta.role == ROLE_DIRECT {
+    if is_announced(meta.role) {
         let ends = ends(ctx.ops);
-        let announced = DELIVERIES.insert(ends, UNANSWERED, 0).is_ok();
+        let announced = DELIVERIES.insert(ends, announcement(&meta), 0).is_ok();
         if meta.role == ROLE_DIRECT {
-            admit(ctx, &ends);
+            admit(ctx, &meta, &ends);
         }
-        // Asks for the callback that ends the announcement, and tells what becomes of a direct one.
-        // SAFETY: the context is a full socket's `bpf_sock_ops`; an error leaves the flags as they were.
-        unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, BPF_SOCK_OPS_STATE_CB_FLAG as i32) };
+        follow_states(ctx);
         count(if announced { Counter::DeliveryAnnounced } else { Counter::DeliveryLost });
     } else if meta.captured != 0 {
         // SAFETY: the helper only reads the context.
@@ -90,7 +95,8 @@ fn connecting(ctx: &SockOpsContext) {
         }
         // From a second address of the pod: to `sk_lookup` that looks like a stranger.
         if ends.src.ip != ends.dst.ip {
-            let _refused_if_lost = DELIVERIES.insert(ends, announce::answered(now_ms(), false), 0);
+            let delivery = Announcement::of(DELIVERY).answered(now_ms());
+            let _refused_if_lost = DELIVERIES.insert(ends, delivery, 0);
         }
         without_pacing(ctx);
     }
@@ -108,9 +114,53 @@ fn without_pacing(ctx: &SockOpsContext) {
     };
 }
 
+/// Whether sockets of this role are announced to `sk_lookup`.
+#[inline(always)]
+fn is_announced(role: u8) -> bool {
+    role == ROLE_DELIVER || role == ROLE_DIRECT || role == ROLE_PLAIN
+}
+
+/// What is announced of such a socket when its SYN leaves.
+#[inline(always)]
+fn announcement(meta: &SockMeta) -> Announcement {
+    match meta.role {
+        ROLE_DIRECT => Announcement::direct(meta.client, meta.server),
+        ROLE_PLAIN => Announcement::of(PLAIN),
+        _ => Announcement::of(DELIVERY),
+    }
+}
+
+/// Asks for the callback that ends the announcement, and tells what becomes of a direct connection.
+///
+/// Other programs may have asked for callbacks too, so theirs stay, and ours is never given back: nobody can
+/// know whether they want that one as well.
+#[inline(always)]
+fn follow_states(ctx: &SockOpsContext) {
+    let flags = read!(ctx.ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
+    // SAFETY: the context is a full socket's `bpf_sock_ops`; an error leaves the flags as they were.
+    unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32) };
+}
+
+/// A program that does not leave other programs' callbacks alone may have taken ours away: what it kept from
+/// us is made up for, and asked for again.
+#[inline(always)]
+fn established(ctx: &SockOpsContext) {
+    if read!(ctx.ops, bpf_sock_ops_cb_flags) & BPF_SOCK_OPS_STATE_CB_FLAG != 0 {
+        return;
+    }
+    let Some(meta) = meta(ctx) else {
+        return;
+    };
+    // SAFETY: as in `connecting`; the pointer is not kept.
+    if is_announced(unsafe { (*meta).role }) {
+        follow_states(ctx);
+        changed(ctx, TCP_SYN_SENT, TCP_ESTABLISHED);
+    }
+}
+
 /// Announces a direct connection from whatever port its SYN will arrive.
 #[inline(always)]
-fn admit(ctx: &SockOpsContext, ends: &DeliveryKey) {
+fn admit(ctx: &SockOpsContext, meta: &SockMeta, ends: &DeliveryKey) {
     // SAFETY: the helper only reads the context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: RCU keeps the elements mapped for this call. One field of each is read, and one that is
@@ -119,6 +169,10 @@ fn admit(ctx: &SockOpsContext, ends: &DeliveryKey) {
     let (Some(client), Some(server)) = pods else {
         return;
     };
+    // The SYN of a `connect()` may leave much later: `TCP_FASTOPEN_CONNECT`.
+    if client.pod != meta.client || server.pod != meta.server {
+        return;
+    }
     let (client, server, now) = (client.generation, server.generation, now_ms());
     let key = AdmissionKey { client: ends.src.ip, server: ends.dst };
     // SAFETY: as above.
@@ -132,36 +186,32 @@ fn admit(ctx: &SockOpsContext, ends: &DeliveryKey) {
     let _refused_if_lost = ADMISSIONS.insert(key, admission, 0);
 }
 
-/// A delivery or a direct connection has another state.
-#[inline(always)]
-fn changed(ctx: &SockOpsContext) {
+/// A connection that was announced has another state.
+#[inline(never)]
+fn changed(ctx: &SockOpsContext, old: u32, new: u32) {
     let Some(meta) = meta(ctx) else {
         return;
     };
-    // SAFETY: as in `connecting`; the pointer is not kept.
-    let role = unsafe { (*meta).role };
-    let old = read!(ctx.ops, __bindgen_anon_1.args[0]);
-    let new = read!(ctx.ops, __bindgen_anon_1.args[1]);
-    if old == TCP_SYN_SENT && (role == ROLE_DELIVER || role == ROLE_DIRECT) {
-        answered(ctx, role, new);
+    // SAFETY: as in `connecting`; the reference is not kept.
+    let announced = unsafe { &*meta };
+    let role = announced.role;
+    if old == TCP_SYN_SENT && is_announced(role) {
+        answered(ctx, announced, new);
     }
-    if role == ROLE_DELIVER {
-        // SAFETY: as in `connecting`.
-        unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, 0) };
-    } else if role == ROLE_DIRECT {
+    if role == ROLE_DIRECT {
         tell_of(ctx, meta, old, new);
     }
 }
 
 /// The connection has left `SYN_SENT`: its tuple must not let anybody else past the agent.
 #[inline(always)]
-fn answered(ctx: &SockOpsContext, role: u8, new: u32) {
+fn answered(ctx: &SockOpsContext, meta: &SockMeta, new: u32) {
     let key = ends(ctx.ops);
     if new == TCP_ESTABLISHED {
-        // A direct one's client may have begun to leave meanwhile.
-        let is_member = role == ROLE_DIRECT || is_member(&key.src.ip);
+        let is_members = meta.role == ROLE_DELIVER && is_member(&key.src.ip);
+        let what = if is_members { Announcement::of(FOR_MEMBER) } else { announcement(meta) };
         // A tuple that cannot be updated stays open until it is pushed out: worth no reset.
-        let _unbounded = DELIVERIES.insert(key, announce::answered(now_ms(), is_member), 0);
+        let _unbounded = DELIVERIES.insert(key, what.answered(now_ms()), 0);
     } else {
         let _already_gone = DELIVERIES.remove(key);
     }

@@ -62,6 +62,6 @@ pub use self::serve::{Serve, Server};
 pub use self::skip::{missing, skipped};
 pub use self::topology::{Builder, Carrier, Family, PodSpec, ServiceSpec};
 pub use self::traffic::{
-    Pattern, exchange, exchange_patterns, fill, is_reset, linger_zero, receive_pattern,
-    send_pattern,
+    Pattern, defer_connect, exchange, exchange_patterns, fill, is_reset, linger_zero,
+    receive_pattern, send_pattern,
 };

@@ -91,6 +91,11 @@ impl Manifests {
     }
 
     pub(crate) fn pod(&self, spec: &PodSpec, pod: &Pod, netns: &Netns) -> Result<()> {
+        self.pod_as(spec, pod, pod.uid(), netns)
+    }
+
+    /// As [`Self::pod`], under another UID.
+    pub(crate) fn pod_as(&self, spec: &PodSpec, pod: &Pod, uid: &str, netns: &Netns) -> Result<()> {
         let mut annotations: Value =
             spec.annotations.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
         annotations["malla.dev/netns"] = json!(netns.path().display().to_string());
@@ -107,7 +112,7 @@ impl Manifests {
             "metadata": {
                 "name": spec.name,
                 "namespace": spec.namespace,
-                "uid": pod.uid(),
+                "uid": uid,
                 "labels": labels,
                 "annotations": annotations,
             },

@@ -264,6 +264,20 @@ impl Mesh {
         self.manifests.remove(&pod_file(pod.namespace(), pod.name()))
     }
 
+    /// Has the pod `old` go, and another one come that has its name and addresses, a UID of its own, and the
+    /// namespace of the pod `new`, which is described no more.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a manifest cannot be written, or the system refuses.
+    pub fn succeed_pod(&self, old: &str, new: &str) -> Result<()> {
+        self.delete_pod_manifest(new).ok();
+        self.move_addresses(old, new)?;
+        let (pod, to) = (self.pod(old), self.pod(new));
+        let uid = format!("{}-{}", to.uid(), NEXT.fetch_add(1, Ordering::Relaxed));
+        self.manifests.pod_as(&pod.spec(), pod, &uid, to.netns())
+    }
+
     /// Leaves everything running when this process ends. `cargo xtask clean` removes it.
     pub fn keep(self) {
         std::mem::forget(self);

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
@@ -83,6 +83,21 @@ fn interrupts() -> libc::sigset_t {
         libc::sigaddset(&raw mut set, libc::SIGTERM);
         set
     }
+}
+
+/// Has the SYN of the coming `connect()` wait for the first bytes.
+pub(crate) fn defer_connect(socket: &impl AsRawFd) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the kernel reads one `int`, which outlives the call.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_FASTOPEN_CONNECT,
+            (&raw const on).cast(),
+            4,
+        )
+    })
 }
 
 /// A new TUN device of this name in the calling thread's network namespace: packets that are routed

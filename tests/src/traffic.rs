@@ -8,7 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use socket2::SockRef;
+use socket2::{SockRef, Socket};
+
+use crate::sys;
 
 /// The length of a pattern before it repeats: a prime, so that a block that is lost, doubled or
 /// swapped cannot look right at any power of two.
@@ -165,6 +167,15 @@ pub fn fill(stream: &mut TcpStream, limit: usize) -> Result<usize> {
 /// Fails if the option cannot be set.
 pub fn linger_zero(stream: &TcpStream) -> Result<()> {
     SockRef::from(stream).set_linger(Some(Duration::ZERO)).context("set SO_LINGER")
+}
+
+/// Has the SYN of the coming `connect()` wait for the first bytes (`TCP_FASTOPEN_CONNECT`).
+///
+/// # Errors
+///
+/// Fails if the option cannot be set.
+pub fn defer_connect(socket: &Socket) -> Result<()> {
+    sys::defer_connect(socket).context("set TCP_FASTOPEN_CONNECT")
 }
 
 /// Whether the connection ends with a reset rather than an end: what a program sees of a crash.

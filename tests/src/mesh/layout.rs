@@ -124,6 +124,29 @@ impl Mesh {
         ))
     }
 
+    /// Gives the addresses of the pod `old` to the namespace of the pod `new`, of the same node, which has
+    /// its own as well. The cable of `old` is cut.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the system refuses.
+    pub(super) fn move_addresses(&self, old: &str, new: &str) -> Result<()> {
+        let index = |name| self.pods.iter().position(|pod| pod.name() == name).context("no pod");
+        let (from, to) = (index(old)?, index(new)?);
+        let pod = self.pod(old);
+        let (v4, v6, node) = (pod.v4_ip(), pod.v6_ip(), self.node(pod.node()));
+        self.pod(new).netns().ip(&format!(
+            "addr replace {v4}/32 dev eth0\naddr replace {v6}/128 dev eth0 nodad\n"
+        ))?;
+        node.netns.ip(&format!(
+            "link set p{from} down\n\
+             link set p{to} up\n\
+             route replace {v4}/32 dev p{to} src {}\n\
+             route replace {v6}/128 dev p{to} src {}\n",
+            node.v4, node.v6
+        ))
+    }
+
     /// What kube-proxy would do: a cluster address becomes an endpoint's, at random.
     pub(super) fn translate_services(&self) -> Result<()> {
         let mut rules = String::new();

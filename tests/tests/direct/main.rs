@@ -1,5 +1,6 @@
 //! The direct way: pods of one node that the agent has let talk once talk without it.
 
+mod admission;
 mod books;
 mod node;
 mod verdicts;

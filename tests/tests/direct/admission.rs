@@ -1,0 +1,192 @@
+//! Whom a direct connection lets in, and whom it does not.
+
+use std::io::Read as _;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use harness::{Family, Mesh, Pod, PodSpec, Serve, defer_connect, exchange, wait};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{connect, kernel, until_direct};
+
+/// A listener in the pod that accepts nobody, and which one connection fills.
+fn full_listener(pod: &Pod) -> Result<Socket> {
+    pod.run(|| {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_only_v6(false)?;
+        socket.bind(&SocketAddr::from(([0u16; 8], 8080)).into())?;
+        socket.listen(0)?;
+        Ok(socket)
+    })
+}
+
+/// A connection whose SYN has left and was dropped: it is sent again after one second, and two more.
+fn waiting(mesh: &Mesh, to: SocketAddr) -> Result<(Socket, Vec<Socket>)> {
+    let mut there = Vec::new();
+    wait::until_some(wait::SOON, "a connection to wait", || {
+        let taken = kernel(mesh, "direct_taken").ok()?;
+        let socket = mesh.pod("a1").run(|| {
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+            Ok((socket.connect_timeout(&to.into(), Duration::from_millis(100)).is_ok(), socket))
+        });
+        let (is_there, socket) = socket.ok()?;
+        if !is_there && kernel(mesh, "direct_taken").ok()? > taken {
+            return Some(socket);
+        }
+        // Keeps the listener full.
+        there.push(socket);
+        None
+    })
+    .map(|waiting| (waiting, there))
+}
+
+#[test]
+fn syn_that_comes_late_reaches_no_successor() -> Result<()> {
+    harness::require!();
+    for family in Family::BOTH {
+        for mode in ["permissive", "strict"] {
+            let mesh = Mesh::two_nodes_builder()
+                .pod(PodSpec::new("a2", "a").annotation("malla.dev/mode", mode))
+                .pod(PodSpec::new("a3", "a"))
+                .start()?;
+            let to = mesh.pod("a2").addr(family, 8080);
+            let first = mesh.pod("a2").serve(8080, Serve::Greet("first"))?;
+            until_direct_greeted(&mesh, to, "first")?;
+            drop(first);
+            let _full = full_listener(mesh.pod("a2"))?;
+            let (waiting, _others) = waiting(&mesh, to)?;
+            let second = mesh.pod("a3").serve(8080, Serve::Greet("second"))?;
+            mesh.succeed_pod("a2", "a3")?;
+            wait::until(wait::SOON, "the SYN to be refused", || {
+                kernel(&mesh, "lookup_another").is_ok_and(|refused| refused > 0.0)
+            })?;
+            let client = waiting.local_addr()?.as_socket();
+            let mut waiting = TcpStream::from(waiting);
+            waiting.set_nonblocking(false)?;
+            ensure!(waiting.read(&mut [0; 8]).is_err(), "it is of somebody else");
+            let clients = second.clients();
+            ensure!(!clients.iter().any(|one| Some(one.port()) == client.map(|me| me.port())));
+            // Who means the successor reaches it.
+            let greeted = |stream: &mut TcpStream| -> Result<bool> {
+                let mut greeting = [0; 6];
+                stream.read_exact(&mut greeting)?;
+                Ok(&greeting == b"second")
+            };
+            wait::until(wait::SOON, "the successor", || {
+                let connected = mesh.pod("a1").connect(to);
+                connected.is_ok_and(|mut stream| greeted(&mut stream).unwrap_or(false))
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// As [`until_direct`], of a server that speaks first.
+fn until_direct_greeted(mesh: &Mesh, to: SocketAddr, greeting: &str) -> Result<()> {
+    wait::until(wait::SOON, "a direct connection", || {
+        let Ok(taken) = kernel(mesh, "direct_taken") else { return false };
+        let mut heard = vec![0; greeting.len()];
+        let connected = mesh.pod("a1").connect(to);
+        connected.is_ok_and(|mut stream| stream.read_exact(&mut heard).is_ok())
+            && heard == greeting.as_bytes()
+            && kernel(mesh, "direct_taken").is_ok_and(|now| now > taken)
+    })
+}
+
+#[test]
+fn syn_of_a_pod_that_has_left_meanwhile_is_a_strangers() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("a2", "a").annotation("malla.dev/mode", "strict"))
+        .start()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Greet("hello"))?;
+    let to = mesh.pod("a2").v4(8080);
+    until_direct_greeted(&mesh, to, "hello")?;
+    // Data in the SYN, with a cookie or without.
+    mesh.pod("a1").sysctl("net/ipv4/tcp_fastopen", "5")?;
+    for is_leaving in [false, true] {
+        let (taken, seen) = (kernel(&mesh, "direct_taken")?, server.clients().len());
+        let socket = mesh.pod("a1").run(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+            defer_connect(&socket)?;
+            socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+            socket.connect(&to.into())?;
+            Ok(socket)
+        })?;
+        assert_eq!(kernel(&mesh, "direct_taken")?, taken + 1.0);
+        assert_eq!(server.clients().len(), seen, "no SYN has left");
+        if is_leaving {
+            mesh.enrol("a1", false)?;
+        }
+        let refused = kernel(&mesh, "lookup_strict")?;
+        let mut stream = TcpStream::from(socket);
+        let sent = exchange_after_greeting(&mut stream);
+        assert_eq!(sent.is_ok(), !is_leaving, "{sent:?}");
+        assert_eq!(server.clients().len() > seen, !is_leaving);
+        assert_eq!(kernel(&mesh, "lookup_strict")? > refused, is_leaving);
+    }
+    Ok(())
+}
+
+fn exchange_after_greeting(stream: &mut TcpStream) -> Result<()> {
+    use std::io::Write as _;
+    stream.write_all(b"word")?;
+    let mut answer = [0; 9];
+    stream.read_exact(&mut answer)?;
+    ensure!(&answer == b"helloword", "{answer:?}");
+    Ok(())
+}
+
+#[test]
+fn pod_that_fails_open_goes_on_directly_without_an_agent() -> Result<()> {
+    harness::require!();
+    let open = |name| PodSpec::new(name, "a").annotation("malla.dev/fail-open", "true");
+    let mut mesh = Mesh::two_nodes_builder()
+        .pod(open("a1"))
+        .pod(PodSpec::new("a2", "a").annotation("malla.dev/mode", "strict"))
+        .pod(open("a3"))
+        .start()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    let other = mesh.pod("a3").serve(8080, Serve::Echo)?;
+    let service = mesh.service("a").v4(80);
+    until_direct(mesh.pod("a1"), service, &server)?;
+    mesh.agent_mut("a").kill()?;
+    // What no verdict allows passes in plain text when the agent has been silent for 5 s.
+    wait::until(wait::SOON, "the agent to be bypassed", || {
+        connect(mesh.pod("a1"), mesh.pod("a3").v4(8080), &other).is_ok()
+    })?;
+    let (mut stream, is_direct) = connect(mesh.pod("a1"), service, &server)?;
+    ensure!(is_direct);
+    let client = stream.local_addr()?.to_string();
+    exchange(&mut stream, b"without an agent")?;
+    drop(stream);
+    mesh.pod("a1").refused(mesh.pod("a2").v4(8081))?;
+    mesh.agent_mut("a").restart()?;
+    mesh.agent("a").wait_for_record(&[("src.addr", &client), ("way", "direct")])?;
+    Ok(())
+}
+
+#[test]
+fn connection_that_its_pod_keeps_out_of_the_mesh_is_let_in_by_no_other() -> Result<()> {
+    harness::require!();
+    let skip = |name, key| {
+        PodSpec::new(name, "a").annotation("malla.dev/mode", "strict").annotation(key, "8080")
+    };
+    let mesh = Mesh::two_nodes_builder()
+        .pod(skip("a1", "malla.dev/skip-outbound-ports"))
+        .pod(PodSpec::new("a2", "a").annotation("malla.dev/mode", "strict"))
+        .start()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    for family in Family::BOTH {
+        let service = mesh.service("a").addr(family, 80);
+        until_direct(mesh.pod("a1"), service, &server)?;
+        let refused = kernel(&mesh, "lookup_strict")?;
+        // Within the seconds in which a direct connection may come from any port.
+        let (_, is_direct) = connect(mesh.pod("a1"), service, &server)?;
+        ensure!(is_direct);
+        mesh.pod("a1").refused(mesh.pod("a2").addr(family, 8080))?;
+        assert_eq!(kernel(&mesh, "lookup_strict")?, refused + 1.0);
+    }
+    Ok(())
+}
