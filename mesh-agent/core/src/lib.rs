@@ -38,6 +38,7 @@ pub mod polling;
 pub mod protocol;
 pub mod route;
 pub mod settings;
+pub mod shares;
 pub mod sign;
 pub mod snapshot;
 pub mod spiffe;

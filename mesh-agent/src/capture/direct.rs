@@ -1,11 +1,13 @@
 //! Verdicts and generations of the direct way, as [`super::Capture`] writes them.
 //!
 //! Guarantees: a verdict is written only under the generations that lie in the kernel at that moment, and
-//! only if those are what the caller decided from; a full map is swept once and then refuses.
+//! only if those are what the caller decided from. Where the map is full, the pod that has the most verdicts
+//! gives way ([`mesh_core::shares`]); who that is, and which verdicts do not hold any more, is known here and
+//! not asked of the kernel.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_common::WireAddr;
 use mesh_common::addr::from_ip;
@@ -13,8 +15,9 @@ use mesh_common::direct::{MAX_ENDPOINTS, Verdict, VerdictEndpoint, VerdictKey};
 use mesh_common::maps::Secrets;
 use mesh_core::addr::{EndpointAddr, OrigDst};
 use mesh_core::generation::{Generation, GenerationKey};
+use mesh_core::shares::{Full, Shares};
 
-use super::maps::absent_is_ok;
+use super::maps::{Maps, absent_is_ok};
 use super::pods::{Generations, Pods};
 use super::{Capture, CaptureError, lock, sys};
 
@@ -110,15 +113,11 @@ impl Capture {
             sys::boot_ns().saturating_add(u64::try_from(until.as_nanos()).unwrap_or(u64::MAX))
         });
         let verdict = Verdict { key, source, destination, until_ns, endpoints, len, reserved: 0 };
+        let now = Instant::now();
+        make_room(&mut pods, netns, &key, now)?;
         let failed = pods.maps.failed("VERDICTS");
-        let inserted = pods.maps.verdicts.insert(key, verdict, 0).map_err(&failed);
-        match inserted {
-            Err(CaptureError::Full { .. }) => {
-                sweep(&mut pods)?;
-                pods.maps.verdicts.insert(key, verdict, 0).map_err(failed)?;
-            }
-            other => other?,
-        }
+        pods.maps.verdicts.insert(key, verdict, 0).map_err(failed)?;
+        pods.verdicts.insert(netns, key, (source, destination), now);
         Ok(Written::Yes)
     }
 
@@ -129,10 +128,7 @@ impl Capture {
     ///
     /// The kernel refuses.
     pub fn remove_verdict(&self, netns: u64, dst: OrigDst) -> Result<(), CaptureError> {
-        let mut pods = lock(&self.pods);
-        let failed = pods.maps.failed("VERDICTS");
-        let key = VerdictKey::new(netns, dst.0.into());
-        absent_is_ok(pods.maps.verdicts.remove(&key)).map_err(failed)
+        remove(&mut lock(&self.pods), netns, &VerdictKey::new(netns, dst.0.into()))
     }
 
     /// Removes verdicts that do not hold any more, and says how many do. They take up room and nothing
@@ -156,27 +152,57 @@ fn endpoint(entry: &VerdictEntry) -> VerdictEndpoint {
     }
 }
 
-fn sweep(pods: &mut Pods) -> Result<usize, CaptureError> {
+/// Has somebody give way to a verdict of the pod in `netns`, if that is necessary.
+fn make_room(
+    pods: &mut Pods,
+    netns: u64,
+    key: &VerdictKey,
+    now: Instant,
+) -> Result<(), CaptureError> {
+    if pods.verdicts.yields(netns, key, now) == Ok(None) {
+        return Ok(());
+    }
+    sweep(pods)?;
+    match pods.verdicts.yields(netns, key, now) {
+        Ok(None) => Ok(()),
+        Ok(Some((victim, oldest))) => remove(pods, victim, &oldest),
+        Err(Full) => Err(pods.maps.full("VERDICTS")),
+    }
+}
+
+fn remove(pods: &mut Pods, netns: u64, key: &VerdictKey) -> Result<(), CaptureError> {
     let failed = pods.maps.failed("VERDICTS");
-    let sources = pods.generations_by_netns();
-    let mut held = 0;
-    let mut dead = Vec::new();
-    for found in pods.maps.verdicts.iter() {
-        let (key, verdict) = found.map_err(&failed)?;
-        let holds = sources.get(&key.netns) == Some(&verdict.source)
-            && pods.destination_generation(key.dst.ip) == Some(verdict.destination)
-            && verdict.source != 0
-            && verdict.destination != 0;
-        if holds {
-            held += 1;
-        } else {
-            dead.push(key);
+    absent_is_ok(pods.maps.verdicts.remove(key)).map_err(failed)?;
+    pods.verdicts.remove(netns, key);
+    Ok(())
+}
+
+fn sweep(pods: &mut Pods) -> Result<usize, CaptureError> {
+    if pods.may_be_dead {
+        let sources = pods.generations_by_netns();
+        let holds = |netns: &u64, key: &VerdictKey, (source, destination): &(u64, u64)| {
+            sources.get(netns) == Some(source)
+                && pods.destination_generation(key.dst.ip) == Some(*destination)
+                && *source != 0
+                && *destination != 0
+        };
+        for (netns, key) in pods.verdicts.dead(holds) {
+            remove(pods, netns, &key)?;
         }
+        pods.may_be_dead = false;
     }
-    for key in dead {
-        absent_is_ok(pods.maps.verdicts.remove(&key)).map_err(&failed)?;
+    Ok(pods.verdicts.len())
+}
+
+/// The verdicts of an earlier agent.
+pub(super) fn found(maps: &Maps) -> Result<Shares<u64, VerdictKey, (u64, u64)>, CaptureError> {
+    let mut found = Shares::new(maps.verdicts_room());
+    let now = Instant::now();
+    for one in maps.verdicts.iter() {
+        let (key, verdict) = one.map_err(maps.failed("VERDICTS"))?;
+        found.insert(key.netns, key, (verdict.source, verdict.destination), now);
     }
-    Ok(held)
+    Ok(found)
 }
 
 /// The key of generations that lies beside the maps. The first agent makes it.

@@ -63,6 +63,24 @@ impl Maps {
 
     /// Says that a map is full in words that help, and leaves other errors as they are.
     pub(super) fn failed(&self, map: &'static str) -> impl Fn(MapError) -> CaptureError + use<> {
+        let (limit, remedy) = self.room(map);
+        move |error| {
+            let source = io_error(error);
+            match source.raw_os_error() {
+                Some(libc::E2BIG | libc::ENOSPC) => CaptureError::Full { map, limit, remedy },
+                _ => CaptureError::Map { map, source },
+            }
+        }
+    }
+
+    /// That a map is full, in the same words.
+    pub(super) fn full(&self, map: &'static str) -> CaptureError {
+        let (limit, remedy) = self.room(map);
+        CaptureError::Full { map, limit, remedy }
+    }
+
+    /// How many entries a map has room for, and what gives it more.
+    fn room(&self, map: &'static str) -> (u32, &'static str) {
         let spec = SPECS.iter().find(|spec| spec.name == map);
         let limit = spec.map_or(0, |spec| pins::entries(spec, &self.config));
         let remedy = if matches!(map, "DESTINATIONS" | "NETWORKS") {
@@ -74,13 +92,12 @@ impl Maps {
         } else {
             "raise --max-pods"
         };
-        move |error| {
-            let source = io_error(error);
-            match source.raw_os_error() {
-                Some(libc::E2BIG | libc::ENOSPC) => CaptureError::Full { map, limit, remedy },
-                _ => CaptureError::Map { map, source },
-            }
-        }
+        (limit, remedy)
+    }
+
+    /// How many verdicts there is room for.
+    pub(super) fn verdicts_room(&self) -> usize {
+        usize::try_from(self.config.max_verdicts).unwrap_or(usize::MAX)
     }
 
     pub(super) fn set_outbound(

@@ -10,11 +10,13 @@ use std::sync::Arc;
 
 use aya::maps::{LpmTrie, MapData};
 use mesh_common::addr::{WireIp, from_ip, to_ip};
+use mesh_common::direct::VerdictKey;
 use mesh_common::maps::PodOutbound;
 use mesh_common::maps::{MAX_PORTS, MAX_SHARDS};
 use mesh_core::addr::Cidr;
 use mesh_core::generation::Generation;
 use mesh_core::settings::{Outbound, Settings};
+use mesh_core::shares::Shares;
 
 use super::maps::{self, Maps};
 use super::networks::{Blocks, Networks};
@@ -75,6 +77,11 @@ pub(super) struct Pods {
     generations: Generations,
     /// There was no room for all destinations: every pod captures everything.
     everything: bool,
+    /// What lies in `VERDICTS`, by the cookie of the source's namespace, with the generations of source and
+    /// destination.
+    pub(super) verdicts: Shares<u64, VerdictKey, (Generation, Generation)>,
+    /// Verdicts may be dead: a generation has changed since they were looked through.
+    pub(super) may_be_dead: bool,
 }
 
 impl Pods {
@@ -87,6 +94,7 @@ impl Pods {
         let networks = Networks::new(networks).map_err(maps.failed("NETWORKS"))?;
         let failed = maps.failed("DESTINATIONS");
         let destinations = maps.destinations.iter().collect::<Result<_, _>>().map_err(failed)?;
+        let verdicts = super::direct::found(&maps)?;
         Ok(Self {
             maps,
             routes,
@@ -95,12 +103,15 @@ impl Pods {
             destinations,
             generations: Generations::default(),
             everything: false,
+            verdicts,
+            may_be_dead: true,
         })
     }
 
     /// Writes the generations of what is in the maps, and keeps those of what is going to be.
     pub(super) fn set_generations(&mut self, wanted: Generations) -> Result<(), CaptureError> {
         self.generations = wanted;
+        self.may_be_dead = true;
         // Pods first: one of them ends more verdicts than any destination does.
         let uids: Vec<String> = self.enrolled.keys().cloned().collect();
         for uid in uids {
@@ -124,6 +135,7 @@ impl Pods {
         generation: Generation,
     ) -> Result<(), CaptureError> {
         self.generations.pods.insert(uid.to_owned(), generation);
+        self.may_be_dead = true;
         let Some(before) = self.enrolled.get(uid) else {
             return Ok(());
         };
@@ -177,6 +189,7 @@ impl Pods {
         }
         let gone: Vec<_> =
             self.destinations.keys().filter(|ip| !wanted.contains(*ip)).copied().collect();
+        self.may_be_dead |= !gone.is_empty();
         for ip in gone {
             self.maps.remove_destination(ip)?;
             self.destinations.remove(&ip);
@@ -268,6 +281,7 @@ impl Pods {
             generation: self.generations.of_pod(pod.uid),
         };
         let before = self.enrolled.insert(pod.uid.to_owned(), now.clone());
+        self.may_be_dead = true;
         self.prepare_routes(pod.uid, &now)?;
 
         for (listener, (ip, shard)) in listeners.inbound.iter().zip(inbound_order(pod)) {
@@ -298,6 +312,7 @@ impl Pods {
     }
 
     fn forget(&mut self, uid: &str) {
+        self.may_be_dead = true;
         self.enrolled.remove(uid);
         self.generations.pods.remove(uid);
     }

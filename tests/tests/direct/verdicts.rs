@@ -196,6 +196,32 @@ fn leaving_the_mesh_cuts_nothing() -> Result<()> {
 }
 
 #[test]
+fn pod_that_takes_all_verdicts_gives_way_to_others() -> Result<()> {
+    harness::require!();
+    let mesh =
+        Mesh::two_nodes_builder().pod(PodSpec::new("a3", "a")).flag("--max-verdicts=4").start()?;
+    let pod = mesh.pod("a2");
+    let servers: Vec<_> =
+        (8080..8086).map(|port| pod.serve(port, Serve::Echo)).collect::<Result<_>>()?;
+    let ports = 8080u16..;
+    for (port, server) in ports.zip(&servers).take(4) {
+        until_direct(mesh.pod("a1"), pod.v4(port), server)?;
+    }
+    for _ in 0..10 {
+        let (_, direct) = connect(mesh.pod("a1"), pod.v4(8084), &servers[4])?;
+        ensure!(!direct, "its own gives no way");
+    }
+    until_direct(mesh.pod("a3"), pod.v4(8085), &servers[5])?;
+    // The one that gave way was its oldest.
+    for (port, server) in (8081..8084).zip(&servers[1..]) {
+        let (_, direct) = connect(mesh.pod("a1"), pod.v4(port), server)?;
+        ensure!(direct, "{port}");
+    }
+    assert_eq!(mesh.agent("a").ask(&["status"])?["verdicts"], 4);
+    Ok(())
+}
+
+#[test]
 fn verdict_that_does_not_fit_is_carried() -> Result<()> {
     harness::require!();
     let mesh = Mesh::two_nodes_builder().flag("--max-verdicts=1").start()?;
