@@ -257,8 +257,9 @@ pub struct Run {
     #[arg(long, env = "MESH_BALANCE", value_enum, default_value_t)]
     pub balance: Balance,
 
-    /// Connections that this agent holds at once. Past it a pod's own wait in the kernel's queues, and
-    /// those that come through tunnels are refused as overloaded: too low makes clients wait or fail,
+    /// Connections that this agent holds at once, and direct ones that it follows. Past it a pod's own wait
+    /// in the kernel's queues, those that come through tunnels are refused as overloaded, and further
+    /// direct ones are carried: too low makes clients wait or fail,
     /// too high lets pods and peers use up memory and file descriptors.
     #[arg(long, env = "MESH_MAX_CONNECTIONS", value_name = "N", default_value = "65536")]
     pub max_connections: NonZeroUsize,

@@ -68,6 +68,8 @@ counters! {
     DirectNoListener = "direct_no_listener",
     /// `connect`: left to the agent; the socket is bound to another address than the pod's own.
     DirectBound = "direct_bound",
+    /// `connect`: left to the agent; it follows as many direct connections as it may.
+    DirectFull = "direct_full",
     /// `sock_ops`: a direct connection is not in the list of open ones, which is full.
     DirectUnlisted = "direct_unlisted",
     /// `sock_ops`: what happened to a direct connection could not be told.

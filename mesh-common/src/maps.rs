@@ -285,6 +285,8 @@ map_struct! {
         pub kubelet_cgroup: u64,
         /// How many entries `PENDING` has: with none, nobody looks there.
         pub pending: u64,
+        /// 1 while no further direct connection is to begin: the agent follows as many as it may.
+        pub no_direct: u64,
     }
 }
 

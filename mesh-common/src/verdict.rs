@@ -459,7 +459,13 @@ mod tests {
 
     #[test]
     fn kubelet_is_its_cgroup_in_the_nodes_namespace() {
-        let control = Control { heartbeat_ns: 1, node_netns: 3, kubelet_cgroup: 77, pending: 0 };
+        let control = Control {
+            heartbeat_ns: 1,
+            node_netns: 3,
+            kubelet_cgroup: 77,
+            pending: 0,
+            no_direct: 0,
+        };
         assert!(is_kubelet(&control, 3, || 77));
         assert!(!is_kubelet(&control, 3, || 78), "another process of the node");
         assert!(!is_kubelet(&control, 4, || panic!("not even asked")), "a pod");

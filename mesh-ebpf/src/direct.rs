@@ -12,7 +12,7 @@ use mesh_common::maps::{DeliveryKey, PodInbound, PodOutbound, ROLE_DIRECT, SockM
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{read, read_ip6};
-use crate::maps::{DESTINATIONS, POD_INBOUND, PROBE, VERDICTS, count, now_ns};
+use crate::maps::{CONTROL, DESTINATIONS, POD_INBOUND, PROBE, VERDICTS, count, now_ns};
 
 /// `TCP_LISTEN` of `enum` in the kernel's UAPI.
 const TCP_LISTEN: u32 = 10;
@@ -33,6 +33,10 @@ pub(crate) fn way(ctx: &SockAddrContext, netns: u64, pod: &PodOutbound, dst: &Wi
     let Some(verdict) = (unsafe { VERDICTS.get(key) }) else {
         return Way::Agent(WireAddr::NONE);
     };
+    if CONTROL.get(0).is_some_and(|control| control.no_direct != 0) {
+        count(Counter::DirectFull);
+        return Way::Agent(WireAddr::NONE);
+    }
     // SAFETY: eight bytes, read at once; a recycled element holds another destination's generation.
     let destination = unsafe { DESTINATIONS.get(dst.ip) }.copied().unwrap_or(0);
     // SAFETY: the helper has no arguments.

@@ -110,6 +110,12 @@ fn direct_to(
     (wanted && possible && allowed).then_some(workload)
 }
 
+/// Whether no further direct connection is to begin while `open` are. `limit` are followed; where that was
+/// reached (`was_full`), a sixteenth of them has to end first.
+pub fn is_full(was_full: bool, open: usize, limit: usize) -> bool {
+    open >= if was_full { limit - limit / 16 } else { limit }
+}
+
 /// A direct connection that is open: what it was let through as.
 #[derive(Clone, Copy, Debug)]
 pub struct Open<'a> {
@@ -319,6 +325,14 @@ mod tests {
         };
         assert_eq!(ask("10.0.1.1:9"), Some(vec![to.clone()]), "the pod itself");
         assert_eq!(ask("[::ffff:10.0.1.1]:9"), Some(vec![to]));
+    }
+
+    #[test]
+    fn no_further_one_begins_where_as_many_as_may_are_followed() {
+        let full = |was, open| is_full(was, open, 160);
+        assert_eq!([full(false, 159), full(false, 160), full(true, 159)], [false, true, true]);
+        assert_eq!([full(true, 150), full(true, 149)], [true, false]);
+        assert_eq!([is_full(false, 0, 1), is_full(true, 0, 1)], [false, false], "one");
     }
 
     #[test]

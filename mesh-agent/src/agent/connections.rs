@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use mesh_core::addr::{EndpointAddr, OrigDst, canonical};
 use mesh_core::affinity::Client;
 use mesh_core::authorize::AuthorizeRefusal;
-use mesh_core::direct::{Open as Judged, still_allowed};
+use mesh_core::direct::{Open as Judged, is_full, still_allowed};
 use mesh_core::protocol::Protocol;
 use mesh_core::snapshot::{Endpoint, Snapshot, Workload, WorkloadUid};
 use mesh_core::stage::Stage;
@@ -33,6 +33,12 @@ const SWEEP: Duration = Duration::from_secs(10);
 /// The same while they are known to differ.
 const SWEEP_SOON: Duration = Duration::from_secs(1);
 
+/// Connections that are followed at most. The kernel's list has room for 65,536: for these, and for what
+/// begins before the next look.
+const MOST: usize = 61_440;
+/// From so many connections of one pod on, the kernel is asked for all of its sockets at once.
+const CROWD: usize = 32;
+
 /// All direct connections of this node, shared by the tasks of the control thread.
 #[derive(Clone, Debug)]
 pub(super) struct Connections(Arc<Mutex<Table>>);
@@ -45,6 +51,10 @@ struct Table {
     /// What the ring had no room for, as it was counted when the list was read last.
     lost: u64,
     swept: Instant,
+    /// As many are followed.
+    limit: usize,
+    /// So many are open that no further one may begin.
+    is_full: bool,
     /// What is known here is not what the kernel knows, as far as anybody can tell.
     differs: bool,
 }
@@ -64,10 +74,11 @@ struct Open {
 
 impl Connections {
     /// Begins with the connections that are open already, of the time of an earlier agent.
-    pub(super) fn start(node: Arc<Node>, events: KernelEvents) -> Self {
+    pub(super) fn start(node: Arc<Node>, events: KernelEvents, limit: usize) -> Self {
         let lost = node.capture.direct_events_lost();
-        let (open, swept) = (HashMap::new(), Instant::now());
-        let mut table = Table { node, events, open, lost, swept, differs: false };
+        let (open, swept, limit) = (HashMap::new(), Instant::now(), limit.min(MOST));
+        let (is_full, differs) = (false, false);
+        let mut table = Table { node, events, open, lost, swept, limit, is_full, differs };
         let (adopted, _listed) = table.adopt();
         table.look();
         for cookie in &adopted {
@@ -129,6 +140,10 @@ impl Table {
         self.drain();
         for open in self.open.values_mut() {
             open.fate.end(&open.facts);
+        }
+        let is_full = is_full(self.is_full, self.open.len(), self.limit);
+        if is_full != std::mem::replace(&mut self.is_full, is_full) {
+            self.node.capture.let_direct_begin(!is_full);
         }
         self.differs |= self.lost != self.node.capture.direct_events_lost();
         if self.swept.elapsed() >= if self.differs { SWEEP_SOON } else { SWEEP } {
@@ -284,9 +299,22 @@ impl Table {
                 continue;
             };
             let looked = pod.netns.run(|| {
+                if cookies.len() >= CROWD {
+                    SockDiag::all(|info| {
+                        let open = self.open.get(&info.cookie);
+                        if let Some(open) = open.filter(|open| open.facts.netns == netns) {
+                            open.tracked.carried(info.payload_sent(), info.payload_received());
+                            seen.insert(info.cookie, true);
+                        }
+                    })?;
+                }
                 let diag = SockDiag::open()?;
                 for cookie in cookies {
                     let Some(open) = self.open.get(&cookie) else { continue };
+                    // A list that changes while it is read may lack one.
+                    if seen.contains_key(&cookie) {
+                        continue;
+                    }
                     let facts = &open.facts;
                     let ends = Ends { local: canonical(facts.src), remote: canonical(facts.to.0) };
                     let found = diag.look(ends, Some(cookie))?;

@@ -380,7 +380,8 @@ impl Agent {
     /// Begins to follow direct connections, once: the pods have to be known whose they are.
     fn follow_direct(&mut self) {
         let Some(events) = self.node.capture.take_events() else { return };
-        let connections = Connections::start(Arc::clone(&self.node), events);
+        let limit = self.options.max_connections.get();
+        let connections = Connections::start(Arc::clone(&self.node), events, limit);
         self.shared.spawn(connections.clone().follow());
         self.views.follow_direct(connections.clone());
         self.connections = Some(connections);

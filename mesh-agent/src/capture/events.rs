@@ -123,6 +123,13 @@ impl Capture {
         all.collect()
     }
 
+    /// Lets further direct connections begin, or has the agent carry them instead.
+    pub fn let_direct_begin(&self, may_begin: bool) {
+        let mut told = lock(&self.told);
+        told.no_direct = u64::from(!may_begin);
+        self.tell(&mut told);
+    }
+
     /// Takes a connection whose end the program has missed off the list of those that are open.
     pub fn forget_direct(&self, cookie: u64) {
         let mut pods = lock(&self.pods);

@@ -247,6 +247,7 @@ impl Capture {
                 node_netns: 0,
                 kubelet_cgroup: 0,
                 pending: pending.count(),
+                no_direct: 0,
             }),
             pending: Mutex::new(pending),
             sock_meta,

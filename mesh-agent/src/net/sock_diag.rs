@@ -9,6 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::links::messages;
 use super::netlink::{Family, HEADER_LEN, attribute, errno, message};
 
 const SOCK_DESTROY: u16 = 21;
@@ -28,6 +29,8 @@ const ANSWER_LEN: usize = 72;
 const COOKIE_AT: usize = 44;
 /// Where `tcpi_bytes_acked` lies in `struct tcp_info`; `tcpi_bytes_received` follows.
 const BYTES_AT: usize = 120;
+/// What the kernel puts into one answer of a list at most.
+const LIST_LEN: usize = 32 * 1024;
 /// `TCP_LISTEN`.
 const LISTEN: u8 = 10;
 
@@ -99,6 +102,38 @@ impl SockDiag {
         }
         let body = answer[..len].get(HEADER_LEN..).unwrap_or_default();
         Ok(info(body).filter(|found| found.state != LISTEN))
+    }
+
+    /// What the kernel says of every connection of the calling thread's namespace. Of a list that changes
+    /// while it is read some may be missing.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses to tell.
+    pub fn all(mut each: impl FnMut(TcpInfo)) -> io::Result<()> {
+        let mut buffer = vec![0; LIST_LEN];
+        for family in [Family::V4, Family::V6] {
+            // One socket for each, as in `any_marked`.
+            let diag = Self::open()?;
+            let request = list_request(family, WITH_INFO);
+            let flags = libc::NLM_F_REQUEST | libc::NLM_F_DUMP;
+            diag.0.send(&message(SOCK_DIAG_BY_FAMILY, flags, &request))?;
+            'list: loop {
+                let len = (&diag.0).read(&mut buffer)?;
+                for (kind, message) in messages(&buffer[..len]) {
+                    match kind {
+                        SOCK_DIAG_BY_FAMILY => {
+                            info(message.get(HEADER_LEN..).unwrap_or_default()).map(&mut each);
+                        }
+                        DONE => break 'list,
+                        // A kernel without IPv6 has no socket of it.
+                        _ if matches!(family, Family::V6) => break 'list,
+                        _ => return Err(errno(message)),
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Ends the connection with these ends and this cookie: both sides get a reset. `false` if it is
@@ -207,12 +242,18 @@ pub(super) fn kind(answer: &[u8]) -> Option<u16> {
     Some(u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?))
 }
 
-fn marked_request(family: Family, mark: u32) -> Vec<u8> {
-    // struct inet_diag_req_v2: family, protocol, extensions, padding, states, socket.
+/// `struct inet_diag_req_v2` for all connections of a family.
+fn list_request(family: Family, ext: u8) -> Vec<u8> {
+    // Family, protocol, extensions, padding, states, socket.
     #[expect(clippy::cast_possible_truncation, reason = "six")]
-    let mut body = vec![family as u8, libc::IPPROTO_TCP as u8, 0, 0];
+    let mut body = vec![family as u8, libc::IPPROTO_TCP as u8, ext, 0];
     body.extend(CONNECTED.to_ne_bytes());
     body.extend([0; SOCKID_LEN]);
+    body
+}
+
+fn marked_request(family: Family, mark: u32) -> Vec<u8> {
+    let mut body = list_request(family, 0);
     // struct inet_diag_bc_op: code, offset if yes, offset if no; then struct inet_diag_markcond. The
     // end of the program, at 12, accepts; four bytes behind it, rejects.
     let mut program = vec![BC_MARK_COND, 12];
@@ -230,6 +271,28 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     use super::*;
+
+    #[test]
+    fn list_has_every_connection_with_what_it_has_carried() {
+        let mut held = Vec::new();
+        for (n, at) in (0..100).zip(["127.0.0.1:0", "[::1]:0"].iter().cycle()) {
+            let listener = TcpListener::bind(at).unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (mut server, _) = listener.accept().unwrap();
+            client.write_all(&vec![0; n]).unwrap();
+            server.read_exact(&mut vec![0; n]).unwrap();
+            let ends =
+                Ends { local: client.local_addr().unwrap(), remote: client.peer_addr().unwrap() };
+            let found = SockDiag::open().unwrap().look(ends, None).unwrap().unwrap();
+            held.push((client, server, found));
+        }
+        let mut listed = Vec::new();
+        SockDiag::all(|info| listed.push(info)).unwrap();
+        for (n, (_client, _server, found)) in held.iter().enumerate() {
+            let info = listed.iter().find(|info| info.cookie == found.cookie).unwrap();
+            assert_eq!(info.payload_sent(), n as u64);
+        }
+    }
 
     #[test]
     fn kernel_tells_what_a_connection_has_carried() {

@@ -168,6 +168,39 @@ fn open_connection_is_listed_with_its_bytes() -> Result<()> {
 }
 
 #[test]
+fn as_many_as_the_agent_may_follow_are_direct_and_all_are_counted() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder().flag("--max-connections=96").start()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    let mut held = vec![until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?];
+    wait::until(wait::SOON, "the agent to follow no more", || {
+        for family in Family::BOTH {
+            let asked = connect(mesh.pod("a1"), mesh.service("a").addr(family, 80), &server);
+            if let Ok((stream, true)) = asked {
+                held.push(stream);
+            }
+        }
+        kernel(&mesh, "direct_full").is_ok_and(|full| full > 0.0)
+    })?;
+    ensure!(held.len() >= 96, "{}", held.len());
+    let mut bytes = 0;
+    for (stream, n) in held.iter_mut().zip(1..) {
+        exchange(stream, &vec![1; n])?;
+        bytes += n + 5;
+    }
+    let told = || -> Option<u64> {
+        let open = mesh.agent("a").ask(&["connections"]).ok()?;
+        let direct = open.as_array()?.iter().filter(|one| one["way"] == "direct");
+        let sent = direct.filter(|one| one["direction"] == "outbound");
+        sent.map(|one| one["bytes_sent"].as_u64()).sum()
+    };
+    wait::until(wait::SOON, "all bytes to be told", || told() == Some(bytes as u64))?;
+    drop(held);
+    drop(until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?);
+    Ok(())
+}
+
+#[test]
 fn every_family_is_counted_alike() -> Result<()> {
     harness::require!();
     let mesh = Mesh::two_nodes()?;
