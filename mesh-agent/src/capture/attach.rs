@@ -104,7 +104,12 @@ impl Programs {
     /// Moves what an older agent of another layout left to our programs, and removes its pins.
     ///
     /// For when all pods of the node are enrolled here. Crash-safe: what was not moved is found again.
-    pub(super) fn take_over(&self, pins: &Pins) -> Result<(), CaptureError> {
+    /// `inherit` takes what is worth keeping out of the maps in a layout's directory before that goes.
+    pub(super) fn take_over(
+        &self,
+        pins: &Pins,
+        mut inherit: impl FnMut(&Path),
+    ) -> Result<(), CaptureError> {
         let mut older = lock(&self.older);
         for (hook, program) in HOOKS.iter().zip(&self.hooks) {
             let path = pins.link(hook.what);
@@ -114,6 +119,7 @@ impl Programs {
             self.attach_hook(hook, program, &path)?;
         }
         for layout in older.drain(..) {
+            inherit(&layout);
             remove_layout(&layout)?;
         }
         Ok(())

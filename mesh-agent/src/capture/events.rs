@@ -5,15 +5,16 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use aya::Ebpf;
-use aya::maps::{MapData, RingBuf};
+use aya::maps::{HashMap, Map, MapData, MapError, RingBuf};
 use mesh_common::Counter;
 use mesh_common::direct::{CLOSED, DirectConn, DirectEvent, FIN_SENT, OPENED};
 use mesh_core::addr::{EndpointAddr, OrigDst};
 
-use super::maps::{PodTag, absent_is_ok, typed};
+use super::maps::{Maps, PodTag, absent_is_ok, pairs, typed};
 use super::{Capture, CaptureError, lock, sys};
 
 /// A direct connection, as the kernel let it through.
@@ -138,6 +139,40 @@ impl Capture {
             tracing::debug!(%error, cookie, stage = "telemetry", "a connection stays listed");
         }
     }
+}
+
+/// Lists the direct connections here that the programs of an older layout had let through: their sockets
+/// tell the new ones nothing, and so they are followed by what the kernel says of sockets.
+///
+/// Only where the list has the form of ours. Whatever else it may mean then, nothing is ended but a socket
+/// with that very cookie and those very ends.
+pub(super) fn inherit(maps: &mut Maps, layout: &Path) {
+    let path = layout.join("maps").join("DIRECT_CONNS");
+    let listed = open_list(&path).and_then(|list| match list {
+        Some(list) => pairs(&list),
+        None => Ok(Vec::new()),
+    });
+    let added = listed.and_then(|listed| {
+        listed.into_iter().try_for_each(|(cookie, conn)| maps.direct.insert(cookie, conn, 0))
+    });
+    if let Err(error) = added {
+        let error = super::maps::io_error(error);
+        tracing::warn!(%error, stage = "telemetry", "direct connections of an older agent are not followed");
+    }
+}
+
+/// The list at `path`, if there is one that has the form of ours.
+fn open_list(path: &Path) -> Result<Option<HashMap<MapData, u64, DirectConn>>, MapError> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let list = MapData::from_pin(path)?;
+    let info = list.info()?;
+    let form = (info.key_size() as usize, info.value_size() as usize);
+    if form != (size_of::<u64>(), size_of::<DirectConn>()) {
+        return Ok(None);
+    }
+    HashMap::try_from(Map::HashMap(list)).map(Some)
 }
 
 pub(super) fn record(event: &DirectEvent, now_ns: u64) -> DirectRecord {

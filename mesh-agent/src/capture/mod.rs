@@ -362,7 +362,7 @@ impl Capture {
             }
         }
         attach::remove_dead_lookups(self.pins.dir())?;
-        self.programs.take_over(&self.pins)
+        self.programs.take_over(&self.pins, |layout| events::inherit(&mut pods.maps, layout))
     }
 
     /// Takes the routes for client addresses away from namespaces whose pod has left, or does not show

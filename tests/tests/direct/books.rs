@@ -103,6 +103,36 @@ fn end_that_was_not_told_is_recorded_as_such_and_with_its_time() -> Result<()> {
 }
 
 #[test]
+fn connections_of_another_layouts_agent_are_followed() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes()?;
+    let [_brief, echo] = servers(&mesh)?;
+    let to = mesh.pod("a2").v4(8081);
+    let mut held = until_direct(mesh.pod("a1"), to, &echo)?;
+    let mut brief = until_direct(mesh.pod("a1"), to, &echo)?;
+    exchange(&mut brief, &[7; 1000])?;
+    let clients = [held.local_addr()?, brief.local_addr()?];
+    mesh.agent_mut("a").kill()?;
+    mesh.agent_mut("a").set_flag("--max-verdicts=1000");
+    mesh.agent_mut("a").restart()?;
+    for client in clients {
+        wait::until(wait::SOON, "it to be listed", || is_listed(&mesh, client))?;
+    }
+    exchange(&mut held, &[7; 1000])?;
+    drop(brief);
+    let brief = clients[1].to_string();
+    let record = mesh.agent("a").wait_for_record(&[("src.addr", &brief)])?;
+    assert_eq!(record.text("reason"), "end_unknown");
+    assert_eq!(record.text("src.identity"), mesh.pod("a1").identity());
+    assert_eq!(record.number("bytes_sent"), 1005);
+    mesh.delete_pod_manifest("a2")?;
+    let deleted = Instant::now();
+    ensure!(is_reset(&mut held), "its server is gone and the connection is not");
+    ensure!(deleted.elapsed() < Duration::from_secs(2), "{:?}", deleted.elapsed());
+    Ok(())
+}
+
+#[test]
 fn what_has_ended_before_its_pod_is_not_taken_for_refused() -> Result<()> {
     harness::require!();
     for is_killed in [false, true] {
