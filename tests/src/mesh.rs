@@ -14,6 +14,7 @@ mod layout;
 
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use crate::guard::Guard;
 use crate::manifests::{Manifests, pod_file};
 use crate::netns::{Netns, sysctl};
 use crate::pod::Pod;
+use crate::sys;
 use crate::topology::{Builder, Family, PodSpec, ServiceSpec};
 use crate::wait;
 
@@ -264,18 +266,61 @@ impl Mesh {
         self.manifests.remove(&pod_file(pod.namespace(), pod.name()))
     }
 
-    /// Has the pod `old` go, and another one come that has its name and addresses, a UID of its own, and the
-    /// namespace of the pod `new`, which is described no more.
+    /// Has the pod `name` go, which lives in the namespace of `from`, and another one come that has its name
+    /// and addresses, a UID of its own, and the namespace and service account of the pod `to`, which is
+    /// described no more.
     ///
     /// # Errors
     ///
     /// Fails if a manifest cannot be written, or the system refuses.
-    pub fn succeed_pod(&self, old: &str, new: &str) -> Result<()> {
-        self.delete_pod_manifest(new).ok();
-        self.move_addresses(old, new)?;
-        let (pod, to) = (self.pod(old), self.pod(new));
-        let uid = format!("{}-{}", to.uid(), NEXT.fetch_add(1, Ordering::Relaxed));
-        self.manifests.pod_as(&pod.spec(), pod, &uid, to.netns())
+    pub fn succeed_pod(&self, name: &str, from: &str, to: &str) -> Result<()> {
+        let (pod, new) = (self.pod(name), self.pod(to));
+        let file = pod_file(new.namespace(), new.name());
+        if self.manifests.dir().join(format!("{file}.yaml")).exists() {
+            self.manifests.remove(&file)?;
+        }
+        self.move_addresses(pod, from, to)?;
+        let uid = format!("{}-{}", new.uid(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let spec = pod.spec().service_account(&new.spec().service_account);
+        self.manifests.pod_as(&spec, pod, &uid, new.netns())
+    }
+
+    /// Attaches somebody else's `sock_ops` program behind the agents', until what is returned is dropped: it
+    /// asks for callbacks of its own when a connection to this port begins, and takes away those that others
+    /// asked for.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the system refuses.
+    pub fn take_callbacks(&self, port: u16) -> Result<OwnedFd> {
+        // Code, registers, offset, immediate: `struct bpf_insn`.
+        let instruction = |code: u64, dst: u64, src: u64, offset: u64, immediate: u32| {
+            code | dst << 8 | src << 12 | offset << 16 | u64::from(immediate) << 32
+        };
+        let port = u32::from(port.to_be()) << 16; // As `bpf_sock_ops.remote_port` has it.
+        let program = [
+            instruction(0x61, 2, 1, 0, 0),  // r2 = ctx->op
+            instruction(0x55, 2, 0, 4, 3),  // unless it is BPF_SOCK_OPS_TCP_CONNECT_CB, end
+            instruction(0x61, 2, 1, 64, 0), // r2 = ctx->remote_port
+            instruction(0x56, 2, 0, 2, port),
+            instruction(0xb7, 2, 0, 0, 1), // r2 = BPF_SOCK_OPS_RTO_CB_FLAG
+            instruction(0x85, 0, 0, 0, 59), // bpf_sock_ops_cb_flags_set(ctx, r2)
+            instruction(0xb7, 0, 0, 0, 1), // return 1
+            instruction(0x95, 0, 0, 0, 0),
+        ];
+        let cgroup = fs::File::open(self.cgroup.path()).context("open the cgroup")?;
+        sys::attach_sock_ops(&cgroup, &program).context("attach a sock_ops program")
+    }
+
+    /// Changes the annotations of a namespace.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the manifest cannot be written.
+    pub fn annotate_namespace(&self, name: &str, annotations: &[(&str, &str)]) -> Result<()> {
+        let own = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+        let annotations: Vec<_> = annotations.iter().map(own).collect();
+        self.manifests.namespace(name, &annotations)
     }
 
     /// Leaves everything running when this process ends. `cargo xtask clean` removes it.

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
@@ -122,6 +122,43 @@ pub(crate) fn tun(name: &str) -> io::Result<File> {
     // SAFETY: the descriptor is open, and the kernel reads and writes one `ifreq`.
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
     Ok(file)
+}
+
+/// Attaches a `sock_ops` program of these instructions behind those that are on `cgroup`, until the link is
+/// closed.
+pub(crate) fn attach_sock_ops(cgroup: &File, program: &[u64]) -> io::Result<OwnedFd> {
+    // Of `enum bpf_cmd`, `bpf_prog_type` and `bpf_attach_type` in the kernel's UAPI.
+    const PROG_LOAD: libc::c_long = 5;
+    const LINK_CREATE: libc::c_long = 28;
+    const TYPE_SOCK_OPS: u32 = 13;
+    const CGROUP_SOCK_OPS: i32 = 3;
+
+    /// `union bpf_attr` as `BPF_PROG_LOAD` reads it.
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        len: u32,
+        program: *const u64,
+        licence: *const libc::c_char,
+    }
+
+    let len = u32::try_from(program.len()).map_err(io::Error::other)?;
+    let licence = c"GPL".as_ptr();
+    let mut load = Load { kind: TYPE_SOCK_OPS, len, program: program.as_ptr(), licence };
+    // SAFETY: the instructions and the licence outlive the call, which reads them and `load`.
+    let loaded =
+        unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw mut load, size_of::<Load>()) };
+    let loaded = owned(loaded)?;
+    let mut link = [loaded.as_raw_fd(), cgroup.as_raw_fd(), CGROUP_SOCK_OPS, 0];
+    // SAFETY: the call reads `link`, and both descriptors are open.
+    owned(unsafe { libc::syscall(libc::SYS_bpf, LINK_CREATE, &raw mut link, size_of_val(&link)) })
+}
+
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(result).map_err(io::Error::other)?;
+    check(fd.min(0))?;
+    // SAFETY: the kernel has just made this descriptor, for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Has `f` called when this program ends by itself, as Rust's test runner does.

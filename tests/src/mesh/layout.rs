@@ -124,23 +124,26 @@ impl Mesh {
         ))
     }
 
-    /// Gives the addresses of the pod `old` to the namespace of the pod `new`, of the same node, which has
-    /// its own as well. The cable of `old` is cut.
+    /// Moves the addresses of `pod` from the namespace of the pod `from`, whose cable is cut, to that of the
+    /// pod `to` of the same node, which has its own as well.
     ///
     /// # Errors
     ///
     /// Fails if the system refuses.
-    pub(super) fn move_addresses(&self, old: &str, new: &str) -> Result<()> {
+    pub(super) fn move_addresses(&self, pod: &Pod, from: &str, to: &str) -> Result<()> {
         let index = |name| self.pods.iter().position(|pod| pod.name() == name).context("no pod");
-        let (from, to) = (index(old)?, index(new)?);
-        let pod = self.pod(old);
         let (v4, v6, node) = (pod.v4_ip(), pod.v6_ip(), self.node(pod.node()));
-        self.pod(new).netns().ip(&format!(
+        self.pod(from)
+            .netns()
+            .ip(&format!("addr del {v4}/32 dev eth0\naddr del {v6}/128 dev eth0\n"))?;
+        let (new, from, to) = (self.pod(to), index(from)?, index(to)?);
+        new.netns().ip(&format!(
             "addr replace {v4}/32 dev eth0\naddr replace {v6}/128 dev eth0 nodad\n"
         ))?;
         node.netns.ip(&format!(
             "link set p{from} down\n\
              link set p{to} up\n\
+             addr replace fe80::1/64 dev p{to} nodad\n\
              route replace {v4}/32 dev p{to} src {}\n\
              route replace {v6}/128 dev p{to} src {}\n",
             node.v4, node.v6

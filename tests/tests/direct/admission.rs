@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use harness::{Family, Mesh, Pod, PodSpec, Serve, defer_connect, exchange, wait};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -57,7 +57,7 @@ fn syn_that_comes_late_reaches_no_successor() -> Result<()> {
             let _full = full_listener(mesh.pod("a2"))?;
             let (waiting, _others) = waiting(&mesh, to)?;
             let second = mesh.pod("a3").serve(8080, Serve::Greet("second"))?;
-            mesh.succeed_pod("a2", "a3")?;
+            mesh.succeed_pod("a2", "a2", "a3")?;
             wait::until(wait::SOON, "the SYN to be refused", || {
                 kernel(&mesh, "lookup_another").is_ok_and(|refused| refused > 0.0)
             })?;
@@ -92,6 +92,44 @@ fn until_direct_greeted(mesh: &Mesh, to: SocketAddr, greeting: &str) -> Result<(
             && heard == greeting.as_bytes()
             && kernel(mesh, "direct_taken").is_ok_and(|now| now > taken)
     })
+}
+
+#[test]
+fn syns_that_are_sent_again_are_recorded() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let to = mesh.pod("a2").v4(8080);
+    let first = mesh.pod("a2").serve(8080, Serve::Greet("first"))?;
+    until_direct_greeted(&mesh, to, "first")?;
+    drop(first);
+    let full = full_listener(mesh.pod("a2"))?;
+    for is_accepted in [false, true] {
+        let (waiting, _others) = waiting(&mesh, to)?;
+        let client = waiting.local_addr()?.as_socket().context("no address")?.to_string();
+        let before = kernel(&mesh, "lookup_delivery")?;
+        wait::until(wait::SOON, "the SYN to be sent again", || {
+            kernel(&mesh, "lookup_delivery").is_ok_and(|now| now > before)
+        })?;
+        if is_accepted {
+            let mut peers = Vec::new();
+            wait::until(wait::SOON, "it to be accepted", || {
+                full.set_nonblocking(true).ok();
+                peers.extend(full.accept().map(|(peer, _)| peer));
+                is_connected(&waiting)
+            })?;
+        }
+        drop(waiting);
+        let of_it = [("src.addr", client.as_str()), ("direction", "outbound")];
+        let record = mesh.agent("a").wait_for_record(&of_it)?;
+        ensure!(record.number("retransmits") > 0, "{record:?}");
+        let reason = record.text("reason");
+        ensure!(is_accepted == (reason != "connect_timeout"), "{record:?}");
+    }
+    Ok(())
+}
+
+fn is_connected(socket: &Socket) -> bool {
+    socket.peer_addr().is_ok() && socket.take_error().is_ok_and(|error| error.is_none())
 }
 
 #[test]

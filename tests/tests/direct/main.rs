@@ -2,6 +2,7 @@
 
 mod admission;
 mod books;
+mod churn;
 mod node;
 mod verdicts;
 mod way;

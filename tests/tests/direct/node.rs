@@ -80,6 +80,53 @@ fn direct_connections_outlive_ten_agents() -> Result<()> {
 }
 
 #[test]
+fn direct_connection_passes_from_an_agent_that_ends_to_the_next() -> Result<()> {
+    harness::require!();
+    for standby in ["on", "off"] {
+        let standby = format!("--standby={standby}");
+        let mut mesh = Mesh::two_nodes_builder().flag(&standby).flag("--drain-s=1").start()?;
+        let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+        let to = mesh.service("a").v4(80);
+        let mut held = until_direct(mesh.pod("a1"), to, &server)?;
+        exchange(&mut held, &[1; 20_000])?;
+        if standby == "--standby=on" {
+            let mut old = mesh.agent_mut("a").start_beside()?;
+            wait::until(wait::SOON, "the new one to wait", || {
+                mesh.agent("a").log().contains("waiting for it to drain")
+            })?;
+            old.terminate()?;
+            wait::until(wait::SOON, "the old one to end", || {
+                exchange(&mut held, &[2; 10]).is_ok() && old.runs().is_ok_and(|runs| !runs)
+            })?;
+            mesh.agent_mut("a").wait_until_ready()?;
+        } else {
+            mesh.agent_mut("a").terminate()?;
+            exchange(&mut held, &[2; 10])?;
+            mesh.agent_mut("a").wait_until_gone(wait::SOON)?;
+            exchange(&mut held, &[2; 10])?;
+            mesh.agent_mut("a").restart()?;
+        }
+        exchange(&mut held, &[3; 20_000])?;
+        let client = held.local_addr()?.to_string();
+        wait::until(wait::SOON, "it to be listed", || {
+            let open = mesh.agent("a").ask(&["connections"]).unwrap_or_default();
+            let of_it = open.as_array().into_iter().flatten();
+            of_it.filter(|one| one["source"] == *client && one["way"] == "direct").count() == 2
+        })?;
+        let (_, direct) = connect(mesh.pod("a1"), to, &server)?;
+        ensure!(direct, "{standby}: the verdict holds");
+        drop(held);
+        let of_it = [("src.addr", client.as_str()), ("direction", "outbound")];
+        let record = mesh.agent("a").wait_for_record(&of_it)?;
+        assert_eq!(record.text("message"), "connection complete");
+        ensure!(record.number("bytes_sent") > 40_000, "{record:?}");
+        let all = mesh.agent("a").access_log();
+        assert_eq!(all.iter().filter(|record| record.has(&of_it)).count(), 1, "one record");
+    }
+    Ok(())
+}
+
+#[test]
 fn firewall_between_two_pods_holds() -> Result<()> {
     harness::require!();
     let mesh = Mesh::two_nodes()?;

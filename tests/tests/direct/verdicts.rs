@@ -1,10 +1,13 @@
 //! What begins and ends the direct way.
 
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
+use std::net::TcpStream;
+use std::panic::resume_unwind;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Mesh, PodSpec, Serve, ServiceSpec, exchange, is_reset, wait};
+use harness::{Family, Mesh, PodSpec, Serve, ServiceSpec, exchange, is_reset, wait};
 
 use super::{connect, kernel, until_direct};
 
@@ -23,6 +26,52 @@ fn direct_off_at_either_end_is_carried() -> Result<()> {
         mesh.annotate(off, "malla.dev/direct", "on")?;
         until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?;
     }
+    Ok(())
+}
+
+#[test]
+fn namespace_that_is_off_is_carried_but_for_pods_that_say_on() -> Result<()> {
+    harness::require!();
+    let on = |name| PodSpec::new(name, "a").annotation("malla.dev/direct", "on");
+    let mesh = Mesh::two_nodes_builder().pod(on("a3")).pod(on("a4")).start()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    let others = [8080, 8081].map(|port| mesh.pod("a4").serve(port, Serve::Echo));
+    let others = others.into_iter().collect::<Result<Vec<_>>>()?;
+    let to = mesh.service("a").v4(80);
+    let mut open = until_direct(mesh.pod("a1"), to, &server)?;
+    let mut others = others.iter().zip(8080..);
+    let mut is_carried = |what: &str| -> Result<()> {
+        let (other, port) = others.next().context("asked too often")?;
+        for is_decided in [false, true] {
+            for _ in 0..5 {
+                let (_, direct) = connect(mesh.pod("a1"), to, &server)?;
+                ensure!(!direct, "{what}");
+            }
+            if !is_decided {
+                // What was wished for before this has been decided then.
+                drop(until_direct(mesh.pod("a3"), mesh.pod("a4").v4(port), other)?);
+            }
+        }
+        Ok(())
+    };
+    let snapshots = || mesh.agent("a").log().matches("new snapshot").count();
+    let until_read = |before| wait::until(wait::SOON, "a snapshot", || snapshots() > before);
+
+    let before = snapshots();
+    let off = [("malla.dev/mesh", "enabled"), ("malla.dev/direct", "off")];
+    mesh.annotate_namespace("default", &off)?;
+    until_read(before)?;
+    wait::until(wait::SOON, "connections to be carried", || {
+        connect(mesh.pod("a1"), to, &server).is_ok_and(|(_, direct)| !direct)
+    })?;
+    is_carried("the namespace is off")?;
+    exchange(&mut open, b"still here")?;
+    let before = snapshots();
+    mesh.annotate("a1", "malla.dev/direct", "on")?;
+    until_read(before)?;
+    is_carried("the server's namespace is off")?;
+    mesh.annotate("a2", "malla.dev/direct", "on")?;
+    drop(until_direct(mesh.pod("a1"), to, &server)?);
     Ok(())
 }
 
@@ -166,18 +215,47 @@ fn pod_that_takes_over_an_address_inherits_nothing() -> Result<()> {
     Ok(())
 }
 
+/// Exchanges until the connection is reset; says when that was.
+fn talk(mut stream: TcpStream) -> Result<Instant> {
+    loop {
+        if let Err(error) = exchange(&mut stream, &[7; 30_000]) {
+            let ended = Instant::now();
+            let error = error.downcast::<std::io::Error>()?;
+            let kind = error.kind();
+            ensure!(matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{error}");
+            return Ok(ended);
+        }
+    }
+}
+
 #[test]
 fn connection_of_a_deleted_pod_is_ended() -> Result<()> {
     harness::require!();
     for gone in ["a1", "a2"] {
         let mesh = Mesh::two_nodes()?;
         let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
-        let mut open = until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?;
+        let dial =
+            |family| until_direct(mesh.pod("a1"), mesh.service("a").addr(family, 80), &server);
+        let mut idle = Family::BOTH.map(dial).into_iter().collect::<Result<Vec<_>>>()?;
+        let busy = Family::BOTH.map(dial).into_iter().collect::<Result<Vec<_>>>()?;
+        let clients = idle.iter().chain(&busy).map(TcpStream::local_addr);
+        let clients = clients.collect::<Result<Vec<_>, _>>()?;
+        let busy: Vec<_> = busy.into_iter().map(|stream| thread::spawn(|| talk(stream))).collect();
         mesh.delete_pod_manifest(gone)?;
         let deleted = Instant::now();
-        ensure!(is_reset(&mut open), "{gone} is gone and its connection is not");
-        ensure!(deleted.elapsed() < Duration::from_secs(2), "{gone}: {:?}", deleted.elapsed());
-        mesh.agent("a").wait_for_record(&[("way", "direct"), ("reason", "denied")])?;
+        let was_reset = idle.iter_mut().all(is_reset);
+        let mut took = vec![deleted.elapsed()];
+        ensure!(was_reset, "{gone} is gone and a connection is not");
+        for busy in busy {
+            let ended = busy.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+            took.push(ended.saturating_duration_since(deleted));
+        }
+        ensure!(took.iter().all(|took| *took < Duration::from_secs(1)), "{gone}: {took:?}");
+        for client in clients {
+            let client = client.to_string();
+            let denied = [("src.addr", client.as_str()), ("way", "direct"), ("reason", "denied")];
+            mesh.agent("a").wait_for_record(&denied)?;
+        }
     }
     Ok(())
 }

@@ -168,6 +168,27 @@ fn open_connection_is_listed_with_its_bytes() -> Result<()> {
 }
 
 #[test]
+fn callbacks_that_another_program_takes_away_are_made_up_for() -> Result<()> {
+    harness::require!();
+    const PORT: u16 = 18_011;
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("a2").serve(PORT, Serve::Echo)?;
+    let _other = mesh.take_callbacks(PORT)?;
+    for family in Family::BOTH {
+        let to = mesh.pod("a2").addr(family, PORT);
+        let mut stream = until_direct(mesh.pod("a1"), to, &server)?;
+        exchange(&mut stream, &[1; 95])?;
+        let client = stream.local_addr()?.to_string();
+        drop(stream);
+        let ended = [("way", "direct"), ("src.addr", client.as_str()), ("direction", "outbound")];
+        let record = mesh.agent("a").wait_for_record(&ended)?;
+        assert_eq!((record.number("bytes_sent"), record.number("bytes_recv")), (100, 100));
+        assert_eq!(record.text("message"), "connection complete");
+    }
+    Ok(())
+}
+
+#[test]
 fn as_many_as_the_agent_may_follow_are_direct_and_all_are_counted() -> Result<()> {
     harness::require!();
     let mesh = Mesh::two_nodes_builder().flag("--max-connections=96").start()?;
