@@ -178,7 +178,7 @@ fn remove(pods: &mut Pods, netns: u64, key: &VerdictKey) -> Result<(), CaptureEr
 }
 
 fn sweep(pods: &mut Pods) -> Result<usize, CaptureError> {
-    if pods.may_be_dead {
+    if pods.may_be_dead && pods.is_settled {
         let sources = pods.generations_by_netns();
         let holds = |netns: &u64, key: &VerdictKey, (source, destination): &(u64, u64)| {
             sources.get(netns) == Some(source)

@@ -82,6 +82,9 @@ pub(super) struct Pods {
     pub(super) verdicts: Shares<u64, VerdictKey, (Generation, Generation)>,
     /// Verdicts may be dead: a generation has changed since they were looked through.
     pub(super) may_be_dead: bool,
+    /// The pods of this node have been enrolled, as far as they could be: before that a verdict of an earlier
+    /// agent looks dead and is not.
+    pub(super) is_settled: bool,
 }
 
 impl Pods {
@@ -105,6 +108,7 @@ impl Pods {
             everything: false,
             verdicts,
             may_be_dead: true,
+            is_settled: false,
         })
     }
 
@@ -377,6 +381,7 @@ impl Pods {
         uids: &HashSet<String>,
         namespaces: &HashSet<u64>,
     ) -> Result<(), CaptureError> {
+        self.is_settled = true;
         let keep: HashSet<[u32; 2]> =
             uids.iter().chain(self.enrolled.keys()).map(|uid| maps::pod_hash(uid)).collect();
         let outbound =

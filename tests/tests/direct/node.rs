@@ -90,6 +90,7 @@ fn direct_connection_passes_from_an_agent_that_ends_to_the_next() -> Result<()> 
         let mut held = until_direct(mesh.pod("a1"), to, &server)?;
         exchange(&mut held, &[1; 20_000])?;
         if standby == "--standby=on" {
+            // The old one asks how the new one is while that is starting.
             let mut old = mesh.agent_mut("a").start_beside()?;
             wait::until(wait::SOON, "the new one to wait", || {
                 mesh.agent("a").log().contains("waiting for it to drain")
@@ -113,8 +114,13 @@ fn direct_connection_passes_from_an_agent_that_ends_to_the_next() -> Result<()> 
             let of_it = open.as_array().into_iter().flatten();
             of_it.filter(|one| one["source"] == *client && one["way"] == "direct").count() == 2
         })?;
+        let counters = || -> Result<Vec<f64>> {
+            let all = ["direct_stale", "direct_agent", "direct_no_listener", "direct_bound"];
+            all.iter().map(|event| kernel(&mesh, event)).collect()
+        };
+        let before = counters()?;
         let (_, direct) = connect(mesh.pod("a1"), to, &server)?;
-        ensure!(direct, "{standby}: the verdict holds");
+        ensure!(direct, "{standby}: {before:?} and now {:?}", counters()?);
         drop(held);
         let of_it = [("src.addr", client.as_str()), ("direction", "outbound")];
         let record = mesh.agent("a").wait_for_record(&of_it)?;
