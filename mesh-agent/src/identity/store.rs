@@ -11,7 +11,7 @@
 //! - A certificate is replaced at about half its life, so an issuer may be away for the other half
 //!   without anybody noticing; a failed renewal keeps the old certificate.
 //! - An issuer that is slow for one identity delays no other.
-//! - A certificate that our own bundle does not trust is never presented: whoever replaced the root
+//! - A certificate that our own bundle does not trust is not taken from an issuer: whoever replaced the root
 //!   before the bundle is told, instead of every peer refusing us.
 
 use std::collections::{HashMap, HashSet};

@@ -26,6 +26,9 @@ const ABSENT: Duration = Duration::from_secs(60);
 /// So many that do not exist are remembered; past it nothing more is looked for by address, since who
 /// sends many addresses is up to no good.
 const MOST_ABSENT: usize = 4096;
+/// The same of addresses from which somebody says to have called through the tunnel: a peer that makes them up
+/// must not use up what this node's own pods may ask for.
+const MOST_CALLERS: usize = 512;
 /// A server that failed is not asked for the same again before.
 const FAILED: Duration = Duration::from_secs(5);
 
@@ -122,8 +125,7 @@ impl Remote {
         let mut wanted: Vec<Wanted> = behind(objects, node, ip);
         // A pod that is gone says nothing of who has its address now.
         wanted.retain(|wanted| !self.absent.contains_key(wanted));
-        let has_place = self.absent.len() + self.pending.len() < MOST_ABSENT;
-        if wanted.is_empty() && has_place && !knows(objects, ip) {
+        if wanted.is_empty() && self.has_place(caller.is_some()) && !knows(objects, ip) {
             let account = |id: &SpiffeId| (id.namespace().into(), id.service_account().into());
             let node = node_of(objects, ip).map(str::to_owned);
             wanted.push(Wanted::Address { ip, account: caller.map(account), node });
@@ -134,6 +136,18 @@ impl Remote {
         waiting.wanted.extend(wanted.into_iter().filter(|wanted| self.pending.contains(wanted)));
         waiting.done.push(done);
         to_read
+    }
+
+    /// Whether another address may be looked for, for a caller or for a pod of this node.
+    fn has_place(&self, for_caller: bool) -> bool {
+        let all = self.absent.keys().chain(&self.pending);
+        let is_callers =
+            |wanted: &&Wanted| matches!(wanted, Wanted::Address { account: Some(_), .. });
+        let callers = all.filter(is_callers).count();
+        match for_caller {
+            true => callers < MOST_CALLERS,
+            false => self.absent.len() + self.pending.len() - callers < MOST_ABSENT,
+        }
     }
 
     /// Those of `wanted` that are not being read, and have not just been asked for in vain.

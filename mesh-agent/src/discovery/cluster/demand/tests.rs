@@ -62,8 +62,17 @@ impl World {
 
     /// Somebody dials it.
     fn need(&mut self, ip: &str) -> (Vec<Wanted>, oneshot::Receiver<u64>) {
+        self.need_for(ip, None)
+    }
+
+    /// The same, or `caller` says to have called from there.
+    fn need_for(
+        &mut self,
+        ip: &str,
+        caller: Option<&SpiffeId>,
+    ) -> (Vec<Wanted>, oneshot::Receiver<u64>) {
         let (done, answer) = oneshot::channel();
-        let at = (ip.parse().unwrap(), None);
+        let at = (ip.parse().unwrap(), caller);
         let known = (&self.objects, self.generation);
         (self.remote.need(known, "a", at, done, self.now), answer)
     }
@@ -145,6 +154,19 @@ async fn flood_of_addresses_is_not_passed_on_to_the_api() {
         asked += world.need(&std::net::Ipv4Addr::from_bits(n).to_string()).0.len();
     }
     assert_eq!(asked, MOST_ABSENT);
+}
+
+#[tokio::test]
+async fn flood_of_callers_addresses_keeps_no_pod_of_this_node_from_asking() {
+    let caller = SpiffeId::parse("spiffe://cluster.local/ns/a/sa/caller").unwrap();
+    let mut world = World::with(&[]);
+    let mut asked = 0;
+    for n in 0..2 * u32::try_from(MOST_ABSENT).unwrap() {
+        let ip = std::net::Ipv4Addr::from_bits(n).to_string();
+        asked += world.need_for(&ip, Some(&caller)).0.len();
+    }
+    assert_eq!(asked, MOST_CALLERS);
+    assert_eq!(world.need("192.0.2.77").0, [at("192.0.2.77")]);
 }
 
 #[tokio::test]
