@@ -13,6 +13,7 @@ use harness::{
     Carrier, Family, Mesh, Pattern, Serve, exchange, exchange_patterns, fill, is_reset,
     linger_zero, receive_pattern, send_pattern,
 };
+use socket2::SockRef;
 
 /// Both directions at once, so twice this crosses the link.
 const BULK: u64 = 100 << 20;
@@ -42,6 +43,25 @@ fn bulk(carrier: Carrier, family: Family) -> Result<()> {
             ("response_flags", "-"),
         ])?;
         assert_eq!((record.number("bytes_sent"), record.number("bytes_recv")), (BULK, BULK));
+    }
+    Ok(())
+}
+
+/// As a receiver of plain TCP gets it that reads everything in its order (`SO_OOBINLINE`).
+#[test]
+fn urgent_byte_stays_where_it_is_in_the_stream() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        let mesh = mesh(carrier)?;
+        let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+        let mut stream = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+        stream.write_all(b"one ")?;
+        SockRef::from(&stream).send_out_of_band(b"urgent ")?;
+        stream.write_all(b"two")?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut back = String::new();
+        stream.read_to_string(&mut back)?;
+        assert_eq!(back, "one urgent two", "{carrier:?}");
     }
     Ok(())
 }
