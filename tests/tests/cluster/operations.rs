@@ -36,6 +36,7 @@ fn agents_are_replaced_under_load_and_no_request_fails() -> Result<()> {
     let mut agents = Agents::alone()?;
     let shop = Shop::open(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     shop.wait_until_enrolled(&agents, true)?;
+    let talks = Talks::begin(&shop, &agents)?;
     let asked = under_load(&shop.cluster, "client", "web", || {
         agents.replace()?;
         agents.replace()
@@ -43,11 +44,9 @@ fn agents_are_replaced_under_load_and_no_request_fails() -> Result<()> {
     ensure!(asked > 100, "hardly any traffic: {asked}");
     shop.wait_until_enrolled(&agents, true)?;
     shop.hear_both_by_address()?;
-    // What is open goes on until its agent has drained, or for ever if none carries it.
-    let talks = Talks::begin(&shop, &agents)?;
-    agents.replace()?;
-    // The agents of both nodes, one after the other.
-    talks.check(2)
+    // What was open has gone on until its agent had drained, of both nodes and twice, or for ever if none
+    // carried it.
+    talks.check(4)
 }
 
 #[test]
