@@ -13,6 +13,7 @@
 //! | [`balance`] | balance: which endpoint takes the connection |
 //! | [`affinity`] | balance: which endpoint a client keeps to |
 //! | [`direct`], [`generation`] | capture: what the kernel may decide by itself, and until when |
+//! | [`places`] | tunnel: whose handshake gives way to others |
 //! | [`wire`] | tunnel: what two agents say to each other |
 //! | [`authorize`] | authorize: whether the destination's agent delivers |
 //! | [`cgroup`] | capture: which pod a process belongs to |
@@ -34,6 +35,7 @@ pub mod generation;
 pub mod locality;
 pub mod networks;
 pub mod pending;
+pub mod places;
 pub mod polling;
 pub mod protocol;
 pub mod route;

@@ -31,6 +31,10 @@ use super::labels::{Encoded, Labels, Scheme, ServiceLabels};
 /// times the usual scrape interval of 15 s to 60 s.
 const GRACE: Duration = Duration::from_secs(300);
 
+/// After how long without a connection the series of a caller or server that no snapshot knows is as good as gone:
+/// nobody tells when it is, and what comes and goes would fill the table in the end.
+const FORGOTTEN: Duration = Duration::from_secs(3600);
+
 const FLAGS: usize = ResponseFlags::ALL.len();
 
 /// The counters of one label set.
@@ -103,6 +107,21 @@ struct Entry {
     series: Arc<Series>,
     /// Since when its workload or service is no longer in the snapshot.
     gone: Option<Instant>,
+    /// Connections that had been opened when this was last looked at, and since when there was none.
+    quiet: (u64, Option<Instant>),
+}
+
+impl Entry {
+    /// Whether there has been no connection for so long that nobody can be expected to come back.
+    fn is_forgotten(&mut self, now: Instant) -> bool {
+        let opened = self.series.opened.load(Ordering::Relaxed);
+        if opened != self.quiet.0 || !self.series.is_idle() {
+            self.quiet = (opened, None);
+            return false;
+        }
+        let since = *self.quiet.1.get_or_insert(now);
+        now.saturating_duration_since(since) >= FORGOTTEN
+    }
 }
 
 impl SeriesTable {
@@ -136,6 +155,7 @@ impl SeriesTable {
         let entry = inner.series.entry(labels).or_insert_with_key(|labels| Entry {
             series: Arc::new(Series::new(labels.clone())),
             gone: None,
+            quiet: (0, None),
         });
         let series = Arc::clone(&entry.series);
         // A collapsed route is not kept: a series may come free, and keeping it would let the
@@ -149,8 +169,8 @@ impl SeriesTable {
         series
     }
 
-    /// Marks the series of workloads and services that `snapshot` does not have. They are shown
-    /// once more, and removed by [`Self::sweep`].
+    /// Marks the series of workloads and services that `snapshot` does not have, and those of somebody unknown
+    /// that have not been used for an hour. They are shown once more, and removed by [`Self::sweep`].
     pub(super) fn retain(&self, snapshot: &Snapshot, now: Instant) {
         let names: HashSet<_> =
             snapshot.workloads().map(|workload| self.scheme.names(workload)).collect();
@@ -160,7 +180,9 @@ impl SeriesTable {
         inner.routes.clear();
         for (labels, entry) in &mut inner.series {
             let parties = [&labels.source, &labels.destination];
-            let is_there = parties.iter().all(|party| !party.known || names.contains(&party.names))
+            let is_forgotten = parties.iter().any(|party| !party.known) && entry.is_forgotten(now);
+            let is_there = !is_forgotten
+                && parties.iter().all(|party| !party.known || names.contains(&party.names))
                 && labels.service.as_ref().is_none_or(|service| services.contains(service));
             entry.gone = if is_there { None } else { entry.gone.or(Some(now)) };
         }
@@ -346,6 +368,26 @@ mod tests {
         assert_eq!(count(&table), 1);
         table.sweep(deleted);
         assert_eq!(count(&table), 0);
+    }
+
+    #[test]
+    fn series_of_an_unknown_caller_go_when_it_has_not_come_for_an_hour() {
+        let table = table(10);
+        let mut facts = Shop::new().facts(Direction::Inbound);
+        facts.source.workload = None;
+        let (there, began) = (Shop::new().snapshot(), Instant::now());
+        let series = table.open(&facts);
+        table.retain(&there, began + FORGOTTEN * 2);
+        series.closed(ResponseFlags::None, false);
+        table.retain(&there, began + FORGOTTEN * 2);
+        table.retain(&there, began + FORGOTTEN * 5 / 2);
+        // It comes back in time.
+        table.open(&facts).closed(ResponseFlags::None, false);
+        for (hours, left) in [(3, 1), (4, 1), (5, 0)] {
+            table.retain(&there, began + FORGOTTEN * hours);
+            table.retain(&there, began + FORGOTTEN * hours + GRACE);
+            assert_eq!(count(&table), left, "after {hours} h");
+        }
     }
 
     #[test]

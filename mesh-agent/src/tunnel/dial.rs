@@ -15,7 +15,7 @@ use rustls::sign::CertifiedKey;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
-use tokio::time::{sleep_until, timeout, timeout_at};
+use tokio::time::{sleep_until, timeout_at};
 use tracing::{info, warn};
 
 use super::config::{Carrier, CarrierChoice, TunnelConfig};
@@ -360,9 +360,4 @@ fn network(error: std::io::Error) -> DialError {
         std::io::ErrorKind::TimedOut => DialError::TimedOut,
         _ => DialError::Network(error),
     }
-}
-
-/// Waits for a handshake no longer than `limit`.
-pub(super) async fn within(limit: Duration, handshake: &mut Handshake) -> Result<(), DialError> {
-    timeout(limit, handshake.complete()).await.unwrap_or(Err(DialError::TimedOut))
 }

@@ -446,6 +446,10 @@ impl Lease {
     /// The flow has ended cleanly.
     pub(super) fn give_back(self, mut lane: Box<Lane>) {
         let now = Instant::now();
+        if lane.expires <= now {
+            // Who waits for one has a dial of its own under way.
+            return lane.close_now();
+        }
         lane.used = true;
         let mut state = self.pool.lock();
         let left = self.pool.hand_over(&mut state, Ready::Lane(lane), now);

@@ -3,6 +3,7 @@
 //! What both carriers have in common is here: the loop that takes carriers until the drain, who may
 //! have a flow, and what is counted and logged of those who may not.
 
+mod handshakes;
 mod lanes;
 mod quic;
 

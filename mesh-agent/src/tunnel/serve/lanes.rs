@@ -2,19 +2,20 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use mesh_core::stage::Stage;
 use mesh_core::wire::{Reason, Refusal, Role, encode_answer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tracing::{debug, warn};
 
+use super::handshakes::{Handshakes, Handshaking};
 use super::{Arrivals, NO_AGE, Parties, Server, take, turned};
 use crate::identity::verify::PeerRole;
-use crate::tunnel::dial::{expiry, prepare, within};
+use crate::tunnel::dial::{expiry, prepare};
 use crate::tunnel::error::DialError;
 use crate::tunnel::flow::{AnswerOn, Request, Slot};
 use crate::tunnel::lane::{Handshake, Lane, LaneError, LaneEvent};
@@ -46,10 +47,10 @@ impl Tunnels {
         F: Future<Output = ()> + Send + 'static,
     {
         let server = Arc::new(Server::new(self, handler, drain.clone())?);
-        let handshakes = Arc::new(Semaphore::new(server.tunnels.config.max_handshakes));
-        let listening = Listening { listener, handshakes };
-        let mut lanes = take(&listening, drain, |(permit, tcp, peer), _| {
-            Some(Arc::clone(&server).lane(tcp, peer, permit))
+        let handshakes = Handshakes::new(server.tunnels.config.max_handshakes);
+        let listening = Listening { listener, handshakes, waits: Mutex::default() };
+        let mut lanes = take(&listening, drain, |(handshaking, tcp, peer), _| {
+            Some(Arc::clone(&server).lane(tcp, peer, handshaking))
         })
         .await;
         drop(listening);
@@ -58,29 +59,40 @@ impl Tunnels {
     }
 }
 
-/// A listener, and places for handshakes: without one nothing is accepted.
+/// A listener, and places for handshakes.
 struct Listening {
     listener: TcpListener,
-    handshakes: Arc<Semaphore>,
+    handshakes: Arc<Handshakes>,
+    /// Who waits for a place. Nothing more is accepted meanwhile: the rest waits in the kernel's backlog.
+    waits: Mutex<Option<(TcpStream, SocketAddr)>>,
 }
 
 impl Arrivals for Listening {
-    type Carrier = (OwnedSemaphorePermit, TcpStream, SocketAddr);
+    type Carrier = (Handshaking, TcpStream, SocketAddr);
 
     async fn next(&self) -> Option<Self::Carrier> {
-        Some(accept(&self.listener, &self.handshakes).await)
+        loop {
+            let waiting = lock(&self.waits).take();
+            let (tcp, peer) = match waiting {
+                Some(waiting) => waiting,
+                None => accept(&self.listener).await,
+            };
+            match self.handshakes.take(peer.ip()) {
+                Ok(handshaking) => return Some((handshaking, tcp, peer)),
+                Err(wait) => {
+                    // Kept here, since this future may be dropped while it waits.
+                    *lock(&self.waits) = Some((tcp, peer));
+                    self.handshakes.wait(wait).await;
+                }
+            }
+        }
     }
 }
 
-async fn accept(
-    listener: &TcpListener,
-    permits: &Arc<Semaphore>,
-) -> (OwnedSemaphorePermit, TcpStream, SocketAddr) {
-    #[expect(clippy::expect_used, reason = "nothing closes this semaphore")]
-    let permit = Arc::clone(permits).acquire_owned().await.expect("never closed");
+async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok((tcp, peer)) => return (permit, tcp, peer),
+            Ok(accepted) => return accepted,
             // The peer went away between SYN and accept (accept(2)): nothing is wrong with us.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             // EMFILE and its kin persist until something closes: spinning would starve that.
@@ -98,14 +110,13 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     /// One lane, from its handshake to its end.
-    async fn lane(self: Arc<Self>, tcp: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
+    async fn lane(self: Arc<Self>, tcp: TcpStream, peer: SocketAddr, handshaking: Handshaking) {
         let Some(_place) = self.place(peer.ip()) else {
             self.report(peer, &DialError::Overloaded, None);
             return;
         };
         // Boxed: what a handshake needs is given back before the long part begins.
-        let accepted = Box::pin(self.handshake(tcp, peer)).await;
-        drop(permit);
+        let accepted = Box::pin(self.handshake(tcp, peer, handshaking)).await;
         match accepted {
             Ok((lane, parties)) => self.flows(lane, parties).await,
             Err(Some(handshake)) => Box::pin(handshake.linger()).await,
@@ -120,6 +131,7 @@ where
         &self,
         tcp: TcpStream,
         peer: SocketAddr,
+        mut place: Handshaking,
     ) -> Result<(Box<Lane>, Box<Parties>), Option<Handshake>> {
         let resolver = Arc::new(ServedBySni::new(&self.tunnels.credentials));
         // A resolver for each connection is how rustls tells which workload was asked for.
@@ -136,7 +148,9 @@ where
             }
         };
         let mut handshake = Handshake::new(tcp, session, Role::Server);
-        let result = within(self.config().handshake_timeout, &mut handshake).await;
+        let limit = self.config().handshake_timeout;
+        let result = place.within(limit, handshake.complete()).await.flatten();
+        drop(place);
         let served = resolver.found();
         if let Err(error) = result {
             self.report(peer, &error, served.map(|(id, _)| id));

@@ -8,11 +8,12 @@ use std::time::Instant;
 
 use mesh_core::stage::Stage;
 use mesh_core::wire::{Reason, Refusal};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::debug;
 
+use super::handshakes::{Handshakes, Handshaking};
 use super::{Arrivals, NO_AGE, Parties, Server, take, turned};
 use crate::identity::verify::PeerRole;
 use crate::tunnel::credit::Loan;
@@ -56,20 +57,20 @@ impl Tunnels {
         let first = quic::server_config(server.tls.clone(), &transport)?;
         let endpoint = quic::server_endpoint(socket, first, key, tag)?;
         let most = server.config().max_handshakes;
-        let handshakes = Arc::new(Semaphore::new(most));
+        let handshakes = Handshakes::new(most);
         let mut connections = take(&endpoint, drain, |incoming: quinn::Incoming, open| {
             if open >= server.config().quic_max_connections {
                 incoming.refuse();
                 return None;
             }
-            let under_way = most - handshakes.available_permits();
-            if !incoming.remote_address_validated() && under_way >= most / UNVALIDATED {
+            let is_busy = handshakes.under_way() >= most / UNVALIDATED;
+            if !incoming.remote_address_validated() && is_busy {
                 server.tunnels.stats.retries.fetch_add(1, Relaxed);
                 // Fails for an address that is validated, which this one is not.
                 incoming.retry().unwrap_or_default();
                 return None;
             }
-            let Ok(place) = Arc::clone(&handshakes).try_acquire_owned() else {
+            let Ok(place) = handshakes.take(incoming.remote_address().ip()) else {
                 // The client asks again, as one that waits in a lane's backlog.
                 incoming.ignore();
                 return None;
@@ -115,10 +116,10 @@ where
         incoming: quinn::Incoming,
         transport: Arc<quinn::TransportConfig>,
         loan: Loan,
-        place: OwnedSemaphorePermit,
+        mut place: Handshaking,
     ) {
         let peer = incoming.remote_address();
-        let handshake = self.quic_handshake(incoming, &transport, loan).await;
+        let handshake = self.quic_handshake(incoming, &transport, loan, &mut place).await;
         drop(place);
         let Some((link, parties)) = handshake else { return };
         let mut drain = self.drain.clone();
@@ -212,6 +213,7 @@ where
         incoming: quinn::Incoming,
         transport: &Arc<quinn::TransportConfig>,
         loan: Loan,
+        place: &mut Handshaking,
     ) -> Option<(QuicLink, Parties)> {
         let tunnels = &self.tunnels;
         let peer = incoming.remote_address();
@@ -233,7 +235,7 @@ where
             let connecting = incoming.accept_with(Arc::new(config))?;
             connecting.await
         };
-        let connected = timeout(self.config().handshake_timeout, handshake).await;
+        let connected = place.within(self.config().handshake_timeout, handshake).await;
         let served = resolver.found();
         let connection = match connected {
             Ok(Ok(connection)) => connection,
@@ -242,8 +244,8 @@ where
                 self.report(peer, &error, served.map(|(id, _)| id));
                 return None;
             }
-            Err(_elapsed) => {
-                self.report(peer, &DialError::TimedOut, served.map(|(id, _)| id));
+            Err(error) => {
+                self.report(peer, &error, served.map(|(id, _)| id));
                 return None;
             }
         };

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mesh_core::addr::PeerAddr;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
 use super::pool::{cleanly, exchange};
@@ -82,4 +82,90 @@ async fn who_does_not_show_its_address_takes_no_handshakes_from_others() {
     exchange(&client, cleanly).await;
     assert_eq!(agent.seen().len(), 1);
     assert!(agent.stats.retries.load(Relaxed) >= 9);
+}
+
+/// A server takes no handshake from whoever is silent for this long, and a client waits half of it.
+const SILENCE: Duration = Duration::from_secs(10);
+
+#[tokio::test]
+async fn who_connects_and_says_nothing_keeps_nobody_out() {
+    let config = TunnelConfig {
+        max_handshakes: 4,
+        handshake_timeout: SILENCE,
+        connect_timeout: SILENCE / 2,
+        ..config(CarrierChoice::Lane)
+    };
+    let (agent, client) = world_with(&Ca::new(), config).await;
+    let connect = async |from: [u8; 4]| {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((from, 0).into()).unwrap();
+        socket.connect(agent.node.0).await.unwrap()
+    };
+    let mut flood = Vec::new();
+    for _ in 0..3 {
+        flood.push(connect([127, 0, 0, 2]).await);
+    }
+    let slow = connect([127, 0, 0, 3]).await;
+    exchange(&client, cleanly).await;
+    let ended = timeout(SILENCE / 2, flood[0].read(&mut [0])).await.expect("it is let in still");
+    assert_eq!(ended.unwrap(), 0);
+    for kept in [&flood[2], &slow] {
+        let said = kept.try_read(&mut [0]).unwrap_err();
+        assert_eq!(said.kind(), std::io::ErrorKind::WouldBlock, "others have more");
+    }
+    assert_eq!(agent.stats.refusals_for(Side::Server, "handshake_timeout"), 1);
+}
+
+/// Brings a client to where the server knows its address and waits for the rest of its handshake, which
+/// does not come. Returns what has to be kept for that.
+async fn half_open(ours: &Holdings, config: &TunnelConfig, node: PeerAddr) -> impl Sized + use<> {
+    let near = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let far = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    far.connect(node.0).await.unwrap();
+    let client = Client::new(ours, config.clone(), PeerAddr(near.local_addr().unwrap()));
+    let opening = tokio::spawn(async move {
+        let (_user, app) = pair().await;
+        client.open(&app, "10.0.0.2:80".parse().unwrap(), &mut Held::default()).await.map(drop)
+    });
+    let (mut asked, mut answer) = ([0; 2048], [0; 2048]);
+    let mut from = None;
+    loop {
+        tokio::select! {
+            received = near.recv_from(&mut asked) => {
+                let (len, client) = received.unwrap();
+                from = Some(client);
+                far.send(&asked[..len]).await.unwrap();
+            }
+            received = far.recv(&mut answer) => {
+                let len = received.unwrap();
+                // Anything but Retry (RFC 9000 section 17.2.5) is what only the client could answer.
+                if answer[0] & 0xb0 != 0xb0 {
+                    break;
+                }
+                near.send_to(&answer[..len], from.unwrap()).await.unwrap();
+            }
+        }
+    }
+    opening.abort();
+    (near, far)
+}
+
+#[tokio::test]
+async fn who_shows_its_address_and_says_nothing_more_keeps_nobody_out() {
+    let ca = Ca::new();
+    let config = TunnelConfig {
+        max_handshakes: 2,
+        handshake_timeout: SILENCE,
+        connect_timeout: SILENCE / 2,
+        quic_idle: SILENCE,
+        ..config(CarrierChoice::Quic)
+    };
+    let (agent, client) = world_with(&ca, config.clone()).await;
+    let (ours, _) = holdings(&ca);
+    let _silent =
+        [half_open(&ours, &config, agent.node).await, half_open(&ours, &config, agent.node).await];
+    exchange(&client, cleanly).await;
+    assert_eq!(agent.seen().len(), 1);
+    // One or both: after a second without an answer a client begins another one.
+    assert!(agent.stats.refusals_for(Side::Server, "handshake_timeout") >= 1);
 }
