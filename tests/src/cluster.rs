@@ -43,6 +43,10 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// The exit codes of a `curl` that is refused at once: it cannot connect, or the reset comes when it sends or
+    /// receives.
+    pub const REFUSED: [i32; 3] = [7, 55, 56];
+
     /// Why there is no cluster for this test, if that is so.
     pub fn missing() -> Option<String> {
         if let Ok(why) = env::var("MALLA_NO_CLUSTER") {

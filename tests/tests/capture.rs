@@ -385,6 +385,9 @@ fn source_ports_in_time_wait_do_not_keep_the_pod_out() -> Result<()> {
     let ports = 10_000..10_016;
     let range = format!("{} {}", ports.start, ports.end - 1);
     a1.sysctl("net/ipv4/ip_local_port_range", &range)?;
+    // A server whose FIN crosses our ACK, on a machine that is busy, sends it again and answers the second ACK
+    // with RST, which ends TIME_WAIT (RFC 1337).
+    a1.sysctl("net/ipv4/tcp_rfc1337", "1")?;
     for family in Family::BOTH {
         for _ in ports.clone() {
             let mut stream = a1.connect(mesh.pod("b1").addr(family, 8080))?;

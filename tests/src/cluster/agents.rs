@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -286,7 +287,6 @@ impl Drop for Agents {
     }
 }
 
-/// Loads the agent's image, as `cargo xtask image` makes it, into every node, and returns its name.
 /// Loads the image that is to be tested, and has it run.
 fn name_image(deployment: &mut Deployment) -> Result<()> {
     let image = load()?;
@@ -297,8 +297,15 @@ fn name_image(deployment: &mut Deployment) -> Result<()> {
     Ok(())
 }
 
+/// Loads the agent's image, as `cargo xtask image` makes it, into every node, once, and returns its name.
 fn load() -> Result<String> {
-    let archive = env::var_os("MALLA_IMAGE").context("cargo xtask e2e makes the agent's image")?;
-    load_archive(&archive)?;
+    static IS_LOADED: Mutex<bool> = Mutex::new(false);
+    let mut is_loaded = IS_LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*is_loaded {
+        let archive =
+            env::var_os("MALLA_IMAGE").context("cargo xtask e2e makes the agent's image")?;
+        load_archive(&archive)?;
+        *is_loaded = true;
+    }
     env::var("MALLA_IMAGE_NAME").context("an image without a name")
 }

@@ -72,7 +72,7 @@ fn v6_is_carried_between_nodes_and_on_one_by_address_service_and_name_in_strict_
             let ask = ["curl", "--silent", "--max-time", "3", &format!("http://{pod}/")];
             let output = outside.exec_output(client, &ask)?;
             let code = output.status.code().unwrap_or_default();
-            ensure!([7, 56].contains(&code), "refused, from {client} to {pod}: {code}");
+            ensure!(Cluster::REFUSED.contains(&code), "refused, from {client} to {pod}: {code}");
         }
     }
     pods_that_no_service_selects_are_carried_by_address(&agents, &shop, &outside)

@@ -8,14 +8,16 @@ use harness::Cluster;
 
 use crate::hosts;
 
-/// Connections of one `curl`, which the loop in the pod starts anew until it is told to end, with a pause of
-/// 50 ms: what is tested beside it needs the machine too.
-const AT_ONCE: usize = 20;
+/// How often is asked, by one `curl`: what is tested beside it needs the machine too, and a program that is started
+/// over and over took most of it.
+const RATE: &str = "50/s";
+/// As many as no test takes.
+const MOST: usize = 30_000;
 const END: &str = "/tmp/end";
 
 /// Asks `service` over and over from the pod `from` while `work` runs, and returns how often: from inside of the
-/// pod, so that there is hardly a moment without. By its addresses in turns: by its name `curl` would go to the one
-/// when the other does not answer.
+/// pod, so that there is no gap in which something could go wrong unseen. By its addresses in turns: by its name
+/// `curl` would go to the one when the other does not answer.
 ///
 /// # Errors
 ///
@@ -27,19 +29,20 @@ pub(crate) fn under_load(
     work: impl FnOnce() -> Result<()>,
 ) -> Result<usize> {
     let hosts = hosts(cluster, service)?;
-    let urls = hosts.iter().cycle().take(AT_ONCE).map(|host| format!("'http://{host}/'"));
-    let urls: Vec<_> = urls.collect();
-    let ask = format!(
-        "curl --silent --show-error --fail --fail-early --max-time 5 --header 'Connection: close' {}",
-        urls.join(" ")
-    );
+    let urls: Vec<_> = hosts.iter().map(|host| format!("url = http://{host}/")).collect();
     let script = format!(
-        "rm -f {END}; n=0
-         while [ ! -e {END} ]; do
-             {ask} >/dev/null || {{ echo \"after $n connections\" >&2; exit 1; }}
-             n=$((n + {AT_ONCE})); sleep 0.05
-         done
-         echo $n"
+        "cd /tmp; rm -f {END}
+         n=0; while [ $n -lt {MOST} ]; do echo '{urls}'; n=$((n + {each})); done >urls
+         curl --silent --show-error --fail --fail-early --globoff --max-time 5 --rate {RATE} \
+             --header 'Connection: close' --config urls >answers & pid=$!
+         while [ ! -e {END} ] && kill -0 $pid 2>/dev/null; do sleep 0.2; done
+         kill $pid 2>/dev/null; wait $pid; code=$?
+         n=0; while read -r answer; do n=$((n + 1)); done <answers
+         # Ended by us, and not by itself.
+         [ $code -eq $((128 + 15)) ] || {{ echo \"code $code after $n answers\" >&2; exit 1; }}
+         echo $n",
+        urls = urls.join("\n"),
+        each = urls.len(),
     );
     thread::scope(|scope| {
         let asking = scope.spawn(|| cluster.exec(from, &["sh", "-c", &script]));

@@ -1,7 +1,7 @@
 //! What those who run a cluster do to it while it is used.
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster, wait};
+use harness::{Agents, Cluster, long, wait};
 use serde_json::{Value, json};
 
 use crate::agents::{SERVERS, Shop, enabled};
@@ -37,16 +37,15 @@ fn agents_are_replaced_under_load_and_no_request_fails() -> Result<()> {
     let shop = Shop::open(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     shop.wait_until_enrolled(&agents, true)?;
     let talks = Talks::begin(&shop, &agents)?;
+    let times = long::either(1, 5);
     let asked = under_load(&shop.cluster, "client", "web", || {
-        agents.replace()?;
-        agents.replace()
+        (0..times).try_for_each(|_| agents.replace())
     })?;
     ensure!(asked > 100, "hardly any traffic: {asked}");
     shop.wait_until_enrolled(&agents, true)?;
     shop.hear_both_by_address()?;
-    // What was open has gone on until its agent had drained, of both nodes and twice, or for ever if none
-    // carried it.
-    talks.check(4)
+    // What was open has gone on until its agent had drained, of both nodes, or for ever if none carried it.
+    talks.check(2 * times)
 }
 
 #[test]

@@ -9,9 +9,6 @@ use serde_json::{Value, json};
 
 use crate::service;
 
-/// Whether the client was refused, how `curl` says it: without the mesh packets to nobody are dropped.
-const REFUSED: [i32; 2] = [7, 56];
-
 struct Shop {
     cluster: Cluster,
 }
@@ -102,7 +99,8 @@ fn services_mean_in_the_mesh_what_they_mean_to_kube_proxy() -> Result<()> {
     let ask = ["curl", "--silent", "--max-time", "2", "http://elsewhere/"];
     let output = cluster.exec_output("client", &ask)?;
     let code = output.status.code().unwrap_or_default();
-    ensure!(REFUSED.contains(&code), "refused at once and not waited for: {code}");
+    // Without the mesh packets to nobody are dropped.
+    ensure!(Cluster::REFUSED.contains(&code), "refused at once and not waited for: {code}");
     let host = |name: &str| format!("{name}.{}.svc.cluster.local", cluster.name());
     let why = [("stage", "route"), ("reason", "no_local_endpoints"), ("src.workload", "client")];
     agents.wait_for_record(&nodes[0], &why)?;
