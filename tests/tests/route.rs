@@ -153,7 +153,7 @@ fn service_of_one_family_is_carried() -> Result<()> {
 fn setting_that_is_not_understood_is_reported_and_the_safe_one_holds() -> Result<()> {
     harness::require!();
     let mesh = Mesh::two_nodes_builder()
-        .namespace("default", &[("malla.dev/mode", "strict")])
+        .namespace("default", &[("malla.dev/mode", "permissive")])
         .pod(
             PodSpec::new("b1", "b")
                 .annotation("malla.dev/mesh", "on")
@@ -178,7 +178,7 @@ fn setting_that_is_not_understood_is_reported_and_the_safe_one_holds() -> Result
     let mut workloads = workloads.as_array().context("a list")?.iter();
     let b1 = workloads.find(|one| one["pod"] == "b1").context("b1 is not listed")?;
     assert_eq!(b1["enrolled"], true, "what the namespace says holds");
-    assert_eq!((&b1["mode"], &b1["outbound"]), (&"strict".into(), &"mesh".into()));
+    assert_eq!((&b1["mode"], &b1["outbound"]), (&"strict".into(), &"all".into()));
     Ok(())
 }
 

@@ -1,8 +1,10 @@
 //! Who takes part in the mesh, and how: the meaning of `malla.dev/…` on a namespace, a pod and a Service.
 //!
-//! A pod's own word goes before its namespace's. A value that is not understood is reported and
-//! counts as not given, so that what holds is the namespace's value or the safe default.
+//! A pod's own word goes before its namespace's. A value that is not understood is reported and never
+//! widens anything: it counts as the narrowest one, also where the namespace's is wider. Where none lets
+//! through more than another it counts as not given.
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use mesh_core::addr::Cidr;
@@ -107,7 +109,7 @@ pub mod left_alone {
     }
 }
 
-/// What one object says. `None`: nothing, or nothing that is understood.
+/// What one object says. `None`: nothing, or nothing that counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wishes {
     mesh: Option<bool>,
@@ -152,29 +154,36 @@ impl Wishes {
 
     pub(super) fn of_service(meta: &ObjectMeta, report: &mut Report<'_>) -> ServiceWishes {
         foreign(meta, OF_SERVICE, &[], report);
-        ServiceWishes { opaque_ports: value(meta, OPAQUE_PORTS, PORTS, report, parsed) }
+        ServiceWishes { opaque_ports: value(meta, OPAQUE_PORTS, PORTS.0, report, parsed) }
     }
 
     fn read(meta: &ObjectMeta, report: &mut Report<'_>) -> Self {
         Self {
             mesh: mesh(meta, report),
-            mode: value(meta, MODE, "permissive or strict", report, |text| match text {
-                "permissive" => Some(Mode::Permissive),
-                "strict" => Some(Mode::Strict),
-                _ => None,
-            }),
-            outbound: value(meta, OUTBOUND, "mesh or all", report, |text| match text {
+            mode: narrowed(
+                meta,
+                MODE,
+                ("permissive or strict", "strict"),
+                report,
+                |text| match text {
+                    "permissive" => Some(Mode::Permissive),
+                    "strict" => Some(Mode::Strict),
+                    _ => None,
+                },
+            ),
+            // What is captured is seen, and refused while there is no agent.
+            outbound: narrowed(meta, OUTBOUND, ("mesh or all", "all"), report, |text| match text {
                 "mesh" => Some(Outbound::Mesh),
                 "all" => Some(Outbound::All),
                 _ => None,
             }),
-            skip_inbound_ports: value(meta, SKIP_INBOUND_PORTS, PORTS, report, parsed),
-            skip_outbound_ports: value(meta, SKIP_OUTBOUND_PORTS, PORTS, report, parsed),
-            skip_outbound_cidrs: value(meta, SKIP_OUTBOUND_CIDRS, CIDRS, report, |text| {
+            skip_inbound_ports: narrowed(meta, SKIP_INBOUND_PORTS, PORTS, report, parsed),
+            skip_outbound_ports: narrowed(meta, SKIP_OUTBOUND_PORTS, PORTS, report, parsed),
+            skip_outbound_cidrs: narrowed(meta, SKIP_OUTBOUND_CIDRS, CIDRS, report, |text| {
                 let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
                 items.map(parsed).collect()
             }),
-            fail_open: value(meta, FAIL_OPEN, "true or false", report, parsed),
+            fail_open: narrowed(meta, FAIL_OPEN, ("true or false", "false"), report, parsed),
             preserve_client_address: value(
                 meta,
                 PRESERVE_CLIENT_ADDRESS,
@@ -182,16 +191,16 @@ impl Wishes {
                 report,
                 parsed,
             ),
-            opaque_ports: value(meta, OPAQUE_PORTS, PORTS, report, parsed),
-            direct: value(meta, DIRECT, "on or off", report, |text| match text {
+            opaque_ports: value(meta, OPAQUE_PORTS, PORTS.0, report, parsed),
+            direct: narrowed(meta, DIRECT, ("on or off", "off"), report, |text| match text {
                 "on" => Some(true),
                 "off" => Some(false),
                 _ => None,
             }),
-            unknown_pods: value(
+            unknown_pods: narrowed(
                 meta,
                 UNKNOWN_PODS,
-                "hold, deny or allow",
+                ("hold, deny or allow", "deny"),
                 report,
                 |text| match text {
                     "hold" => Some(UnknownPods::Hold),
@@ -249,19 +258,51 @@ impl Wishes {
     }
 }
 
-/// Reports what is ours and is neither one of the `settings` of such an object nor `also` there.
+/// Reports what is ours and is neither one of the `settings` of such an object nor `also` there, and what
+/// is one but stands among the labels.
 fn foreign(meta: &ObjectMeta, settings: &[&str], also: &[&str], report: &mut Report<'_>) {
-    // What the agent itself writes to say how enrolling went is no wish.
-    let ours = |key: &&String| key.starts_with(PREFIX) && *key != REDIRECTION;
-    for key in meta.annotations.iter().flat_map(|map| map.keys()).filter(ours) {
-        if !settings.contains(&key.as_str()) && !also.contains(&key.as_str()) {
-            report.say(
-                annotation(&shown(key)),
-                "is no setting of this version here, and has no effect",
-                format!("the settings are {}", settings.join(", ")),
-            );
+    let is_setting = |key: &str| settings.contains(&key) || also.contains(&key);
+    for (key, _) in ours(meta.annotations.as_ref()) {
+        // What the agent itself writes to say how enrolling went is no wish.
+        if key != REDIRECTION && !is_setting(key) {
+            no_setting(annotation(&shown(key)), settings, report);
         }
     }
+    for (key, text) in ours(meta.labels.as_ref()) {
+        // On a Service it means nothing, and may be there because a chart gives it to all its objects.
+        if key == MESH {
+            continue;
+        }
+        if is_setting(key) {
+            no_label(key, text, report);
+        } else {
+            no_setting(label(&shown(key)), settings, report);
+        }
+    }
+}
+
+/// Those of the labels or annotations that are ours.
+fn ours(map: Option<&BTreeMap<String, String>>) -> impl Iterator<Item = (&str, &str)> {
+    let all = map.into_iter().flatten().map(|(key, text)| (key.as_str(), text.as_str()));
+    all.filter(|(key, _)| key.starts_with(PREFIX))
+}
+
+fn no_setting(field: String, settings: &[&str], report: &mut Report<'_>) {
+    report.say(
+        field,
+        "is no setting of this version here, and has no effect",
+        format!("the settings are {}", settings.join(", ")),
+    );
+}
+
+/// Reports the setting `key` where it is a label: since `malla.dev/mesh` may be one, people write others so
+/// too.
+pub(super) fn no_label(key: &str, text: &str, report: &mut Report<'_>) {
+    report.say(
+        label(key),
+        "counts only as an annotation; as a label it has no effect",
+        format!("annotate with {key}={} instead, and remove the label", shown(text)),
+    );
 }
 
 /// Whether `pod`, in `namespace`, takes part in the mesh: what its agent goes by, for who decides
@@ -314,27 +355,53 @@ fn has_container(pod: &Pod, name: &str) -> bool {
     spec.containers.iter().chain(init).any(|container| container.name == name)
 }
 
-/// The annotation goes before the label of the same key, which selectors need.
+/// The annotation goes before the label of the same key, which selectors need. A word that is not understood counts
+/// as not given: whoever writes `false` is not to be enrolled by it.
 fn mesh(meta: &ObjectMeta, report: &mut Report<'_>) -> Option<bool> {
+    const WORDS: &str = "enabled or disabled";
     let meaning = |text: &str| match text {
         "enabled" => Some(true),
         "disabled" => Some(false),
         _ => None,
     };
-    let annotated = value(meta, MESH, "enabled or disabled", report, meaning);
+    let annotated = value(meta, MESH, WORDS, report, meaning);
     if annotated.is_some() {
         return annotated;
     }
     let text = meta.labels.as_ref()?.get(MESH)?;
     let labelled = meaning(text);
     if labelled.is_none() {
-        not_understood(format!("metadata.labels[\"{MESH}\"]"), text, "enabled or disabled", report);
+        not_understood(label(MESH), text, "not given", WORDS, report);
     }
     labelled
 }
 
-const PORTS: &str = "ports and ranges such as 4567,8000-8100, at most 16";
-const CIDRS: &str = "blocks of addresses such as 10.0.0.0/8,fd00::/8";
+/// What is expected of a list, and the narrowest one: with one item that is not understood, nothing is
+/// skipped.
+const PORTS: (&str, &str) = ("ports and ranges such as 4567,8000-8100, at most 16", "");
+const CIDRS: (&str, &str) = ("blocks of addresses such as 10.0.0.0/8,fd00::/8", "");
+
+/// The annotation `key`, if it is there: what is not understood counts as the narrowest value, and not as
+/// not given. Who has written it over `strict` has not asked for less.
+fn narrowed<T>(
+    meta: &ObjectMeta,
+    key: &str,
+    (expected, narrowest): (&str, &str),
+    report: &mut Report<'_>,
+    meaning: impl Fn(&str) -> Option<T>,
+) -> Option<T> {
+    let text = meta.annotations.as_ref()?.get(key)?;
+    let value = meaning(text.trim());
+    if value.is_some() {
+        return value;
+    }
+    let instead = match narrowest {
+        "" => "an empty list".to_owned(),
+        word => format!("`{word}`"),
+    };
+    not_understood(annotation(key), text, &instead, expected, report);
+    meaning(narrowest)
+}
 
 /// The annotation `key`, if it is there and understood.
 pub(super) fn value<T>(
@@ -347,18 +414,28 @@ pub(super) fn value<T>(
     let text = meta.annotations.as_ref()?.get(key)?;
     let value = meaning(text.trim());
     if value.is_none() {
-        not_understood(annotation(key), text, expected, report);
+        not_understood(annotation(key), text, "not given", expected, report);
     }
     value
 }
 
-fn not_understood(field: String, text: &str, expected: &str, report: &mut Report<'_>) {
-    let message = format!("`{}` is not understood and counts as not given", shown(text));
+fn not_understood(
+    field: String,
+    text: &str,
+    instead: &str,
+    expected: &str,
+    report: &mut Report<'_>,
+) {
+    let message = format!("`{}` is not understood and counts as {instead}", shown(text));
     report.say(field, message, format!("write {expected}"));
 }
 
 pub(super) fn annotation(key: &str) -> String {
     format!("metadata.annotations[\"{key}\"]")
+}
+
+fn label(key: &str) -> String {
+    format!("metadata.labels[\"{key}\"]")
 }
 
 pub(super) fn parsed<T: FromStr>(text: &str) -> Option<T> {

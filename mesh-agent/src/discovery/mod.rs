@@ -20,7 +20,7 @@
 //! # Guarantees
 //!
 //! - A state that is wrong never becomes a snapshot: a file that does not parse leaves its last good
-//!   objects in force, a value that is not understood leaves the safe default.
+//!   objects in force, a value of `malla.dev/…` that is not understood counts as the narrowest one.
 //! - Nothing is wrong in silence: each problem names the object, the field and what to do.
 //! - [`translate`] reads no clock, file or socket, and does not care in which order objects came: any
 //!   source may feed it.

@@ -39,15 +39,23 @@ pub(super) fn networks(objects: &Objects, node: &str, more: &[Cidr]) -> Networks
     Networks::new(more.iter().copied().chain(of(false)), of(true))
 }
 
-/// The addresses in `networks` of which it is known who has them.
-pub(super) fn read(objects: &Objects, networks: &Networks) -> HashSet<IpAddr> {
+/// The addresses in `networks` of which it is known who has them. Nothing that a node says counts in `more`.
+pub(super) fn read(objects: &Objects, networks: &Networks, more: &[Cidr]) -> HashSet<IpAddr> {
     let Some(absent) = objects.absent() else { return HashSet::new() };
     let nobodys = absent.iter().filter_map(|text| text.parse::<IpAddr>().ok());
     let pods = objects.iter().filter_map(|(_, object)| match object {
         Object::Pod(pod) => Some(&**pod),
         _ => None,
     });
-    let all = nobodys.chain(nodes(objects).flat_map(|(_, node)| own_ips(node)));
+    let is_others = |name: &str, ip: IpAddr| {
+        let mut others = nodes(objects).filter(|(other, _)| *other != name);
+        more.iter().any(|block| block.contains(ip))
+            || others.any(|(_, other)| blocks(other).any(|block| block.contains(ip)))
+    };
+    // A kubelet may also write the blocks of a Node that has none yet.
+    let own = nodes(objects)
+        .flat_map(|(name, node)| own_ips(node).filter(move |ip| !is_others(name, *ip)));
+    let all = nobodys.chain(own);
     all.chain(pods.flat_map(addresses)).filter(|ip| networks.has(*ip)).collect()
 }
 
@@ -147,9 +155,24 @@ mod tests {
         }
         let absent = ["10.244.2.7", "203.0.113.7", "uid-of-a-pod"].map(str::to_owned);
         objects.absent_mut().unwrap().extend(absent);
-        let read = read(&objects, &networks(&objects, "a", &[]));
+        let read = read(&objects, &networks(&objects, "a", &[]), &[]);
         // Not what a node says of another's block.
         assert_eq!(read, ["10.244.2.6", "10.244.2.7", "10.244.2.1"].map(ip).into());
+    }
+
+    /// Where Nodes have no blocks a kubelet may write some into its own.
+    #[test]
+    fn block_that_a_node_has_given_itself_makes_no_others_addresses_known() {
+        let mut objects = cluster();
+        let claimed = ["10.0.0.0/8"];
+        objects.insert(node("d", &claimed, &["10.244.2.9", "10.99.0.9", "10.1.0.1"]));
+        let known = |more: &[Cidr]| read(&objects, &networks(&objects, "a", more), more);
+        let bridge = "10.244.2.1";
+        // Its neighbour's bridge is in what it claims, and nobody's word counts there.
+        assert_eq!(known(&[]), ["10.99.0.9", "10.1.0.1"].map(ip).into());
+        let all: [Cidr; 1] = ["10.99.0.0/16".parse().unwrap()];
+        assert_eq!(known(&all), [ip("10.1.0.1")].into());
+        assert!(networks(&objects, "a", &all).has(ip(bridge)), "so it is asked about");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use mesh_core::addr::{Cidr, PeerAddr};
 use mesh_core::snapshot::{Node, Parts, Snapshot};
 use mesh_core::spiffe::TrustDomain;
 
-use super::enrol::{TUNNEL_PORT, Wishes, parsed, value};
+use super::enrol::{TUNNEL_PORT, Wishes, no_label, parsed, value};
 use super::kube::Node as KubeNode;
 use super::objects::{Object, ObjectKey, Objects};
 use super::{Problem, Report, networks, pods, services, shown};
@@ -113,7 +113,7 @@ pub fn translate(
     let workloads = pods.workloads();
     unreachable_pods(&workloads, &nodes, context, unread, &mut problems);
     problems.sort();
-    let read = networks::read(objects, &networks);
+    let read = networks::read(objects, &networks, &context.pod_cidrs);
     let parts = Parts { workloads, services, nodes, unread: unread_addresses, networks, read };
     let (node, trust_domain) = (Arc::clone(&context.node), context.trust_domain.clone());
     (Snapshot::new(generation, node, trust_domain, parts), problems)
@@ -125,6 +125,11 @@ fn node(key: &ObjectKey, node: &KubeNode, context: &Context, problems: &mut Vec<
     let own = value(&node.metadata, TUNNEL_PORT, "a port from 1 to 65535", &mut report, |text| {
         parsed(text).filter(|port| *port != 0)
     });
+    let labels = node.metadata.labels.as_ref();
+    // Others with our prefix may be there to select nodes by.
+    if let Some(text) = labels.and_then(|labels| labels.get(TUNNEL_PORT)) {
+        no_label(TUNNEL_PORT, text, &mut report);
+    }
     let port = own.unwrap_or(context.tunnel_port);
     let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
     let mut peers = Vec::new();

@@ -129,30 +129,106 @@ fn settings_of_the_pod_go_before_those_of_the_namespace() {
     assert_eq!(Wishes::default().settings(&Wishes::default()), Settings::default());
 }
 
+/// One wrong value of each setting.
+const WRONG: [(&str, &str); 11] = [
+    (MESH, "yes"),
+    (MODE, "Strict"),
+    (OUTBOUND, ""),
+    (SKIP_INBOUND_PORTS, "0"),
+    (SKIP_OUTBOUND_PORTS, "443,90000"),
+    (SKIP_OUTBOUND_CIDRS, "10.0.0.0/8,x"),
+    (FAIL_OPEN, "False"),
+    (PRESERVE_CLIENT_ADDRESS, "no"),
+    (OPAQUE_PORTS, "http"),
+    (DIRECT, "no"),
+    (UNKNOWN_PODS, "Deny"),
+];
+
 #[test]
-fn value_that_is_not_understood_is_reported_and_counts_as_not_given() {
-    let strict = wishes(&meta(&[(MODE, "strict")], &[])).0;
-    let wrong = [
-        (MESH, "yes"),
-        (MODE, "STRICT"),
-        (OUTBOUND, ""),
-        (SKIP_INBOUND_PORTS, "0"),
-        (SKIP_OUTBOUND_PORTS, "90000"),
-        (SKIP_OUTBOUND_CIDRS, "10.0.0.0/8,x"),
-        (FAIL_OPEN, "1"),
-        (PRESERVE_CLIENT_ADDRESS, "no"),
-        (UNKNOWN_PODS, "refuse"),
-    ];
-    let (own, problems) = wishes(&meta(&wrong, &[]));
-    assert_eq!(own, Wishes::default());
-    assert_eq!(own.settings(&strict).mode, Mode::Strict);
+fn value_that_is_not_understood_is_reported() {
+    let (_, problems) = wishes(&meta(&WRONG, &[]));
     let mut fields: Vec<_> = problems.iter().map(|problem| problem.field.clone()).collect();
-    let mut expected: Vec<_> = wrong.iter().map(|(key, _)| annotation(key)).collect();
+    let mut expected: Vec<_> = WRONG.iter().map(|(key, _)| annotation(key)).collect();
     fields.sort();
     expected.sort();
     assert_eq!(fields, expected);
-    let (_, problems) = wishes(&meta(&[], &[(MESH, "on")]));
+    let of = |key: &str| problems.iter().find(|problem| problem.field == annotation(key)).unwrap();
+    for (key, counts_as) in [
+        (MODE, "`Strict` is not understood and counts as `strict`"),
+        (SKIP_INBOUND_PORTS, "`0` is not understood and counts as an empty list"),
+        (PRESERVE_CLIENT_ADDRESS, "`no` is not understood and counts as not given"),
+    ] {
+        assert_eq!(of(key).message, counts_as);
+    }
+}
+
+#[test]
+fn value_that_is_not_understood_counts_as_the_narrowest_whatever_the_namespace_says() {
+    let wide = [
+        (MODE, "permissive"),
+        (OUTBOUND, "mesh"),
+        (SKIP_INBOUND_PORTS, "4567"),
+        (SKIP_OUTBOUND_PORTS, "25"),
+        (SKIP_OUTBOUND_CIDRS, "192.168.0.0/16"),
+        (FAIL_OPEN, "true"),
+        (PRESERVE_CLIENT_ADDRESS, "false"),
+        (OPAQUE_PORTS, "3306"),
+        (DIRECT, "on"),
+        (UNKNOWN_PODS, "allow"),
+    ];
+    let (wide, none) = wishes(&meta(&wide, &[]));
+    assert_eq!(none, []);
+    let (wrong, _) = wishes(&meta(&WRONG, &[]));
+    let nothing = Wishes::default();
+    let narrowest = Settings {
+        mode: Mode::Strict,
+        outbound: Outbound::All,
+        direct: false,
+        unknown_pods: UnknownPods::Deny,
+        ..Settings::default()
+    };
+    assert_eq!(wrong.settings(&nothing), narrowest);
+    assert_eq!(nothing.settings(&wrong), narrowest, "on the namespace");
+    let inherited = Settings {
+        preserve_client_address: false,
+        opaque_ports: "3306".parse().unwrap(),
+        ..narrowest
+    };
+    assert_eq!(wrong.settings(&wide), inherited, "but for what lets nothing through");
+    assert_eq!(wide.settings(&wrong), wide.settings(&nothing), "the pod's own is understood");
+}
+
+/// Whoever writes `false` is not to be enrolled by it, and neither is anybody by `Enabled`.
+#[test]
+fn word_for_taking_part_that_is_not_understood_counts_as_not_given() {
+    let annotated = |word: &str| wishes(&meta(&[(MESH, word)], &[])).0;
+    let (wrong, on, nothing) = (annotated("Enabled"), annotated("enabled"), Wishes::default());
+    let (label, problems) = wishes(&meta(&[], &[(MESH, "on")]));
     assert_eq!(problems[0].field, "metadata.labels[\"malla.dev/mesh\"]");
+    let both = wishes(&meta(&[(MESH, "false")], &[(MESH, "enabled")])).0;
+    for (own, namespace, expected) in [
+        (&wrong, &nothing, false),
+        (&label, &nothing, false),
+        (&nothing, &wrong, false),
+        (&wrong, &on, true),
+        (&label, &on, true),
+        (&both, &nothing, true),
+    ] {
+        let found = own.enrolment(namespace, "default", &Pod::default());
+        assert_eq!(found == Enrolment::Enrolled, expected, "{own:?} in {namespace:?}");
+    }
+}
+
+#[test]
+fn setting_that_is_given_as_a_label_is_reported_and_has_no_effect() {
+    let labels = [(MESH, "enabled"), (MODE, "strict"), ("malla.dev/mod", "x"), ("app", "web")];
+    let (own, problems) = wishes(&meta(&[], &labels));
+    assert_eq!(own, wishes(&meta(&[(MESH, "enabled")], &[])).0);
+    let [misspelt, mode] = &problems[..] else { panic!("{problems:?}") };
+    assert_eq!(misspelt.field, "metadata.labels[\"malla.dev/mod\"]");
+    assert!(misspelt.remedy.contains(MODE), "{misspelt}");
+    assert_eq!(mode.field, "metadata.labels[\"malla.dev/mode\"]");
+    assert!(mode.remedy.contains("annotate with malla.dev/mode=strict"), "{mode}");
 }
 
 #[test]

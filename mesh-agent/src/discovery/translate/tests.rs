@@ -167,6 +167,29 @@ status: {addresses: [{type: ExternalIP, address: 198.51.100.1}]}
 }
 
 #[test]
+fn setting_that_is_given_as_a_label_is_reported_wherever_it_is_read_as_an_annotation() {
+    let mut text = CLUSTER.to_owned();
+    for (object, labels) in [
+        ("{name: a", "malla.dev/tunnel-port: \"16000\", malla.dev/pool: meshed"),
+        ("{name: shop", "malla.dev/fail-open: \"true\""),
+        ("{name: two", "malla.dev/mode: permissive"),
+        ("{name: web", "malla.dev/mesh: enabled, malla.dev/opaque-ports: \"80\""),
+    ] {
+        text = text.replacen(object, &format!("{object}, labels: {{{labels}}}"), 1);
+    }
+    let (found, problems) = read(&text);
+    let told = [
+        ("Namespace shop", "fail-open"),
+        ("Node a", "tunnel-port"),
+        ("Pod shop/two", "mode"),
+        ("Service shop/web", "opaque-ports"),
+    ];
+    let told = told.map(|(of, key)| format!("{of}: metadata.labels[\"malla.dev/{key}\"]"));
+    assert_eq!(fields(&problems), told);
+    assert!(found.same_state(&snapshot(CLUSTER)), "they have no effect");
+}
+
+#[test]
 fn service_has_its_tcp_ports_with_the_slices_port_numbers() {
     let snapshot = snapshot(&with(&[SLICE]));
     let web = Arc::clone(snapshot.service_at("10.1.0.1".parse().unwrap()).unwrap());

@@ -107,3 +107,37 @@ async fn value_that_is_not_understood_is_told_where_it_stands() {
     let message = event["message"].as_str().unwrap();
     assert!(message.contains("malla.dev/opaque-ports"), "{message}");
 }
+
+#[tokio::test]
+async fn setting_that_is_given_as_a_label_is_told_where_it_stands() {
+    let api = Api::start().await;
+    let labelled = |mut object: Value, labels: Value| {
+        object["metadata"]["labels"] = labels;
+        object
+    };
+    let namespace = json!({"metadata": {"name": "default", "uid": "uid-default"}});
+    let labels = json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"});
+    api.has("/api/v1/namespaces", vec![labelled(namespace, labels)]);
+    let service = json!({
+        "metadata": {"name": "web", "namespace": "default", "uid": "uid-web"},
+        "spec": {"clusterIP": "10.96.0.1"},
+    });
+    let labels = json!({"app": "web", "malla.dev/mesh": "enabled", "malla.dev/opaque-ports": "80"});
+    api.has("/api/v1/services", vec![labelled(service, labels)]);
+    let labels = json!({"app": "web", "malla.dev/fail-open": "false"});
+    api.has(PODS, vec![labelled(pod("one", "10.0.0.1"), labels)]);
+    let mut followed = api.follow();
+    followed.until_pods(&["one"]).await;
+    until("three events", || api.written("POST").len() == 3).await;
+    let events = api.written("POST");
+    for (kind, label) in [
+        ("Namespace", "malla.dev/mode=strict"),
+        ("Pod", "malla.dev/fail-open=false"),
+        ("Service", "malla.dev/opaque-ports=80"),
+    ] {
+        let about = events.iter().find(|(_, event)| event["involvedObject"]["kind"] == kind);
+        let (_, event) = about.unwrap();
+        let message = event["message"].as_str().unwrap();
+        assert!(message.contains("metadata.labels") && message.contains(label), "{message}");
+    }
+}
