@@ -5,6 +5,7 @@
 pub mod ask;
 mod authority;
 pub mod check;
+mod environment;
 pub mod output;
 pub mod parts;
 mod problems;
@@ -22,6 +23,7 @@ use mesh_core::balance::Policy;
 use mesh_core::spiffe::TrustDomain;
 
 pub use self::authority::{Ca, CaRun};
+pub use self::environment::{UnknownVariable, unknown_variables};
 use self::output::Format;
 pub use self::problems::{FlagProblem, cgroup2};
 use crate::discovery::owner::DaemonSetName;
@@ -46,7 +48,7 @@ pub enum Command {
     Run(Box<Run>),
     /// Report whether this kernel can run the mesh, and what is missing. Changes nothing.
     Check(Check),
-    /// Detach every program and remove pinned maps: the way out after a crash.
+    /// Detach every program and remove pinned maps: the way out after a crash. Refuses while an agent runs.
     Detach(Detach),
     /// A certificate authority: of a cluster, or in a directory for running without one.
     #[command(subcommand)]

@@ -21,6 +21,7 @@ pub mod identity;
 pub mod inbound;
 pub mod net;
 pub mod node;
+pub mod opening;
 pub mod outbound;
 pub mod pod_cgroups;
 pub mod polling;

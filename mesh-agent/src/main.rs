@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser as _};
 use mesh_agent::agent;
 use mesh_agent::capture::{Capture, Detached};
-use mesh_agent::cli::ask::{Answered, AskError};
+use mesh_agent::cli::ask::{Answered, AskError, DetachError};
 use mesh_agent::cli::check::{Category, Report};
 use mesh_agent::cli::output::{self, Format};
 use mesh_agent::cli::{Ca, Check, Cli, Command, Question, Run, ask, cgroup2, parts};
@@ -40,6 +40,7 @@ fn dispatch(command: Command, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
         Command::Run(run) => return start(*run),
         Command::Check(check) => return report(&check, out),
         Command::Detach(detach) => {
+            small_runtime()?.block_on(ask::must_not_run(&detach.admin.socket))?;
             let mut report = Capture::detach(&detach.bpffs)?;
             report.removed.extend(agent::remove_files(&detach.admin.socket)?);
             return detached(&report, detach.output, out);
@@ -133,12 +134,13 @@ fn answer(question: &Question, out: &mut dyn Write) -> anyhow::Result<ExitCode> 
     })
 }
 
-/// `mesh-agent workloads | head` is no failure.
+/// `mesh-agent workloads | head` is no failure. An agent that hangs up on `detach` is one.
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<io::Error>())
-        .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+    !error.is::<DetachError>()
+        && error
+            .chain()
+            .filter_map(|cause| cause.downcast_ref::<io::Error>())
+            .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Writes a line to standard error; that nobody reads it is no further error.

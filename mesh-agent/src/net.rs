@@ -42,7 +42,7 @@ pub use cable::{Cable, NoCable, cable};
 use clients::Clients;
 pub use deliver::deliver;
 pub use nsid::namespace_id;
-pub use own::{any_address, give_back_memory, listen_shared, raise_file_limit};
+pub use own::{any_address, give_back_memory, listen_shared, may_share, raise_file_limit};
 pub use routes::{
     add_client_address_routes, raise_loopback, remove_client_address_routes,
     retire_client_address_routes,
@@ -242,14 +242,16 @@ pub fn listen(bind: Bind) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-/// Binds to a port of the kernel's choice. Its range may be used up by the pod's own connections, also
-/// by those in TIME_WAIT, which do not keep the pod from making more (to other destinations) and must
-/// not keep it out of the mesh: then outside of that range.
+/// Binds to a port that the application is not about to want: it listens before the application does, which would
+/// find its port taken, also at a wildcard address. So where nobody listens on purpose, and the kernel takes none
+/// for connections; else where the kernel takes them, whose range may be used up by the pod's own, also by those in
+/// TIME_WAIT; else anywhere.
 fn bind_to_any_port(socket: &Socket, ip: IpAddr) -> io::Result<()> {
-    let mut bound = socket.bind(&SocketAddr::new(ip, 0).into());
-    for port in source_port::candidates(None, fastrand::u16) {
-        if bound.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
-            bound = socket.bind(&SocketAddr::new(ip, port).into());
+    let mut bound = Err(io::ErrorKind::AddrInUse.into());
+    for port in source_port::for_listeners(fastrand::u16) {
+        bound = socket.bind(&SocketAddr::new(ip, port).into());
+        if !bound.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
+            break;
         }
     }
     bound

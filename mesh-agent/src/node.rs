@@ -20,6 +20,7 @@ use tokio::time::timeout;
 use crate::capture::{Capture, OrigDstTable};
 use crate::discovery::Demand;
 use crate::net::Netns;
+use crate::opening::Opening;
 use crate::telemetry::Telemetry;
 use crate::tunnel::Tunnels;
 
@@ -63,6 +64,8 @@ pub struct Node {
     pub limits: Limits,
     /// One permit a connection: the bound of what pods and peers can make this agent hold.
     pub connections: Arc<Semaphore>,
+    /// What has been accepted from pods and is not established yet.
+    pub opening: Arc<Opening>,
     /// Turns true when the agent is told to end.
     pub draining: watch::Receiver<bool>,
     /// To whoever writes verdicts of the direct way. A full queue means later.

@@ -27,11 +27,14 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 /// later: they are refused, while those who were queued go on waiting. A listener that waits for clients holds
 /// no permit, or idle pods would use up those of busy ones.
 ///
+/// `until_handed_over` is dropped when the listener is closed and all that it had has been given to `handle`.
+///
 /// Cancel-safe: dropping the future cuts every connection.
 pub async fn serve<H, F>(
     listener: TcpListener,
     permits: Arc<Semaphore>,
     mut stop: watch::Receiver<bool>,
+    until_handed_over: impl Send,
     handle: H,
 ) where
     H: Fn(TcpStream, SocketAddr) -> F + Send + Sync + 'static,
@@ -71,6 +74,7 @@ pub async fn serve<H, F>(
         let permit = permit(&permits).await;
         spawn(&mut connections, &handle, permit, accepted);
     }
+    drop(until_handed_over);
     while let Some(ended) = connections.join_next().await {
         report_panic(ended);
     }
@@ -138,7 +142,7 @@ mod tests {
         };
         let (done, mut is_done) = oneshot::channel();
         tokio::spawn(async move {
-            serve(listener, Arc::new(Semaphore::new(8)), stopped, echo).await;
+            serve(listener, Arc::new(Semaphore::new(8)), stopped, (), echo).await;
             done.send(()).unwrap();
         });
         while TcpStream::connect(addr).await.is_ok() {
@@ -164,7 +168,7 @@ mod tests {
             let mut rest = Vec::new();
             stream.read_to_end(&mut rest).await.unwrap();
         };
-        tokio::spawn(serve(listener, permits, stopped, hello));
+        tokio::spawn(serve(listener, permits, stopped, (), hello));
 
         let mut first = TcpStream::connect(addr).await.unwrap();
         let mut byte = [0];
@@ -187,7 +191,7 @@ mod tests {
             // Whoever tries until it is refused does not stay to read this.
             drop(stream.write_all(b"x").await);
         };
-        let serving = tokio::spawn(serve(listener, permits, stopped, hello));
+        let serving = tokio::spawn(serve(listener, permits, stopped, (), hello));
         // One that is accepted and waits for a permit, and one behind it.
         let mut queued =
             [TcpStream::connect(addr).await.unwrap(), TcpStream::connect(addr).await.unwrap()];
@@ -217,12 +221,12 @@ mod tests {
             stream.write_all(b"x").await.unwrap();
         };
         let idle = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        tokio::spawn(serve(idle, Arc::clone(&permits), stopped.clone(), hello));
+        tokio::spawn(serve(idle, Arc::clone(&permits), stopped.clone(), (), hello));
         tokio::task::yield_now().await;
 
         let busy = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = busy.local_addr().unwrap();
-        tokio::spawn(serve(busy, permits, stopped, hello));
+        tokio::spawn(serve(busy, permits, stopped, (), hello));
         let mut client = TcpStream::connect(addr).await.unwrap();
         let mut byte = [0];
         let served = timeout(Duration::from_secs(5), client.read_exact(&mut byte)).await;

@@ -122,7 +122,8 @@ fn every_flag_that_the_documents_name_exists() {
         let others =
             ["--file", "--kubeconfig", "--load-image", "--long", "--nodes", "--out", "--program"];
         let docker = ["--build-arg", "--platform", "--push", "--tag"];
-        [&demo[..], &bench, &others, &docker].iter().any(|flags| flags.contains(&flag))
+        let kubectl = ["--replicas"];
+        [&demo[..], &bench, &others, &docker, &kubectl].iter().any(|flags| flags.contains(&flag))
     };
     for name in ["README.md", "ARCHITECTURE.md", "SECURITY.md"] {
         let text = document(name);

@@ -6,7 +6,7 @@
 //! (`TCP_FASTOPEN_CONNECT`) leaves when the application writes. So what is announced of a direct connection
 //! names its two pods.
 
-use crate::maps::{PodInbound, is_before, map_struct, number};
+use crate::maps::{PodInbound, is_within, map_struct, number};
 
 /// [`Announcement::until`]: the SYN is not answered yet.
 const UNANSWERED: u32 = 0;
@@ -87,7 +87,7 @@ impl Announcement {
         client: impl FnOnce() -> Option<&'a PodInbound>,
         is_member: impl FnOnce() -> bool,
     ) -> Announced {
-        if self.until != UNANSWERED && !is_before(now, self.until) {
+        if self.until != UNANSWERED && !is_within(now, self.until, GRACE) {
             return Announced::Nothing;
         }
         match self.kind {

@@ -479,11 +479,16 @@ pub const fn number(words: [u32; 2]) -> u64 {
     words[0] as u64 | (words[1] as u64) << 32
 }
 
-/// Whether `until` is still to come. Both are on `CLOCK_BOOTTIME` in units of 2^20 ns.
+/// Whether `until` is still to come, of something that lasts for `most` from its beginning. All are on
+/// `CLOCK_BOOTTIME` in units of 2^20 ns.
 #[inline(always)]
-pub const fn is_before(now: u32, until: u32) -> bool {
-    // Wraps after 52 days like the clock. Reinterpreting is the point: behind is negative.
-    until.wrapping_sub(now).cast_signed() > 0
+pub const fn is_within(now: u32, until: u32, most: u32) -> bool {
+    // Of two processors that write and read at the same moment, the one may be ahead.
+    const SLACK: u32 = 1024;
+    // The clock wraps after 52 days, and what nobody has removed must not come back to life after half of that:
+    // what is further off than it can be is long over.
+    let left = until.wrapping_sub(now);
+    left != 0 && left <= most + SLACK
 }
 
 impl Admission {
@@ -499,7 +504,7 @@ impl Admission {
             && number(server) != 0
             && self.client == client
             && self.server == server
-            && is_before(now, self.until)
+            && is_within(now, self.until, Self::LASTS)
     }
 }
 
@@ -567,8 +572,9 @@ mod tests {
 
     #[test]
     fn time_goes_on_where_its_number_begins_again() {
-        assert!(is_before(u32::MAX - 1, 3));
-        assert!(!is_before(3, u32::MAX - 1));
-        assert!(!is_before(5, 5));
+        assert!(is_within(u32::MAX - 1, 3, 5));
+        assert!(!is_within(3, u32::MAX - 1, 5));
+        assert!(!is_within(5, 5, 5));
+        assert!(!is_within(5, 5 + (1 << 31), 8192), "of 26 days ago");
     }
 }

@@ -265,6 +265,22 @@ fn detach_leaves_no_trace() -> Result<()> {
 }
 
 #[test]
+fn detach_removes_nothing_beside_an_agent_that_runs() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let agent = mesh.agent("a");
+    let cli = agent.cli(&["detach"])?;
+    ensure!(cli.code == 1 && cli.stdout.is_empty(), "{}: {}", cli.code, cli.stdout);
+    let socket = agent.admin_socket().display().to_string();
+    ensure!(cli.stderr.contains(&socket), "{}", cli.stderr);
+
+    let before = agent.metric("istio_tcp_connections_opened_total", &[])?;
+    exchange(&mut mesh.pod("a1").connect(mesh.pod("b1").v4(8080))?, b"still in the mesh")?;
+    agent.wait_for_metric("istio_tcp_connections_opened_total", &[], before + 1.0)
+}
+
+#[test]
 fn pod_that_fails_open_goes_on_without_its_agent() -> Result<()> {
     harness::require!();
     let mut mesh = Mesh::two_nodes_builder()

@@ -165,7 +165,7 @@ fn api_server_is_restarted_under_load_and_no_request_fails() -> Result<()> {
     if let Some(missing) = missing() {
         harness::skip!("{missing}");
     }
-    let agents = Agents::alone()?;
+    let agents = Agents::last()?;
     let world = World::begin(&agents)?;
     let agent = agents.process(&world.nodes[0])?;
     wait::until(wait::SOON, "traffic", || carried(&agent).is_ok_and(|count| count > 20.0))?;
@@ -259,7 +259,7 @@ fn agents_that_the_api_server_refuses_go_on_from_the_last_snapshot_and_catch_up(
     if let Some(missing) = missing() {
         harness::skip!("{missing}");
     }
-    let agents = Agents::alone()?;
+    let agents = Agents::last()?;
     let world = World::begin(&agents)?;
     let (here, namespace) = (&world.nodes[0], world.cluster.name());
     let agent = agents.process(here)?;
@@ -303,7 +303,7 @@ fn agent_that_dies_while_the_api_server_is_away_refuses_until_it_is_back() -> Re
     if let Some(missing) = missing() {
         harness::skip!("{missing}");
     }
-    let agents = Agents::alone()?;
+    let agents = Agents::last()?;
     let world = World::begin(&agents)?;
     let url = world.url("web")?;
     let client = world.cluster.process("client", "tail")?;

@@ -1,5 +1,6 @@
 //! A new agent beside the old one, as when a DaemonSet surges.
 
+use std::net::TcpListener;
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock};
@@ -86,6 +87,52 @@ fn agent_that_could_not_load_its_programs_is_never_ready_to_replace_one() -> Res
     mesh.agent_mut("a").kill()?;
     mesh.agent_mut("a").restart()?;
     exchange(&mut mesh.pod("a1").connect(to)?, b"another one carries")
+}
+
+#[test]
+fn agent_whose_port_another_program_has_is_never_ready_to_replace_one() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes_builder().flag("--standby=on").start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let theirs = mesh.node("a").netns().run(|| Ok(TcpListener::bind("[::]:9100")?))?;
+    mesh.agent_mut("a").set_flag("--metrics-addr=[::]:9100");
+    let mut old = mesh.agent_mut("a").start_beside()?;
+    wait::until(wait::SOON, "the new one to give up", || {
+        mesh.agent("a").log().contains("--metrics-addr: listen on [::]:9100, in place of")
+    })?;
+    ensure!(!mesh.agent("a").log().contains("waiting for it to drain"));
+    ensure!(old.runs()?);
+    let to = mesh.service("b").v4(80);
+    exchange(&mut mesh.pod("a1").connect(to)?, b"the old one carries")?;
+    drop(theirs);
+    Ok(())
+}
+
+/// It has been accepted when its agent is told to end, and waits for the other node's.
+#[test]
+fn connection_that_is_being_opened_survives_the_hand_over() -> Result<()> {
+    harness::require!();
+    for carrier in Carrier::BOTH {
+        is_opened(carrier).with_context(|| format!("{carrier:?}"))?;
+    }
+    Ok(())
+}
+
+fn is_opened(carrier: Carrier) -> Result<()> {
+    let builder = Mesh::two_nodes_builder().carrier(carrier);
+    let mut mesh = builder.flag("--standby=on").flag("--connect-timeout-s=20").start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    mesh.agent_mut("b").signal(libc::SIGSTOP)?;
+    let mut opens = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+    opens.set_read_timeout(Some(wait::SOON))?;
+    let old = mesh.agent_mut("a").start_beside()?;
+    wait::until(wait::SOON, "the new one to wait", || {
+        mesh.agent("a").log().contains("waiting for it to drain")
+    })?;
+    old.terminate()?;
+    wait::until(TAKEOVER, "the old one to drain", || mesh.agent("a").log().contains("draining"))?;
+    mesh.agent_mut("b").signal(libc::SIGCONT)?;
+    exchange(&mut opens, b"as if nothing had happened")
 }
 
 #[test]

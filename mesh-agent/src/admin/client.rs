@@ -53,6 +53,14 @@ impl ClientError {
     pub fn is_unreachable(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::TimedOut)
     }
+
+    /// Whether nobody listens: there is no socket, or whoever made it has ended. All else, as that it may
+    /// not be opened, proves nothing.
+    pub fn is_nobody(&self) -> bool {
+        use io::ErrorKind::{ConnectionRefused, NotFound};
+        let Self::Unreachable { source, .. } = self else { return false };
+        matches!(source.kind(), NotFound | ConnectionRefused)
+    }
 }
 
 /// Reads `path_and_query`, such as `/workloads`.

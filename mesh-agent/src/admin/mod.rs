@@ -134,7 +134,7 @@ fn value(view: &impl Serialize) -> Value {
 }
 
 fn json_answer(status: StatusCode, value: &Value) -> Answer {
-    Answer { status, content_type: "application/json", body: format!("{value}\n") }
+    Answer { status, content_type: "application/json", body: format!("{value}\n").into() }
 }
 
 fn error_answer(status: StatusCode, error: &str) -> Answer {

@@ -2,17 +2,18 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use super::view::{CertificateView, ConnectionCounts, StatusView, TunnelView, workloads};
 use super::{AdminError, AdminSocket, ClientError, Sources, ask, ask_to_change, serve};
-use crate::cli::ask::{Answered, answer};
+use crate::cli::ask::{Answered, DetachError, answer, must_not_run};
 use crate::cli::output::Format;
 use crate::cli::{Admin, Ask, AskAgent, Log, Question};
 use crate::telemetry::fixture::{Shop, log_level};
@@ -186,6 +187,78 @@ async fn nobody_at_the_socket_is_unreachable() {
     let dir = Dir::new();
     let error = ask(&dir.socket(), "/status").await.unwrap_err();
     assert!(error.is_unreachable(), "{error:?}");
+}
+
+/// Sockets at which an agent may run that does not answer.
+struct Silent {
+    dir: Dir,
+    _listener: UnixListener,
+}
+
+impl Silent {
+    fn new() -> Self {
+        let dir = Dir::new();
+        fs::write(dir.0.join("file"), "").unwrap();
+        let listener = UnixListener::bind(dir.0.join("silent.sock")).unwrap();
+        Self { dir, _listener: listener }
+    }
+
+    /// Each with the reason.
+    fn sockets(&self) -> [(PathBuf, &'static str); 2] {
+        [
+            // As unknown as what is in a directory that only others may enter, and root may enter all.
+            (self.dir.0.join("file").join("admin.sock"), "Not a directory (os error 20)"),
+            (self.dir.0.join("silent.sock"), "the agent did not answer within 10 s"),
+        ]
+    }
+}
+
+/// Sockets at which nobody listens: none at all, and that of an agent that was killed.
+fn of_nobody(dir: &Dir) -> [PathBuf; 2] {
+    let left = dir.0.join("left.sock");
+    drop(UnixListener::bind(&left).unwrap());
+    [dir.socket(), left]
+}
+
+#[tokio::test(start_paused = true)]
+async fn version_tells_an_agent_that_does_not_answer_from_none() {
+    let silent = Silent::new();
+    let program = env!("CARGO_PKG_VERSION");
+    let none = of_nobody(&silent.dir).map(|socket| {
+        (socket, "not running".to_owned(), json!({ "program": program, "agent": null }))
+    });
+    let no_answer = silent.sockets().map(|(socket, why)| {
+        let keys = json!({ "program": program, "agent": null, "problem": why });
+        (socket, format!("no answer: {why}"), keys)
+    });
+    for (socket, told, keys) in none.into_iter().chain(no_answer) {
+        let ask = |output| AskAgent { admin: Admin { socket: socket.clone() }, output };
+        let (_, text) = printed(&Question::Version(ask(Format::Table))).await;
+        assert_eq!(text, format!("PROGRAM   AGENT\n{program}     {told}\n"));
+        let (_, text) = printed(&Question::Version(ask(Format::Json))).await;
+        assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), keys);
+    }
+}
+
+#[tokio::test]
+async fn detach_is_refused_while_an_agent_answers() {
+    let agent = Agent::start();
+    let refused = must_not_run(&agent.dir.socket()).await.unwrap_err();
+    assert!(matches!(refused, DetachError::Runs { .. }), "{refused:?}");
+    let socket = agent.dir.socket().display().to_string();
+    assert!(refused.to_string().contains(&socket), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn detach_goes_on_only_where_nobody_listens() {
+    let silent = Silent::new();
+    for socket in of_nobody(&silent.dir) {
+        must_not_run(&socket).await.unwrap();
+    }
+    for (socket, _why) in silent.sockets() {
+        let refused = must_not_run(&socket).await.unwrap_err();
+        assert!(matches!(refused, DetachError::Unknown { .. }), "{refused:?}");
+    }
 }
 
 #[tokio::test]

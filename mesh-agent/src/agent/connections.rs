@@ -163,8 +163,12 @@ impl Table {
     }
 
     fn drain(&mut self) {
+        // The programs go on writing meanwhile. What is left is read the next time, and what the ring has no room
+        // for is found in the kernel.
+        const AT_ONCE: usize = 8192;
         let mut heard = Vec::new();
-        while let Some(record) = self.events.next() {
+        for _ in 0..AT_ONCE {
+            let Some(record) = self.events.next() else { break };
             match record {
                 DirectRecord::Opened(facts, setup) => heard.extend(self.opened(facts, setup)),
                 DirectRecord::Closed(facts, ended) => self.ended(facts, &ended, None),

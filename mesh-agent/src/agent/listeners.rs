@@ -113,6 +113,21 @@ pub(super) async fn serve_http(
     Ok(())
 }
 
+/// Whether an agent that waits for its turn could listen where it is told to: what another program has, it would
+/// find out when the one before it has gone.
+pub(super) fn rehearse(options: &Run) -> Result<()> {
+    let tunnels = SocketAddr::new(net::any_address(), options.tunnel_port.get());
+    for (flag, addr) in
+        [("--metrics-addr", usable(options.metrics_addr)), ("--tunnel-port", tunnels)]
+    {
+        let found = net::may_share(addr);
+        found.with_context(|| {
+            format!("{flag}: listen on {addr}, in place of the agent that runs here")
+        })?;
+    }
+    Ok(())
+}
+
 pub(super) async fn listen(addr: SocketAddr) -> Result<TcpListener> {
     let addr = usable(addr);
     TcpListener::bind(addr).await.with_context(|| format!("listen on {addr}"))

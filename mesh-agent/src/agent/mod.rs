@@ -58,7 +58,7 @@ pub use self::uninstall::remove_files;
 use self::unknown::{Unknown, standings};
 use self::views::Views;
 use crate::capture::{Capture, CaptureConfig};
-use crate::cli::Run;
+use crate::cli::{Run, UnknownVariable, unknown_variables};
 use crate::discovery::owner::Owner;
 use crate::identity::store::Identities;
 use crate::identity::verify::verify_peer;
@@ -69,6 +69,10 @@ use crate::tunnel::{
     Credentials, Credit, Steering, TicketKeys, TunnelConfig, TunnelStats, Tunnels,
 };
 use crate::workers::Workers;
+
+/// How long an agent that ends waits for what its pods are connecting: longer than a reachable node takes, also one
+/// that has to be asked about.
+const OPENING: Duration = Duration::from_secs(3);
 
 /// The programs take the agent for gone when its heartbeat is 5 s old.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -108,9 +112,17 @@ impl Drop for Heart {
 /// What keeps it from starting; once it runs, nothing short of a signal ends it.
 pub fn run(options: Run) -> Result<()> {
     let log = telemetry::init_logging(options.log_format, &options.log).context("start logging")?;
+    warn_of_unknown_variables();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let agent = runtime.block_on(Agent::start(options, log))?;
     runtime.block_on(agent.carry_on())
+}
+
+/// A flag whose variable is misspelt has its default, and nothing else would tell.
+fn warn_of_unknown_variables() {
+    for UnknownVariable { name, nearest } in unknown_variables() {
+        warn!(variable = name, nearest, "no flag has this variable: what it says is ignored");
+    }
 }
 
 struct Agent {
@@ -139,7 +151,7 @@ struct Agent {
     /// Tunnel listeners, one a worker and carrier.
     tunnels: JoinSet<()>,
     /// What a successor does instead as soon as this agent drains: answers at shared ports and at the
-    /// admin socket, and reads what the programs tell, which one process can.
+    /// admin socket, and reads what the programs tell and tells them what only one may.
     shared: JoinSet<()>,
     /// Everything else; dropped at the end.
     control: JoinSet<()>,
@@ -200,6 +212,7 @@ impl Agent {
                 balance: options.balance.into(),
             },
             connections: Arc::new(Semaphore::new(options.max_connections.get())),
+            opening: Arc::default(),
             draining,
             wishes,
             demands: source.demands(),
@@ -219,7 +232,7 @@ impl Agent {
         let redirects = watch::Sender::default();
         let redirected = redirects.subscribe();
         if options.redirect_peer.is_on() {
-            control.spawn(redirects::survey(Arc::clone(&node), pods.shortfall(), redirects));
+            shared.spawn(redirects::survey(Arc::clone(&node), pods.shortfall(), redirects));
             control.spawn(redirects::warn_of_policies(source.network_policies()));
         }
         let nothing = Snapshot::empty(options.node.as_str().into(), options.trust_domain.clone());
@@ -249,13 +262,14 @@ impl Agent {
                 limit: options.unknown_pods,
                 demands: demands.clone(),
             })?);
-            control.spawn(source::tell_used(contexts.clone(), demands));
-            control.spawn(kubelet::follow(
+            shared.spawn(source::tell_used(contexts.clone(), demands));
+            shared.spawn(kubelet::follow(
                 Arc::clone(&capture),
                 options.cgroup.clone(),
                 options.kubelet_cgroup.clone(),
             ));
         }
+        control.spawn(forget_series(Arc::clone(&node)));
         control.spawn(source.run(pods.outcomes()));
         let heart = Heart::start(capture).context("start the heartbeat")?;
         if let Err(error) = net::give_back_memory() {
@@ -421,8 +435,14 @@ impl Agent {
             turn.hand_over(&self.options.admin.socket).await;
         }
         info!(open = open(), within_s = self.options.drain.as_secs(), is_last, "draining");
+        // Whoever has been accepted has seen its connection succeed: nothing is refused for the drain until it is
+        // established.
+        let mut pods = Box::pin(self.pods.close());
+        let have_ended = tokio::select! {
+            () = &mut pods => true,
+            _ = tokio::time::timeout(OPENING, self.node.opening.none()) => false,
+        };
         self.drain.send_replace(true);
-        let pods = self.pods.close();
         let contexts = self.contexts;
         let mut tunnels = self.tunnels;
         let all = async move {
@@ -432,7 +452,9 @@ impl Agent {
                 async move { tunnels.drain().await }
             });
             let mut drains: JoinSet<()> = drained.collect();
-            pods.await;
+            if !have_ended {
+                pods.await;
+            }
             while drains.join_next().await.is_some() {}
             while tunnels.join_next().await.is_some() {}
         };
@@ -488,6 +510,16 @@ async fn start_tunnels(
         contexts.push(Arc::new(Worker::new(Arc::clone(node), tunnels)));
     }
     Ok(contexts)
+}
+
+/// Lets go of series that nobody uses any more, also where no snapshot comes.
+async fn forget_series(node: Arc<Node>) {
+    const EVERY: Duration = Duration::from_secs(60);
+    let mut every = tokio::time::interval(EVERY);
+    loop {
+        every.tick().await;
+        node.telemetry.retain(&node.snapshot.load());
+    }
 }
 
 fn credentials(identities: &Arc<Identities>) -> Credentials {

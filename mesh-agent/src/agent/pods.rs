@@ -460,7 +460,8 @@ impl Pods {
             let (context, pod) = (Arc::clone(&self.contexts[worker]), Arc::clone(pod));
             self.listen(worker, listener, &stopped, move |peer, from| {
                 let (context, pod) = (Arc::clone(&context), Arc::clone(&pod));
-                async move { inbound::serve_plain(&context, &pod, peer, from).await }
+                let opens = context.node.opening.begin();
+                async move { inbound::serve_plain(&context, &pod, peer, from, opens).await }
             });
         }
         stop
@@ -478,10 +479,12 @@ impl Pods {
     {
         let permits = Arc::clone(&self.contexts[worker].node.connections);
         let stopped = stopped.clone();
+        // What waits to be accepted is on its way too.
+        let opens = self.contexts[worker].node.opening.begin();
         // Registered with the worker's own runtime, whose thread alone then wakes for it.
         let serving = self.workers.spawn(worker, async move {
             match TcpListener::from_std(listener) {
-                Ok(listener) => serve::serve(listener, permits, stopped, handle).await,
+                Ok(listener) => serve::serve(listener, permits, stopped, opens, handle).await,
                 Err(error) => error!(%error, stage = "capture", "a pod's listener is lost"),
             }
         });

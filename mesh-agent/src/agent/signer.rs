@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use tracing::info;
 
 use super::listeners::listen;
+use super::warn_of_unknown_variables;
 use crate::cli::CaRun;
 use crate::discovery::client;
 use crate::identity::kubernetes::election::Candidate;
@@ -22,6 +23,7 @@ use crate::telemetry::{self, CaTelemetry};
 /// What keeps it from starting.
 pub fn run_ca(options: CaRun) -> Result<()> {
     telemetry::init_logging(options.log_format, &options.log).context("start logging")?;
+    warn_of_unknown_variables();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(run(options))
 }

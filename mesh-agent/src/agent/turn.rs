@@ -1,8 +1,8 @@
 //! Whose turn it is: of two agents of a node, one attaches and serves.
 //!
 //! A DaemonSet that surges starts the new agent beside the old one, and ends the old one when the new
-//! one is ready. So the new one is: it has read its flags, has tried to load its programs, and waits for
-//! the old one to be told to end.
+//! one is ready. So the new one is: it has read its flags, has tried to load its programs and to have its
+//! ports, and waits for the old one to be told to end.
 //! From then on the old one touches neither the programs nor their maps. It goes on accepting what they
 //! still send to it until the new one carries, so that nothing is refused in between; then it drains.
 
@@ -50,6 +50,7 @@ impl Turn {
         // The old one ends when this one is ready, so what would fail then fails now.
         let rehearsed = capture::rehearse(options.redirect_peer.is_on());
         rehearsed.context("this agent cannot replace the one that runs here")?;
+        super::listeners::rehearse(options)?;
         info!(lock = %path.display(), "another agent runs here: waiting for it to drain");
         let probes = net::listen_shared(super::listeners::usable(options.ready_addr));
         let probes = TcpListener::from_std(probes.context("--ready-addr")?)?;

@@ -16,7 +16,7 @@ use super::shortfall::Shortfall;
 use crate::admin::{self, view};
 use crate::cli::Run;
 use crate::discovery::Problem;
-use crate::identity::store::Identities;
+use crate::identity::store::{CertState, Identities};
 use crate::node::{Node, Worker};
 use crate::telemetry::{self, Direction, LogLevel, Readiness, Telemetry, TunnelNumbers};
 use crate::tunnel::{self, TunnelStats};
@@ -128,11 +128,29 @@ impl Views {
         Ok(())
     }
 
+    /// What cannot be presented, and so refuses its pods' connections.
+    fn missing_certificates(&self) -> impl Iterator<Item = view::ProblemView> {
+        let all = self.identities.view(SystemTime::now()).into_iter();
+        let missing = all.filter(|cert| cert.state == CertState::Unavailable);
+        missing.map(|cert| view::ProblemView {
+            place: cert.identity.to_string(),
+            field: String::new(),
+            message: format!(
+                "no certificate: {}",
+                cert.error.as_deref().unwrap_or("it has expired")
+            ),
+            remedy:
+                "connections of its pods are refused until there is one: see `mesh-agent certs`"
+                    .into(),
+        })
+    }
+
     fn status(&self) -> view::StatusView {
         let snapshot = self.applied.load_full();
         let ready = self.ready();
         let mut problems: Vec<_> = self.problems.borrow().iter().map(problem).collect();
         problems.extend(self.shortfall.borrow().problems());
+        problems.extend(self.missing_certificates());
         if let Some(error) = self.identities.trust_problem() {
             problems.push(view::ProblemView {
                 place: self.options.bundle().display().to_string(),

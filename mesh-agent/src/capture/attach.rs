@@ -118,6 +118,16 @@ impl Programs {
             }
             self.attach_hook(hook, program, &path)?;
         }
+        if !older.is_empty() {
+            for (_uid, path) in lookups(pins.dir())? {
+                let Some((link, info)) = open_link(&path, AttachType::SkLookup)? else { continue };
+                // In a namespace that is gone nothing arrives.
+                if info.target != (Target::Netns { inode: 0 }) {
+                    let attach = |source| CaptureError::Attach { what: "sk_lookup", source };
+                    sys::update_link(link.as_fd(), self.lookup.as_fd()).map_err(attach)?;
+                }
+            }
+        }
         for layout in older.drain(..) {
             inherit(&layout);
             remove_layout(&layout)?;
@@ -149,14 +159,17 @@ impl Programs {
     ) -> Result<(), CaptureError> {
         let what = "sk_lookup";
         let path = pins.lookup(uid);
-        if !path.exists()
-            && let Some(old) = self.older_link(&lookup_name(uid))
-        {
-            adopt(&old, &path, AttachType::SkLookup)?;
+        let older = self.older_link(&lookup_name(uid)).filter(|_| !path.exists());
+        if let Some(old) = &older {
+            adopt(old, &path, AttachType::SkLookup)?;
         }
         let attach = |source| CaptureError::Attach { what, source };
         if let Some((link, info)) = open_link(&path, AttachType::SkLookup)? {
             if matches!(info.target, Target::Netns { inode: at } if u64::from(at) == inode) {
+                if older.is_some() {
+                    // What tells it of deliveries is the older agent's until `take_over`, and so this has to be.
+                    return Ok(());
+                }
                 return sys::update_link(link.as_fd(), self.lookup.as_fd()).map_err(attach);
             }
             // The pod's sandbox was made anew: the link is dead, or of the one before.

@@ -44,6 +44,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::EbpfLoader;
@@ -184,6 +185,8 @@ pub struct Detached {
 #[derive(Debug)]
 pub struct Capture {
     pods: Mutex<Pods>,
+    /// Of [`Pods`]: who holds back a new pod must not wait for what is done to others.
+    everything: Arc<AtomicBool>,
     pending: Mutex<Pending>,
     programs: Programs,
     redirect: Option<Redirect>,
@@ -225,6 +228,11 @@ impl Capture {
             .load(OBJECT)
             .map_err(|error| CaptureError::Load { what: "the maps", source: error.into() })?;
         let control = open_map(&pins, "CONTROL")?;
+        // What the agent before this one knew of the node is so still: probes of pods go on.
+        let nothing =
+            Control { heartbeat_ns: 0, node_netns: 0, kubelet_cgroup: 0, pending: 0, no_direct: 0 };
+        let before = sys::lookup(control.as_fd(), &0u32, nothing).ok().flatten();
+        let before = before.unwrap_or(nothing);
         let sock_meta = open_map(&pins, "SOCK_META")?;
         let flows = Arc::new(open_map(&pins, "FLOWS")?);
         let programs = Programs::load(&mut ebpf, cgroup.into(), cgroup_id, older)?;
@@ -234,20 +242,20 @@ impl Capture {
         let generation_key = direct::generation_key(&open_map(&pins, "SECRETS")?)?;
         let pending = Pending::new(maps::typed(&mut ebpf, "PENDING")?, config.max_pods)?;
         let networks = maps::typed(&mut ebpf, "NETWORKS")?;
-        let pods = Mutex::new(Pods::new(maps::Maps::take(&mut ebpf, config)?, networks, routes)?);
+        let pods = Pods::new(maps::Maps::take(&mut ebpf, config)?, networks, routes)?;
 
         let capture = Self {
-            pods,
+            everything: pods.everything(),
+            pods: Mutex::new(pods),
             programs,
             redirect,
             pins,
             control,
             told: Mutex::new(Control {
                 heartbeat_ns: 0,
-                node_netns: 0,
-                kubelet_cgroup: 0,
                 pending: pending.count(),
                 no_direct: 0,
+                ..before
             }),
             pending: Mutex::new(pending),
             sock_meta,

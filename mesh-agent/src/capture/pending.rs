@@ -8,6 +8,7 @@
 //! - What an earlier agent left stays until [`Capture::retain_held_back`] is told what of it is still there.
 
 use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use aya::maps::{HashMap, MapData, MapError};
@@ -80,7 +81,7 @@ impl Capture {
                 PendingPod { until_ns, skip: PortRanges::NONE, flags: UNKNOWN }
             }
         };
-        if lock(&self.pods).captures_everything() {
+        if self.everything.load(Ordering::Relaxed) {
             entry.flags |= OUTBOUND_ALL;
         }
         {

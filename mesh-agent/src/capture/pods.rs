@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use aya::maps::{LpmTrie, MapData};
 use mesh_common::addr::{WireIp, from_ip, to_ip};
@@ -75,8 +76,9 @@ pub(super) struct Pods {
     destinations: HashMap<WireIp, Generation>,
     /// As they should be, also of what is not in the maps yet.
     generations: Generations,
-    /// There was no room for all destinations: every pod captures everything.
-    everything: bool,
+    /// There was no room for all destinations: every pod captures everything. Read without the lock on the rest,
+    /// which is held for as long as the kernel takes.
+    everything: Arc<AtomicBool>,
     /// What lies in `VERDICTS`, by the cookie of the source's namespace, with the generations of source and
     /// destination.
     pub(super) verdicts: Shares<u64, VerdictKey, (Generation, Generation)>,
@@ -105,7 +107,7 @@ impl Pods {
             enrolled: BTreeMap::new(),
             destinations,
             generations: Generations::default(),
-            everything: false,
+            everything: Arc::default(),
             verdicts,
             may_be_dead: true,
             is_settled: false,
@@ -148,7 +150,8 @@ impl Pods {
         }
         let now = Enrolled { generation, ..before.clone() };
         self.write_inbound(uid, &now)?;
-        self.maps.set_outbound(now.netns, &outbound_entry(uid, &now, self.everything))?;
+        self.maps
+            .set_outbound(now.netns, &outbound_entry(uid, &now, self.captures_everything()))?;
         self.enrolled.insert(uid.to_owned(), now);
         Ok(())
     }
@@ -221,21 +224,26 @@ impl Pods {
     }
 
     /// Whether pods capture everything, for want of room.
-    pub(super) fn captures_everything(&self) -> bool {
-        self.everything
+    fn captures_everything(&self) -> bool {
+        self.everything.load(Ordering::Relaxed)
+    }
+
+    /// The same for who must not wait.
+    pub(super) fn everything(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.everything)
     }
 
     /// Makes pods capture everything, or again what their settings say.
     fn capture_everything(&mut self, everything: bool) -> Result<(), CaptureError> {
-        if !everything && !self.everything {
+        if !everything && !self.captures_everything() {
             return Ok(());
         }
-        self.everything = everything;
+        self.everything.store(everything, Ordering::Relaxed);
         let written = self.enrolled.iter().try_for_each(|(uid, pod)| {
             self.maps.set_outbound(pod.netns, &outbound_entry(uid, pod, everything))
         });
         // In case of doubt too much is captured, and written again with the next change.
-        self.everything |= written.is_err();
+        self.everything.fetch_or(written.is_err(), Ordering::Relaxed);
         written
     }
 
@@ -309,7 +317,8 @@ impl Pods {
 
     /// Has the kernel refuse what the pod would send into the mesh: it was captured and cannot be now.
     pub(super) fn refuse_outbound(&mut self, pod: &PodCapture<'_>) -> Result<(), CaptureError> {
-        let outbound = if self.everything { Outbound::All } else { pod.settings.outbound };
+        let outbound =
+            if self.captures_everything() { Outbound::All } else { pod.settings.outbound };
         let listeners: Ports = pod.ips.iter().map(|ip| (*ip, Vec::new())).collect();
         let entry = maps::outbound(pod.uid, pod.settings, outbound, &listeners, 0);
         self.maps.set_outbound(pod.netns.cookie(), &entry)
@@ -434,7 +443,7 @@ impl Pods {
         for (block, skipped) in pod.skips() {
             self.maps.add_skip(pod.netns, &block, skipped)?;
         }
-        self.maps.set_outbound(pod.netns, &outbound_entry(uid, pod, self.everything))
+        self.maps.set_outbound(pod.netns, &outbound_entry(uid, pod, self.captures_everything()))
     }
 
     /// Removes what `before` had in the maps and `now` has not.

@@ -64,8 +64,8 @@ const NEWER_KERNEL: &str =
 
 /// Tries everything that capture with these directories would use.
 pub fn run(cgroup: &Path, bpffs: &Path) -> Vec<Feature> {
-    let mut features =
-        vec![capabilities(), cgroup_tree(cgroup), own_cgroup(cgroup), bpf_file_system(bpffs)];
+    let mut features = Vec::from(capabilities(effective_capabilities()));
+    features.extend([cgroup_tree(cgroup), own_cgroup(cgroup), bpf_file_system(bpffs)]);
     features.extend(MAPS.iter().map(|(name, since, kind)| map(name, since, *kind)));
     features.push(lookup_and_delete());
     let (lookup, redirect) = programs(&mut features);
@@ -99,27 +99,52 @@ fn needed(
     Feature { name, since, state, detail, remedy }
 }
 
-fn capabilities() -> Feature {
-    const NEEDED: [(&str, u32); 4] =
+/// How a feature fares that the mesh works without, and what was found.
+fn liked(found: Result<String, String>) -> (FeatureState, String) {
+    match found {
+        Ok(detail) => (FeatureState::Ok, detail),
+        Err(detail) => (FeatureState::Warning, detail),
+    }
+}
+
+/// Those of this process, by their numbers (capabilities(7)).
+fn effective_capabilities() -> Result<u64, String> {
+    let status = fs::read_to_string("/proc/self/status").map_err(|error| error.to_string())?;
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    bits.ok_or_else(|| "/proc/self/status has no CapEff".to_owned())
+}
+
+/// What is needed everywhere, and what only an agent needs that finds pods' namespaces by their processes.
+fn capabilities(effective: Result<u64, String>) -> [Feature; 2] {
+    const EVERYWHERE: [(&str, u32); 4] =
         [("NET_ADMIN", 12), ("SYS_ADMIN", 21), ("PERFMON", 38), ("BPF", 39)];
-    let found = fs::read_to_string("/proc/self/status")
-        .map_err(|error| error.to_string())
-        .and_then(|status| {
-            let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-            let bits = line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
-            bits.ok_or_else(|| "/proc/self/status has no CapEff".to_owned())
-        })
-        .and_then(|bits| {
-            let absent = NEEDED.iter().filter(|(_, bit)| bits >> bit & 1 == 0);
-            let absent: Vec<_> = absent.map(|(name, _)| *name).collect();
-            if absent.is_empty() {
-                Ok(NEEDED.map(|(name, _)| name).join(", "))
-            } else {
-                Err(format!("without {}", absent.join(", ")))
-            }
-        });
+    const IN_A_CLUSTER: [(&str, u32); 1] = [("SYS_PTRACE", 19)];
+    let everywhere = effective.clone().and_then(|bits| all_of(&EVERYWHERE, bits));
     let remedy = "run as root, or add the capabilities to the container";
-    needed("capabilities", "5.8", remedy, found)
+    let everywhere = needed("capabilities", "5.8", remedy, everywhere);
+    let (state, detail) = liked(effective.and_then(|bits| all_of(&IN_A_CLUSTER, bits)));
+    let in_a_cluster = Feature {
+        name: "capability: SYS_PTRACE, in a cluster",
+        since: "2.2",
+        state,
+        detail,
+        remedy: "add SYS_PTRACE to the container: in a cluster pods' network namespaces are entered by \
+                 /proc/PID/ns of their processes; with --manifests nothing needs it",
+    };
+    [everywhere, in_a_cluster]
+}
+
+/// The names of `wanted`, or of those that are not among `bits`.
+fn all_of(wanted: &[(&str, u32)], bits: u64) -> Result<String, String> {
+    let absent = wanted.iter().filter(|(_, bit)| bits >> bit & 1 == 0);
+    let absent: Vec<_> = absent.map(|(name, _)| *name).collect();
+    if absent.is_empty() {
+        let names: Vec<_> = wanted.iter().map(|(name, _)| *name).collect();
+        Ok(names.join(", "))
+    } else {
+        Err(format!("without {}", absent.join(", ")))
+    }
 }
 
 fn cgroup_tree(cgroup: &Path) -> Feature {
@@ -273,10 +298,6 @@ fn in_scratch_namespace(
                 .map_err(|error| error.to_string())
         });
         let kernel = "a kernel with CONFIG_NET_NS, and CAP_SYS_ADMIN";
-        let liked = |found: Result<String, String>| match found {
-            Ok(detail) => (FeatureState::Ok, detail),
-            Err(detail) => (FeatureState::Warning, detail),
-        };
         let (state, detail) = liked(routes);
         let (end_state, end_detail) = liked(ended);
         let (redirect_state, redirect_detail) = liked(redirected);
@@ -367,5 +388,21 @@ mod tests {
             assert!(feature.detail.contains("/proc"), "{feature:?}");
         }
         assert!(features.iter().all(|feature| !feature.remedy.is_empty()));
+    }
+
+    #[test]
+    fn capability_that_only_clusters_need_is_a_warning() {
+        fn told(effective: Result<&[u32], &str>) -> [String; 2] {
+            let bits =
+                |held: &[u32]| held.iter().fold(0u64, |bits, number| bits | (1u64 << number));
+            let features = capabilities(effective.map(bits).map_err(str::to_owned));
+            features.map(|feature| format!("{}: {}", feature.state.as_str(), feature.detail))
+        }
+        // NET_ADMIN, SYS_PTRACE, SYS_ADMIN, PERFMON and BPF in linux/capability.h.
+        let all = "ok: NET_ADMIN, SYS_ADMIN, PERFMON, BPF";
+        assert_eq!(told(Ok(&[12, 19, 21, 38, 39])), [all, "ok: SYS_PTRACE"]);
+        assert_eq!(told(Ok(&[12, 21, 38, 39])), [all, "warning: without SYS_PTRACE"]);
+        assert_eq!(told(Ok(&[12, 19, 38])), ["missing: without SYS_ADMIN, BPF", "ok: SYS_PTRACE"]);
+        assert_eq!(told(Err("unread")), ["missing: unread", "warning: unread"]);
     }
 }

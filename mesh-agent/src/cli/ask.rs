@@ -1,6 +1,7 @@
 //! The commands that ask a running agent.
 
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,6 +14,7 @@ use crate::admin::view::{
     CertificateView, ConnectionView, ServiceView, StatusView, TunnelView, WorkloadView,
 };
 use crate::admin::{self, ClientError};
+use crate::telemetry::chain;
 
 /// Why a question was not answered.
 #[derive(Debug, Error)]
@@ -34,6 +36,29 @@ impl AskError {
     pub fn is_unreachable(&self) -> bool {
         matches!(self, Self::Client(error) if error.is_unreachable())
     }
+}
+
+/// Why nothing may be detached.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DetachError {
+    /// An agent runs.
+    #[error(
+        "an agent answers at {path}: nothing is removed while it runs; stop it first, in a cluster by \
+         deleting its DaemonSet"
+    )]
+    Runs {
+        /// Its socket.
+        path: PathBuf,
+    },
+    /// One may run.
+    #[error("nothing is removed: whether an agent runs at {path} cannot be told")]
+    Unknown {
+        /// Its socket.
+        path: PathBuf,
+        /// Why.
+        source: ClientError,
+    },
 }
 
 /// What was answered.
@@ -105,6 +130,21 @@ pub async fn answer(question: &Question, out: &mut dyn Write) -> Result<Answered
     Ok(Answered::Ok)
 }
 
+/// Makes sure that `detach` takes nothing from an agent that runs: without its programs that would go on,
+/// ready, and carry nothing.
+///
+/// # Errors
+///
+/// If an agent answers at `socket`, or it cannot be told whether one is there.
+pub async fn must_not_run(socket: &Path) -> Result<(), DetachError> {
+    match admin::ask(socket, "/version").await {
+        // An agent of another version may refuse the question, but it runs.
+        Ok(_) | Err(ClientError::Refused { .. }) => Err(DetachError::Runs { path: socket.into() }),
+        Err(error) if error.is_nobody() => Ok(()),
+        Err(source) => Err(DetachError::Unknown { path: socket.into(), source }),
+    }
+}
+
 async fn status(ask: &AskAgent, out: &mut dyn Write) -> Result<Answered, AskError> {
     let status: StatusView = serde_json::from_value(read(&ask.admin, "/status").await?)?;
     print(out, ask.output, &status)?;
@@ -129,11 +169,19 @@ async fn log(log: &Log, out: &mut dyn Write) -> Result<(), AskError> {
     Ok(())
 }
 
-/// An agent that does not run is no error here.
+/// An agent that does not run is no error here, nor is one that does not answer.
 async fn version(ask: &AskAgent, out: &mut dyn Write) -> Result<(), AskError> {
-    let answer = read(&ask.admin, "/version").await.ok();
-    let agent = answer.and_then(|answer| Some(answer.get("version")?.as_str()?.to_owned()));
-    let versions = Versions { program: env!("CARGO_PKG_VERSION").into(), agent };
+    let (agent, problem) = match read(&ask.admin, "/version").await {
+        Ok(answer) => match answer.get("version").and_then(Value::as_str) {
+            Some(version) => (Some(version.to_owned()), None),
+            None => (None, Some("what it says is not understood".to_owned())),
+        },
+        Err(error) if error.is_nobody() => (None, None),
+        // The rest of its text asks whether the agent runs.
+        Err(ClientError::Unreachable { source, .. }) => (None, Some(source.to_string())),
+        Err(error) => (None, Some(chain(&error))),
+    };
+    let versions = Versions { program: env!("CARGO_PKG_VERSION").into(), agent, problem };
     Ok(print(out, ask.output, &versions)?)
 }
 
@@ -141,12 +189,19 @@ async fn version(ask: &AskAgent, out: &mut dyn Write) -> Result<(), AskError> {
 struct Versions {
     program: String,
     agent: Option<String>,
+    /// Why an agent that may run has not told its version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
 }
 
 impl Tabular for Versions {
     fn table(&self) -> Table {
         let mut table = Table::new(["PROGRAM", "AGENT"]);
-        let agent = self.agent.clone().unwrap_or_else(|| "not running".into());
+        let agent = match (&self.agent, &self.problem) {
+            (Some(version), _) => version.clone(),
+            (None, Some(why)) => format!("no answer: {why}"),
+            (None, None) => "not running".into(),
+        };
         table.row([self.program.clone(), agent]);
         table
     }

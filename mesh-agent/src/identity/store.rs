@@ -233,16 +233,19 @@ impl Identities {
         self.trust.load().roots().cloned().collect()
     }
 
-    /// Whether every wanted identity can be presented, but for those that the issuer has denied, or has
-    /// failed to sign while it signs others: that is a problem of their pods, and not of this node. An issuer
-    /// that signs nothing is one of the node. What is first wanted later, for a pod that has just come,
+    /// Whether every wanted identity can be presented, but for those that the issuer has denied or failed to
+    /// sign while it signs others: that is a problem of their pods, and not of this node. An issuer that signs
+    /// nothing is one of the node, unless it has denied the only one that was asked for. What is first wanted later, for a pod that has just come,
     /// changes nothing while it is asked for.
     pub fn ready(&self, now: SystemTime) -> bool {
         let (held, wanted) = (self.held.load(), self.wanted.borrow());
         let is_available = |slot: &Slot| slot.state(now) == CertState::Available;
         let signs = wanted.iter().filter_map(|id| held.by_id.get(id)).any(is_available);
-        let is_settled =
-            |slot: &Slot| is_available(slot) || slot.is_denied || (signs && slot.error.is_some());
+        let is_alone = wanted.len() == 1;
+        let is_settled = |slot: &Slot| {
+            let is_of_its_pods = (signs && slot.error.is_some()) || (is_alone && slot.is_denied);
+            is_available(slot) || is_of_its_pods
+        };
         let was_ready = self.was_ready.load(Ordering::Relaxed);
         let is_asked_for = |slot: Option<&Slot>| {
             slot.is_none_or(|slot| slot.state(now) == CertState::Initializing)

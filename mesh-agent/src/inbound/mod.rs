@@ -38,6 +38,7 @@ pub use self::error::{InboundError, connect_reason};
 use crate::capture::Role;
 use crate::net;
 use crate::node::{LocalPod, Worker};
+use crate::opening::Opens;
 use crate::relay;
 use crate::telemetry::{
     Carrier, ConnectionFacts, Direction, Failure, Live, Outcome, Party, SecurityPolicy, Tracked,
@@ -168,8 +169,15 @@ pub async fn admit_local(
     }
 }
 
-/// A connection that came to an enrolled pod in plain text, from accept to end.
-pub async fn serve_plain(worker: &Worker, pod: &Arc<LocalPod>, peer: TcpStream, from: SocketAddr) {
+/// A connection that came to an enrolled pod in plain text, from accept to end. It `opens` until the application
+/// has it.
+pub async fn serve_plain(
+    worker: &Worker,
+    pod: &Arc<LocalPod>,
+    peer: TcpStream,
+    from: SocketAddr,
+    opens: Opens,
+) {
     let snapshot = worker.node.snapshot.load_full();
     let client = canonical(from);
     let Ok(to) = peer.local_addr().map(canonical) else {
@@ -190,7 +198,9 @@ pub async fn serve_plain(worker: &Worker, pod: &Arc<LocalPod>, peer: TcpStream, 
         trace_id: 0,
     };
     let mut tracked = open(worker, &snapshot, &arrival, None);
-    match Box::pin(admit(worker, &snapshot, &arrival, &mut tracked)).await {
+    let admitted = Box::pin(admit(worker, &snapshot, &arrival, &mut tracked)).await;
+    drop(opens);
+    match admitted {
         Ok(app) => carry(app, Flow::Local(peer), tracked).await,
         Err(error) => tracked.finish(Outcome::Failed(error.failure())),
     }

@@ -23,6 +23,22 @@ pub fn any_address() -> IpAddr {
 ///
 /// Of `socket()`, `bind()` and `listen()`.
 pub fn listen_shared(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = bind_shared(addr)?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Whether [`listen_shared`] would get the port now. Nothing arrives at a socket that does not listen: those that
+/// do go on as before.
+///
+/// # Errors
+///
+/// Of `socket()` and `bind()`: `EADDRINUSE` where a program listens that shares it with nobody, or is another user's.
+pub fn may_share(addr: SocketAddr) -> io::Result<()> {
+    bind_shared(addr).map(drop)
+}
+
+fn bind_shared(addr: SocketAddr) -> io::Result<Socket> {
     let socket = stream_socket(domain(addr.ip()))?;
     if addr.is_ipv6() {
         socket.set_only_v6(false)?;
@@ -30,8 +46,7 @@ pub fn listen_shared(addr: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
     socket.bind(&addr.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    Ok(socket)
 }
 
 /// Raises the soft limit of open files to the hard one: every connection takes two, and the soft

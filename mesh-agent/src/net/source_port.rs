@@ -38,6 +38,18 @@ pub(super) fn candidates(
     tries.map(draw).filter(move |port| Some(*port) != avoid)
 }
 
+/// Above what Linux takes for outgoing connections, and above the last port there that servers are known by
+/// (61613 to 61616, ActiveMQ).
+const UNWANTED: RangeInclusive<u16> = 61_617..=65_535;
+
+/// The ports to try for a listener in a pod: 0 is the kernel's choice.
+pub(super) fn for_listeners(
+    mut draw: impl FnMut(RangeInclusive<u16>) -> u16,
+) -> impl Iterator<Item = u16> {
+    let unwanted: [u16; 16] = std::array::from_fn(|_| draw(UNWANTED));
+    unwanted.into_iter().chain([0]).chain(candidates(None, draw))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,6 +64,14 @@ mod tests {
         let ports: Vec<_> = ports.collect();
         assert_eq!(ports.len(), 60 - 4, "every second of the first eight is 16385: {ports:?}");
         assert!(!ports.contains(&16385));
+    }
+
+    #[test]
+    fn listeners_take_what_no_server_wants_and_then_what_there_is() {
+        let ports: Vec<_> = for_listeners(|range| *range.start()).collect();
+        assert!(ports[..16].iter().all(|port| *port == 61_617), "{ports:?}");
+        assert_eq!(ports[16], 0);
+        assert_eq!(ports.len(), 16 + 1 + 60);
     }
 
     #[test]

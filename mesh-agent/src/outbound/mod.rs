@@ -86,8 +86,13 @@ pub fn carry(
     client: SocketAddr,
     listener: u16,
 ) -> impl Future<Output = ()> + Send + use<> {
+    let opens = worker.node.opening.begin();
     // Boxed: what reaching needs is given back before the long part begins.
-    let reached = Box::pin(async move { reach(&worker, &pod, app, client, listener).await });
+    let reached = Box::pin(async move {
+        let reached = reach(&worker, &pod, app, client, listener).await;
+        drop(opens);
+        reached
+    });
     async move {
         let Some((app, carried, mut tracked)) = reached.await else {
             return;

@@ -91,7 +91,9 @@ impl Picker<'_> {
             return Some(index);
         }
         let index = self.balanced(tried, now)?;
-        if affinities.bind(client, self.endpoints[index].addr, now).is_some() {
+        let has_moved = affinities.bind(client, self.endpoints[index].addr, now).is_some();
+        drop(affinities);
+        if has_moved {
             // What the kernel was told of the endpoint before must not outlive the move.
             if let Err(error) = self.node.capture.remove_verdict(self.netns, client.dst) {
                 let error = crate::telemetry::chain(&error);

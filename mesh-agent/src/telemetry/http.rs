@@ -7,8 +7,8 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -51,12 +51,12 @@ pub(crate) struct Question<'a> {
 pub(crate) struct Answer {
     pub(crate) status: StatusCode,
     pub(crate) content_type: &'static str,
-    pub(crate) body: String,
+    pub(crate) body: Bytes,
 }
 
 impl Answer {
     /// Plain text, for people and probes.
-    pub(crate) fn text(status: StatusCode, body: impl Into<String>) -> Self {
+    pub(crate) fn text(status: StatusCode, body: impl Into<Bytes>) -> Self {
         Self { status, content_type: "text/plain; charset=utf-8", body: body.into() }
     }
 }
@@ -124,7 +124,7 @@ where
             query: request.uri().query().unwrap_or_default(),
         };
         let answer = answer(&question);
-        let mut response = Response::new(Full::new(Bytes::from(answer.body)));
+        let mut response = Response::new(Full::new(answer.body));
         *response.status_mut() = answer.status;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(answer.content_type));
@@ -166,10 +166,35 @@ pub async fn serve_metrics(
     listener: TcpListener,
     exposition: impl Fn() -> String + Send + Sync + 'static,
 ) -> Infallible {
-    serve(listener, move |question| metrics(question, &exposition)).await
+    let kept = Kept::default();
+    serve(listener, move |question| metrics(question, || kept.or_made_by(&exposition))).await
 }
 
-fn metrics(question: &Question<'_>, exposition: &impl Fn() -> String) -> Answer {
+/// The last exposition. Whoever reaches the port may ask as often as they like, on a thread that others need: the
+/// more it costs the longer it is answered from, all askers the same copy.
+#[derive(Debug, Default)]
+struct Kept(Mutex<Option<(Bytes, Instant)>>);
+
+impl Kept {
+    /// The kept one while it is new enough: as long as it took to make, up to ten times that (a tenth of the
+    /// thread) from 50 ms on.
+    fn or_made_by(&self, make: impl Fn() -> String) -> Bytes {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let began = Instant::now();
+        if let Some((body, until)) = &*kept
+            && began < *until
+        {
+            return body.clone();
+        }
+        let body = Bytes::from(make());
+        let took = began.elapsed();
+        let times = u32::try_from(took.as_millis() / 5).unwrap_or(u32::MAX).clamp(1, 10);
+        *kept = Some((body.clone(), began + took * (times + 1)));
+        body
+    }
+}
+
+fn metrics(question: &Question<'_>, exposition: impl Fn() -> Bytes) -> Answer {
     if let Err(refused) = must_be_read(question) {
         return refused;
     }

@@ -82,6 +82,36 @@ fn another_layout_is_taken_over_without_a_gap() {
     assert_eq!(learn(&world, &capture, &listeners, &app).1, SERVICE4);
 }
 
+/// What the older `sock_ops` announces, the newer `sk_lookup` would not find.
+#[test]
+fn lookup_of_another_layout_is_moved_with_the_hooks_and_not_before() {
+    if !root() {
+        return;
+    }
+    let mut world = World::new();
+    let old = world.start();
+    drop(world.enrol(&old, &Settings::default()));
+    drop(old);
+    world.config.max_flows *= 2;
+    let capture = world.start();
+    let before = link_ids(&world);
+    let pod = PodCapture {
+        uid: UID,
+        ips: &[ip(POD4), ip(POD6)],
+        netns: &world.pod,
+        settings: &Settings::default(),
+        predecessor: None,
+        outbound_listeners: 1,
+        inbound_listeners: 1,
+    };
+    let _listeners = capture.enrol(&pod).unwrap();
+    assert_eq!(link_ids(&world), before, "all programs are the old ones");
+    capture.retain(&HashSet::from([UID.to_owned()]), &HashSet::new()).unwrap();
+    let after = link_ids(&world);
+    assert_eq!(after.len(), before.len());
+    assert!(before.iter().zip(&after).all(|(before, after)| before.1 != after.1), "{after:?}");
+}
+
 #[test]
 fn pod_of_another_layout_that_cannot_be_enrolled_is_refused() {
     if !root() {
