@@ -63,6 +63,7 @@ mod tests {
         assert!(waited.is_err(), "the second one is there still");
         let (all, waiting) =
             (Arc::clone(&opening), tokio::spawn(async move { opening.none().await }));
+        tokio::task::yield_now().await;
         let third = all.begin();
         drop(second);
         drop(third);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 /// How long anything that a test waits for may take, on a machine that is busy with other tests.
-pub const SOON: Duration = Duration::from_secs(15);
+pub const SOON: Duration = Duration::from_secs(30);
 
 /// Often enough not to show in a test's duration, seldom enough not to steal the core. After a look that
 /// takes longer, such as one that starts a program, as long as that.

@@ -33,8 +33,9 @@ const BUILD: &str = "build --workspace --all-targets";
 /// takes its API server away.
 const ON_CLUSTER: [&str; 2] = ["cluster", "outage"];
 
-/// Tests on a cluster that run at the same time on each core: they wait for what others do.
-const ON_CLUSTER_PER_CORE: usize = 2;
+/// Tests on a cluster that run at the same time on each core: they wait for what others do, and a third of them for
+/// the agents to be theirs alone.
+const ON_CLUSTER_PER_CORE: usize = 3;
 
 #[derive(Debug, Default, Args)]
 pub(crate) struct E2e {
@@ -45,7 +46,7 @@ pub(crate) struct E2e {
     #[arg(long)]
     file: Option<String>,
 
-    /// Tests that run at the same time. Default: the number of cores, 2 to 4, and twice as many on a
+    /// Tests that run at the same time. Default: the number of cores, 2 to 4, and three times as many on a
     /// cluster.
     #[arg(long)]
     threads: Option<usize>,

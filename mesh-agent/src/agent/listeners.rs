@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, warn};
 
 use super::views::Views;
 use crate::admin::{self, AdminSocket};
 use crate::cli::Run;
-use crate::node::{Node, Worker};
+use crate::node::Worker;
 use crate::telemetry::{self, LogLevel, Telemetry};
 use crate::tunnel::{ResetKey, Steering};
 use crate::workers::Workers;
@@ -25,7 +26,7 @@ pub(super) fn serve_tunnels(
     options: &Run,
     workers: &Workers,
     contexts: &[Arc<Worker>],
-    node: &Arc<Node>,
+    dismissed: &watch::Receiver<bool>,
     tunnels: &mut JoinSet<()>,
 ) -> Result<Steering> {
     let port = options.tunnel_port.get();
@@ -33,7 +34,7 @@ pub(super) fn serve_tunnels(
     for (index, context) in contexts.iter().enumerate() {
         let listener = net::listen_shared(SocketAddr::new(any, port))
             .with_context(|| format!("listen for tunnels on TCP port {port}"))?;
-        let (context, drain) = (Arc::clone(context), node.draining.clone());
+        let (context, drain) = (Arc::clone(context), dismissed.clone());
         let serving = workers.spawn(index, async move {
             let listener = match TcpListener::from_std(listener) {
                 Ok(listener) => listener,
@@ -52,7 +53,7 @@ pub(super) fn serve_tunnels(
     let steering = Steering::new(&socket).context("share the UDP port with other agents")?;
     let key = reset_key(&options.admin.socket)?;
     let tag = steering.tag();
-    let (context, drain) = (Arc::clone(&contexts[0]), node.draining.clone());
+    let (context, drain) = (Arc::clone(&contexts[0]), dismissed.clone());
     let serving = workers.spawn(0, async move {
         let tunnels = Arc::clone(&context.tunnels);
         let handler = move |request| inbound::serve_request(Arc::clone(&context), request);

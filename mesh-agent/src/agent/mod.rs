@@ -137,6 +137,8 @@ struct Agent {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     views: Arc<Views>,
     drain: watch::Sender<bool>,
+    /// Turns true before that: peers go to a successor, or are told to come again.
+    dismiss: watch::Sender<bool>,
     heart: Option<Heart>,
     /// Only in a cluster.
     unknown: Option<Unknown>,
@@ -198,6 +200,7 @@ impl Agent {
         }
 
         let (drain, draining) = watch::channel(false);
+        let (dismiss, dismissed) = watch::channel(false);
         let (wishes, wished) = queue::channel(WISHES);
         let node = Arc::new(Node {
             snapshot: ArcSwap::new(Arc::clone(&snapshots.borrow())),
@@ -225,7 +228,7 @@ impl Agent {
         let stats = Arc::new(TunnelStats::default());
         let contexts = start_tunnels(&options, &workers, &node, &identities, &stats).await?;
         let mut tunnels = JoinSet::new();
-        let steering = serve_tunnels(&options, &workers, &contexts, &node, &mut tunnels)?;
+        let steering = serve_tunnels(&options, &workers, &contexts, &dismissed, &mut tunnels)?;
 
         let pods =
             Pods::new(Arc::clone(&workers), contexts.clone(), Arc::clone(&identities), namespaces);
@@ -294,6 +297,7 @@ impl Agent {
             snapshots,
             views,
             drain,
+            dismiss,
             heart: Some(heart),
             unknown,
             owner,
@@ -432,8 +436,14 @@ impl Agent {
             if let Err(error) = self.steering.make_room() {
                 warn!(%error, stage = "tunnel", "QUIC connections may be reset by the next agent");
             }
-            turn.hand_over(&self.options.admin.socket).await;
+            let handing_over = turn.hand_over(&self.options.admin.socket);
+            tokio::select! {
+                () = handing_over => {}
+                () = keep_knowing(&self.node, &mut self.snapshots) => {}
+            }
         }
+        // Peers whose flows it would deliver by what it knew have somebody else to go to.
+        self.dismiss.send_replace(true);
         info!(open = open(), within_s = self.options.drain.as_secs(), is_last, "draining");
         // Whoever has been accepted has seen its connection succeed: nothing is refused for the drain until it is
         // established.
@@ -441,6 +451,7 @@ impl Agent {
         let have_ended = tokio::select! {
             () = &mut pods => true,
             _ = tokio::time::timeout(OPENING, self.node.opening.none()) => false,
+            () = keep_knowing(&self.node, &mut self.snapshots) => false,
         };
         self.drain.send_replace(true);
         let contexts = self.contexts;
@@ -510,6 +521,18 @@ async fn start_tunnels(
         contexts.push(Arc::new(Worker::new(Arc::clone(node), tunnels)));
     }
     Ok(contexts)
+}
+
+/// Brings connections that wait for it what is read of pods of other nodes, and nothing to the programs: for an agent
+/// that takes in no state any more. For ever.
+async fn keep_knowing(node: &Node, snapshots: &mut watch::Receiver<Arc<Snapshot>>) {
+    while snapshots.changed().await.is_ok() {
+        let snapshot = Arc::clone(&snapshots.borrow_and_update());
+        let generation = snapshot.generation;
+        node.snapshot.store(snapshot);
+        node.stored.send_replace(generation);
+    }
+    std::future::pending().await
 }
 
 /// Lets go of series that nobody uses any more, also where no snapshot comes.

@@ -120,11 +120,14 @@ impl Programs {
         }
         if !older.is_empty() {
             for (_uid, path) in lookups(pins.dir())? {
-                let Some((link, info)) = open_link(&path, AttachType::SkLookup)? else { continue };
-                // In a namespace that is gone nothing arrives.
-                if info.target != (Target::Netns { inode: 0 }) {
-                    let attach = |source| CaptureError::Attach { what: "sk_lookup", source };
-                    sys::update_link(link.as_fd(), self.lookup.as_fd()).map_err(attach)?;
+                let Some((link, _info)) = open_link(&path, AttachType::SkLookup)? else { continue };
+                // In a namespace that is gone, maybe just now, nothing arrives.
+                let is_gone = |error: &std::io::Error| error.raw_os_error() == Some(libc::ENOLINK);
+                match sys::update_link(link.as_fd(), self.lookup.as_fd()) {
+                    Err(source) if !is_gone(&source) => {
+                        return Err(CaptureError::Attach { what: "sk_lookup", source });
+                    }
+                    _ => {}
                 }
             }
         }

@@ -11,7 +11,7 @@
 //!   runs, an enrolled pod's connections are refused at once, or bypass the mesh if it fails open.
 //! - *Nothing reused blindly.* A pin that is not what this agent would have made is an error that
 //!   names it.
-//! - *No fixed ports.* The kernel chooses those of the listeners.
+//! - *No fixed ports.* Listeners take free ones, away from those that applications want.
 //! - *Nothing left.* [`Capture::detach`] needs no agent and removes all of it.
 //!
 //! # Not here

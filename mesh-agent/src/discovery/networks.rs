@@ -2,7 +2,7 @@
 //!
 //! Only where pods of other nodes are read when somebody needs them; elsewhere every pod is known.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use mesh_core::addr::Cidr;
@@ -47,16 +47,41 @@ pub(super) fn read(objects: &Objects, networks: &Networks, more: &[Cidr]) -> Has
         Object::Pod(pod) => Some(&**pod),
         _ => None,
     });
-    let is_others = |name: &str, ip: IpAddr| {
-        let mut others = nodes(objects).filter(|(other, _)| *other != name);
-        more.iter().any(|block| block.contains(ip))
-            || others.any(|(_, other)| blocks(other).any(|block| block.contains(ip)))
-    };
     // A kubelet may also write the blocks of a Node that has none yet.
-    let own = nodes(objects)
-        .flat_map(|(name, node)| own_ips(node).filter(move |ip| !is_others(name, *ip)));
+    let claims = Claims::of(objects);
+    let own: HashSet<_> = nodes(objects).flat_map(|(_, node)| own_ips(node)).collect();
+    let is_in_more = |ip: IpAddr| more.iter().any(|block| block.contains(ip));
+    let own = own.into_iter().filter(|ip| !is_in_more(*ip) && claims.by_one(*ip));
     let all = nobodys.chain(own);
     all.chain(pods.flat_map(addresses)).filter(|ip| networks.has(*ip)).collect()
+}
+
+/// Who says that pods have their addresses from which block, for one look at each length of prefix.
+struct Claims<'a> {
+    /// `None`: several nodes.
+    by_block: HashMap<Cidr, Option<&'a str>>,
+    lengths: BTreeSet<u8>,
+}
+
+impl<'a> Claims<'a> {
+    fn of(objects: &'a Objects) -> Self {
+        let mut by_block = HashMap::new();
+        for (name, node) in nodes(objects) {
+            for block in blocks(node) {
+                let one = by_block.entry(block).or_insert(Some(name));
+                *one = one.filter(|known| *known == name);
+            }
+        }
+        let lengths = by_block.keys().map(Cidr::prefix_len).collect();
+        Self { by_block, lengths }
+    }
+
+    /// Whether all blocks that `ip` is in are one node's.
+    fn by_one(&self, ip: IpAddr) -> bool {
+        let lengths = self.lengths.iter();
+        let mut found = lengths.filter_map(|length| self.by_block.get(&Cidr::new(ip, *length)));
+        found.next().is_some_and(|first| first.is_some() && found.all(|other| other == first))
+    }
 }
 
 /// The addresses that a node has among those of its pods, such as a bridge's. What it says of others' blocks

@@ -70,15 +70,15 @@ impl Tunnels {
                 incoming.retry().unwrap_or_default();
                 return None;
             }
-            let Ok(place) = handshakes.take(incoming.remote_address().ip()) else {
-                // The client asks again, as one that waits in a lane's backlog.
-                incoming.ignore();
-                return None;
-            };
             let window = server.config().quic_stream_window;
             let Some(loan) = server.config().quic_credit.lend(window.into()) else {
                 server.report(incoming.remote_address(), &DialError::Overloaded, None);
                 incoming.refuse();
+                return None;
+            };
+            let Ok(place) = handshakes.take(incoming.remote_address().ip()) else {
+                // The client asks again, as one that waits in a lane's backlog.
+                incoming.ignore();
                 return None;
             };
             Some(Arc::clone(&server).connection(incoming, Arc::clone(&transport), loan, place))
