@@ -205,6 +205,20 @@ impl Agents {
         })
     }
 
+    /// What the agents say of connections of this namespace that failed, for who wants to know why.
+    pub fn failures(&self, namespace: &str) -> String {
+        let mut told = String::new();
+        for node in self.pods.keys() {
+            let records = self.records(node).into_iter();
+            let failed = records.filter(|record| {
+                let ends = [record.text("src.namespace"), record.text("dst.namespace")];
+                ends.contains(&namespace) && record.text("response_flags") != "-"
+            });
+            failed.for_each(|record| told.push_str(&format!("{node}: {record:?}\n")));
+        }
+        told
+    }
+
     /// What the agent of `node` has written.
     pub fn log(&self, node: &str) -> String {
         let pod = self.pod(node).unwrap_or_default();

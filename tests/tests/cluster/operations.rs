@@ -21,7 +21,8 @@ fn running_pods_join_and_leave_twenty_times_under_load_and_no_request_fails() ->
             shop.wait_until_told("")?;
         }
         Ok(())
-    })?;
+    });
+    let asked = asked.with_context(|| agents.failures(shop.cluster.name()))?;
     ensure!(asked > 200, "hardly any traffic: {asked}");
     assert_eq!(shop.lives()?, before, "no pod is another, or was restarted");
     let carried =
@@ -96,7 +97,8 @@ fn deployment_grows_to_twenty_pods_and_shrinks_under_load_and_no_request_fails()
             settled()?;
         }
         Ok(())
-    })?;
+    });
+    let asked = asked.with_context(|| agents.failures(cluster.name()))?;
     ensure!(asked > 200, "hardly any traffic: {asked}");
     let answered: std::collections::BTreeSet<_> = agents
         .records(&here)
