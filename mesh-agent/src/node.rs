@@ -140,11 +140,19 @@ impl Node {
             return snapshot;
         };
         let asked = async {
-            let (done, answer) = oneshot::channel();
-            demands.send(Demand::Know { ip, caller: caller.cloned(), done }).await.ok()?;
-            let generation = answer.await.ok()?;
             let mut stored = self.stored.subscribe();
-            stored.wait_for(|stored| *stored >= generation).await.ok().map(|stored| *stored)
+            loop {
+                let (done, answer) = oneshot::channel();
+                demands.send(Demand::Know { ip, caller: caller.cloned(), done }).await.ok()?;
+                let generation = answer.await.ok()?;
+                let now = *stored.wait_for(|stored| *stored >= generation).await.ok()?;
+                if is_known(&self.snapshot.load()) {
+                    return Some(());
+                }
+                // It could not be read, or a service has another new endpoint by now: the next state tells, or makes
+                // the question a new one.
+                stored.wait_for(|stored| *stored > now).await.ok()?;
+            }
         };
         // In vain or not: what is known by then decides.
         timeout(READ_LIMIT, asked).await.ok();

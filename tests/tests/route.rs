@@ -101,7 +101,8 @@ fn service_without_selector_leads_into_the_mesh_and_out_of_it() -> Result<()> {
 #[test]
 fn named_target_port_is_each_pods_own() -> Result<()> {
     harness::require!();
-    let mesh = Mesh::two_nodes()?;
+    // Of two that are far the one that was slow at first would wait for its turn.
+    let mesh = Mesh::two_nodes_builder().flag("--balance=random").start()?;
     let _b1 = mesh.pod("b1").serve(8080, Serve::Greet("b1"))?;
     let _b2 = mesh.pod("b2").serve(9090, Serve::Greet("b2"))?;
     by_hand(&mesh, &[V4], &[mesh.pod("b1").v4(8080), mesh.pod("b2").v4(9090)])?;

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use harness::{Carrier, Family, Mesh, Predecessor, Serve, exchange, wait};
 
 /// From SIGTERM of the old agent until it lets go.
-const TAKEOVER: Duration = Duration::from_secs(10);
+const TAKEOVER: Duration = Duration::from_secs(40);
 
 #[test]
 fn agent_that_stands_by_is_ready_and_takes_over_when_the_old_one_drains() -> Result<()> {
@@ -122,13 +122,13 @@ fn is_opened(carrier: Carrier) -> Result<()> {
     let builder = Mesh::two_nodes_builder().carrier(carrier);
     let mut mesh = builder.flag("--standby=on").flag("--connect-timeout-s=20").start()?;
     let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
-    mesh.agent_mut("b").signal(libc::SIGSTOP)?;
-    let mut opens = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
-    opens.set_read_timeout(Some(wait::SOON))?;
     let old = mesh.agent_mut("a").start_beside()?;
     wait::until(wait::SOON, "the new one to wait", || {
         mesh.agent("a").log().contains("waiting for it to drain")
     })?;
+    mesh.agent_mut("b").signal(libc::SIGSTOP)?;
+    let mut opens = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+    opens.set_read_timeout(Some(wait::SOON))?;
     old.terminate()?;
     wait::until(TAKEOVER, "the old one to drain", || mesh.agent("a").log().contains("draining"))?;
     mesh.agent_mut("b").signal(libc::SIGCONT)?;

@@ -18,7 +18,7 @@ use crate::cluster::tested::Tested;
 use crate::process::{self, Finished};
 use crate::{privilege, say, setup};
 
-/// No test binary is allowed to take longer.
+/// No test binary is allowed to take longer, and those on a cluster no longer than twice that.
 const BINARY_LIMIT: Duration = Duration::from_secs(900);
 /// With `--long`.
 const LONG_BINARY_LIMIT: Duration = Duration::from_secs(3 * 3600);
@@ -267,7 +267,11 @@ fn run_binary(
             command.env("MALLA_AGENT", agent);
         }
     }
-    let limit = if options.long { LONG_BINARY_LIMIT } else { BINARY_LIMIT };
+    let limit = match is_on_cluster(test) {
+        _ if options.long => LONG_BINARY_LIMIT,
+        true => 2 * BINARY_LIMIT,
+        false => BINARY_LIMIT,
+    };
     command.envs(environment.iter().map(|(key, value)| (key, value)));
     let finished = process::watch(name, command, limit);
     let list = fs::read_to_string(&skipped).context("read the list of skipped tests")?;

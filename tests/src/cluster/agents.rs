@@ -14,6 +14,8 @@ use crate::wait;
 
 /// Its image is unpacked, the programs are loaded, and the API is listed.
 const READY: Duration = Duration::from_secs(60);
+/// The agents of all nodes, one after the other, each beside one that drains.
+const REPLACED: Duration = Duration::from_secs(180);
 
 /// How long a new root waits before it signs, in tests.
 const SPREAD_S: u64 = 10;
@@ -90,7 +92,7 @@ impl Agents {
 
     /// Waits until all are ready, and finds their pods.
     pub(super) fn find(&mut self) -> Result<()> {
-        let limit = format!("--timeout={}s", READY.as_secs());
+        let limit = format!("--timeout={}s", REPLACED.as_secs());
         let rollout = ["rollout", "status", "daemonset/malla-agent", &limit];
         let system = self.deployment.system();
         if let Err(error) = system.kubectl(&rollout) {

@@ -73,7 +73,7 @@ fn deployment_grows_to_twenty_pods_and_shrinks_under_load_and_no_request_fails()
                     "imagePullPolicy": "IfNotPresent",
                     "readinessProbe": {"tcpSocket": {"port": 80}, "periodSeconds": 1},
                     // As without a mesh: who still sends to it has not heard yet that it goes.
-                    "lifecycle": {"preStop": {"sleep": {"seconds": 4}}},
+                    "lifecycle": {"preStop": {"sleep": {"seconds": 10}}},
                 }]},
             },
         },

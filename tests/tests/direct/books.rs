@@ -64,7 +64,8 @@ fn connection_whose_begin_was_not_told_is_found_judged_and_ended() -> Result<()>
         mesh.delete_pod_manifest("a2")?;
         let deleted = Instant::now();
         ensure!(is_reset(&mut held), "its server is gone and the connection is not");
-        ensure!(deleted.elapsed() < Duration::from_secs(2), "{:?}", deleted.elapsed());
+        // By the snapshot, and not by the look that comes every ten seconds.
+        ensure!(deleted.elapsed() < Duration::from_secs(5), "{:?}", deleted.elapsed());
         let client = client.to_string();
         let denied = [("src.addr", client.as_str()), ("way", "direct"), ("reason", "denied")];
         mesh.agent("a").wait_for_record(&denied)?;

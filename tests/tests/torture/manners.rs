@@ -38,7 +38,7 @@ impl Manner {
     ];
 
     /// Long enough for anything to arrive, so that what is seen does not depend on who is faster.
-    const SETTLE: Duration = Duration::from_millis(300);
+    const SETTLE: Duration = Duration::from_millis(600);
 
     /// Does it, and tells what could be seen.
     fn behave(self, mut stream: TcpStream) -> Result<String> {

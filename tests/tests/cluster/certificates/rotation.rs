@@ -24,7 +24,7 @@ fn signed(world: &World) -> Result<String> {
 #[test]
 fn new_root_signs_when_it_is_everywhere_and_the_old_one_is_trusted_on() -> Result<()> {
     require_cluster!();
-    const SPREAD: Duration = Duration::from_secs(8);
+    const SPREAD: Duration = Duration::from_secs(15);
     let world = World::new("rotates")?;
     let mut signer = world.signer("one", SPREAD.as_secs())?;
     // The first one signs at once: nobody is there who trusts less.
