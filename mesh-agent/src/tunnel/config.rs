@@ -77,7 +77,7 @@ pub struct TunnelConfig {
     pub open_timeout: Duration,
     /// Handshakes that a server has under way at once, of each carrier. Default 256; more wait in the
     /// kernel's backlog, or ask again (QUIC), and the address that has the most loses its longest one after
-    /// a second ([`mesh_core::places`]). From a quarter on, QUIC clients have to show their address
+    /// a second, or five if it has less than a quarter ([`mesh_core::places`]). From a quarter on, QUIC clients have to show their address
     /// first, which costs them a round trip.
     pub max_handshakes: usize,
     /// Flows that a client has to one peer, on either carrier: further ones are refused with `overloaded`.
