@@ -118,6 +118,8 @@ counters! {
     RedirectLost = "redirect_lost",
     /// `redirect`: a connection left to the node, since the agent has been gone for a day.
     RedirectDeadMan = "redirect_dead_man",
+    /// `sk_lookup`: refused; plain text to a strict pod at an address that the agent does not know as its.
+    LookupStrictElsewhere = "lookup_strict_elsewhere",
 }
 
 #[cfg(test)]

@@ -120,7 +120,8 @@ map_struct! {
         /// Which listener is next. Advanced by the program without an atomic: two connections at
         /// once may take the same one, which is all that can go wrong.
         pub turn: u32,
-        /// Hash of the pod's UID, two words: whose entry this is after a restart of the agent.
+        /// Hash of the pod's UID, two words: whose entry this is after a restart of the agent. Zero: of a pod
+        /// that an agent of another layout had captured, which one nobody knows.
         pub pod: [u32; 2],
         /// Generation, two words: verdicts about other generations do not hold. Zero: none does.
         pub generation: [u32; 2],

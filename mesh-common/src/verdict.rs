@@ -167,9 +167,8 @@ pub fn decide_lookup(
     agent: impl FnOnce() -> Agent,
 ) -> Lookup {
     let port = local.port();
-    // The interface cannot tell: for a pod that dials its own address the kernel reports `eth0`
-    // (Linux 6.18). This is also how captured connections reach the outbound listeners.
-    if remote.ip == local.ip {
+    // This is also how captured connections reach the outbound listeners.
+    if is_itself(local, remote) {
         return Lookup::Pass(Counter::LookupSelf);
     }
     match announced() {
@@ -199,6 +198,47 @@ pub fn decide_lookup(
         return Lookup::Drop(Counter::LookupListenerGone);
     }
     Lookup::Steer { shard: u32::from(remote.port()) % pod.listeners }
+}
+
+/// Decides over a SYN from `remote` to `local`, an address of a strict pod that the agent does not know as
+/// its: a link-local one, one of a second interface, one that the API does not tell.
+///
+/// Nothing says there what may pass, `skip-inbound-ports` neither. The pod itself may, from that address or
+/// from loopback. From another of its addresses it is a stranger: nobody here knows whose that is, and the
+/// kernel picks another one where two IPv4 addresses are of one network (`ip route get`, `src`).
+#[inline(always)]
+pub fn decide_elsewhere(
+    local: &WireAddr,
+    remote: &WireAddr,
+    agent: impl FnOnce() -> Agent,
+) -> Lookup {
+    if is_itself(local, remote) {
+        return Lookup::Pass(Counter::LookupSelf);
+    }
+    if agent() == Agent::Gone {
+        return Lookup::Pass(Counter::LookupDeadMan);
+    }
+    Lookup::Drop(Counter::LookupStrictElsewhere)
+}
+
+/// Whether a pod connects to itself.
+///
+/// The interface cannot tell: for a pod that dials its own address the kernel reports `eth0` (Linux 6.18).
+/// A socket may be bound to loopback, from where nothing comes that is not the pod's: on any other interface
+/// such a source is a martian (`ip_route_input_slow()`, `ip6_rcv_core()`), and the answer would not leave.
+#[inline(always)]
+fn is_itself(local: &WireAddr, remote: &WireAddr) -> bool {
+    remote.ip == local.ip || is_loopback(&remote.ip)
+}
+
+/// 127.0.0.0/8 and `::1`.
+#[inline(always)]
+fn is_loopback(ip: &WireIp) -> bool {
+    let last = u32::from_be(ip[3]);
+    if is_v4(ip) {
+        return last >> 24 == 127;
+    }
+    ip[0] == 0 && ip[1] == 0 && ip[2] == 0 && last == 1
 }
 
 /// 127.0.0.0/8, 0.0.0.0, `::1`, `::`: never leaves the pod. Linux connects "unspecified" to loopback.
@@ -412,6 +452,12 @@ mod tests {
         }
     }
 
+    /// Whether a pod can only have sent it to itself.
+    fn is_own(local: SocketAddr, remote: SocketAddr) -> bool {
+        let [local, remote] = [local, remote].map(|addr| addr.ip().to_canonical());
+        local == remote || remote.is_loopback()
+    }
+
     /// The rules of `sk_lookup`.
     fn lookup_model(
         pod: &Pod,
@@ -421,7 +467,7 @@ mod tests {
         announced: Announced,
         ns: u64,
     ) -> Lookup {
-        if local.ip().to_canonical() == remote.ip().to_canonical() {
+        if is_own(local, remote) {
             return Lookup::Pass(Counter::LookupSelf);
         }
         match announced {
@@ -514,6 +560,24 @@ mod tests {
             );
             prop_assert_eq!(verdict, lookup_model(&pod, listeners, local, remote, announced, ns));
         }
+
+        #[test]
+        fn strict_pod_gets_at_other_addresses_what_it_sends_itself(
+            local in (ip(), port()),
+            remote in (ip(), port()),
+            ns in silence_ns(),
+        ) {
+            let (local, remote) = (SocketAddr::from(local), SocketAddr::from(remote));
+            let agent = || Agent::at(ALIVE - ns, ALIVE);
+            let wanted = if is_own(local, remote) {
+                Lookup::Pass(Counter::LookupSelf)
+            } else if ns > GONE_NS {
+                Lookup::Pass(Counter::LookupDeadMan)
+            } else {
+                Lookup::Drop(Counter::LookupStrictElsewhere)
+            };
+            prop_assert_eq!(decide_elsewhere(&local.into(), &remote.into(), agent), wanted);
+        }
     }
 
     #[test]
@@ -527,20 +591,35 @@ mod tests {
         assert_eq!(Agent::at(ALIVE + 1, ALIVE), Agent::Alive, "heard after the clock was read");
     }
 
+    /// What becomes of a SYN to a strict pod that fails open, when nothing was announced.
+    fn to_a_strict_pod(local: &str, remote: &str, agent: Agent) -> Lookup {
+        let flags = STRICT | FAIL_OPEN;
+        let pod = Pod { ip4: None, ip6: None, ports: vec![], skip: vec![], flags, turn: 0 };
+        let [local, remote] =
+            [local, remote].map(|addr| WireAddr::from(addr.parse::<SocketAddr>().unwrap()));
+        decide_lookup(&pod.inbound(1), &local, &remote, || Announced::Nothing, || agent)
+    }
+
     #[test]
     fn strict_mode_outlives_a_silent_agent_that_fails_open() {
-        let pod = Pod {
-            ip4: None,
-            ip6: None,
-            ports: vec![],
-            skip: vec![],
-            flags: STRICT | FAIL_OPEN,
-            turn: 0,
-        };
-        let [local, remote] = ["10.1.0.2:80", "10.1.0.3:4000"]
-            .map(|addr| WireAddr::from(addr.parse::<SocketAddr>().unwrap()));
-        let nothing = || Announced::Nothing;
-        let verdict = decide_lookup(&pod.inbound(1), &local, &remote, nothing, || Agent::Silent);
+        let verdict = to_a_strict_pod("10.1.0.2:80", "10.1.0.3:4000", Agent::Silent);
         assert_eq!(verdict, Lookup::Drop(Counter::LookupStrict));
+    }
+
+    #[test]
+    fn strict_pod_reaches_itself_from_loopback_too() {
+        let itself = Lookup::Pass(Counter::LookupSelf);
+        for (local, remote) in [
+            ("10.1.0.2:80", "10.1.0.2:4000"),
+            ("10.1.0.2:80", "127.0.0.1:4000"),
+            ("[fd00::2]:80", "[::1]:4000"),
+        ] {
+            assert_eq!(to_a_strict_pod(local, remote, Agent::Alive), itself, "{remote}");
+        }
+        // Somebody may send from there.
+        for (local, remote) in [("10.1.0.2:80", "0.0.0.0:4000"), ("[fd00::2]:80", "[::]:4000")] {
+            let refused = Lookup::Drop(Counter::LookupStrict);
+            assert_eq!(to_a_strict_pod(local, remote, Agent::Alive), refused, "{remote}");
+        }
     }
 }

@@ -1,7 +1,9 @@
 //! `sk_lookup`, linked to every enrolled pod's netns: who gets a new connection.
 //!
 //! Fails closed: without a listener of the agent a SYN is refused at once. No netns cookie and no mark
-//! exist here, so everything goes by the pod's address.
+//! exist here, so everything goes by the pod's address. What comes to another one of its addresses (a
+//! link-local one, one of a second interface) cannot be told from what comes to nobody's, and so there are
+//! two programs: one for pods that accept plain text, and one for those that do not.
 
 use aya_ebpf::bindings::{BPF_SK_LOOKUP_F_REPLACE, sk_action};
 use aya_ebpf::macros::sk_lookup;
@@ -9,7 +11,7 @@ use aya_ebpf::programs::SkLookupContext;
 use mesh_common::addr::{WireIp, v4_mapped};
 use mesh_common::announce::Announced;
 use mesh_common::maps::{AdmissionKey, DeliveryKey, ListenerKey, PodInbound};
-use mesh_common::verdict::{Lookup, decide_lookup};
+use mesh_common::verdict::{Lookup, decide_elsewhere, decide_lookup};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{AF_INET, AF_INET6, IPPROTO_TCP, read, read_ip6};
@@ -22,8 +24,28 @@ const PASS: u32 = sk_action::SK_PASS;
 /// RST to the client.
 const DROP: u32 = sk_action::SK_DROP;
 
+/// What becomes of a SYN to an address that no pod is known by.
+#[derive(Clone, Copy)]
+enum Elsewhere {
+    /// The kernel's own lookup finds the listener.
+    LeftAlone,
+    /// It is plain text, and refused.
+    Refused,
+}
+
 #[sk_lookup]
 pub fn mesh_lookup(ctx: SkLookupContext) -> u32 {
+    lookup(&ctx, Elsewhere::LeftAlone)
+}
+
+/// The same for a pod in strict mode.
+#[sk_lookup]
+pub fn mesh_strict(ctx: SkLookupContext) -> u32 {
+    lookup(&ctx, Elsewhere::Refused)
+}
+
+#[inline(always)]
+fn lookup(ctx: &SkLookupContext, elsewhere: Elsewhere) -> u32 {
     if read!(ctx.lookup, protocol) != IPPROTO_TCP {
         return PASS;
     }
@@ -31,26 +53,31 @@ pub fn mesh_lookup(ctx: SkLookupContext) -> u32 {
         AF_INET => {
             let local = v4_mapped(read!(ctx.lookup, local_ip4));
             let remote = v4_mapped(read!(ctx.lookup, remote_ip4));
-            steer(&ctx, local, remote)
+            steer(ctx, local, remote, elsewhere)
         }
         AF_INET6 => {
             let local = read_ip6!(ctx.lookup, local_ip6);
             let remote = read_ip6!(ctx.lookup, remote_ip6);
-            steer(&ctx, local, remote)
+            steer(ctx, local, remote, elsewhere)
         }
         _ => PASS,
     }
 }
 
 #[inline(always)]
-fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp) -> u32 {
-    // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
-    let Some(pod) = (unsafe { POD_INBOUND.get(local_ip) }) else {
-        return PASS;
-    };
+fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp, elsewhere: Elsewhere) -> u32 {
     // `local_port` is in host order, `remote_port` in network order.
     let local = WireAddr::new(local_ip, read!(ctx.lookup, local_port) as u16);
     let remote = WireAddr::new(remote_ip, u16::from_be(read!(ctx.lookup, remote_port)));
+    // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
+    let Some(pod) = (unsafe { POD_INBOUND.get(local_ip) }) else {
+        return match elsewhere {
+            Elsewhere::LeftAlone => PASS,
+            Elsewhere::Refused => {
+                answer(ctx, decide_elsewhere(&local, &remote, agent), &local, &remote)
+            }
+        };
+    };
 
     if is_probe(&remote, &local) {
         count(Counter::LookupProbe);
@@ -60,21 +87,26 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp) -> u32 {
         Announced::Nothing if is_admitted(pod, &remote, &local) => Announced::Delivery,
         announced => announced,
     };
-    let verdict = decide_lookup(pod, &local, &remote, announced, agent);
+    answer(ctx, decide_lookup(pod, &local, &remote, announced, agent), &local, &remote)
+}
+
+/// Does what was decided.
+#[inline(always)]
+fn answer(ctx: &SkLookupContext, verdict: Lookup, local: &WireAddr, remote: &WireAddr) -> u32 {
     match verdict {
         Lookup::Pass(reason) => {
             count(reason);
             PASS
         }
-        Lookup::Drop(reason) => refuse(reason, &remote, &local),
+        Lookup::Drop(reason) => refuse(reason, remote, local),
         Lookup::Steer { shard } => {
-            let listener = ListenerKey { ip: local_ip, shard };
+            let listener = ListenerKey { ip: local.ip, shard };
             match INBOUND.redirect_sk_lookup(ctx, listener, BPF_SK_LOOKUP_F_REPLACE.into()) {
                 Ok(()) => {
                     count(Counter::LookupSteered);
                     PASS
                 }
-                Err(_errno) => refuse(Counter::LookupListenerGone, &remote, &local),
+                Err(_errno) => refuse(Counter::LookupListenerGone, remote, local),
             }
         }
     }
@@ -85,7 +117,7 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp) -> u32 {
 fn refuse(reason: Counter, remote: &WireAddr, local: &WireAddr) -> u32 {
     count(reason);
     match reason {
-        Counter::LookupStrict => {
+        Counter::LookupStrict | Counter::LookupStrictElsewhere => {
             tell!("plain text to a strict pod: [{:i}]:{} to [{:i}]:{}", remote, local)
         }
         Counter::LookupAnother => {

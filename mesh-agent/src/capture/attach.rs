@@ -4,20 +4,23 @@
 //! After an upgrade that changed a layout, the old programs go on with the old maps until the new maps
 //! know every pod ([`Programs::take_over`]): until then pods see what they see while an agent is down,
 //! never a moment without capture.
+//!
+//! A pod in strict mode has another program of `sk_lookup` than one that accepts plain text.
 
+use std::collections::HashSet;
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use aya::Ebpf;
 use aya::programs::{CgroupSockAddr, ProgramError, ProgramFd, SkLookup, SockOps};
+use mesh_core::settings::Mode;
 
-use super::CaptureError;
-use super::lock;
 use super::pins::{Pins, failed, lookup_name, lookups, open_link, remove_layout};
 use super::redirect::Redirect;
-use super::sys::{self, AttachType, Target};
+use super::sys::{self, AttachType, LinkInfo, Target};
+use super::{CaptureError, PodCapture, lock};
 
 /// A program that hangs on the cgroup.
 struct Hook {
@@ -53,8 +56,52 @@ pub fn rehearse(redirect_peer: bool) -> Result<(), CaptureError> {
     Ok(())
 }
 
-/// The hooks' programs in their order, and that of `sk_lookup`.
-fn load_all(ebpf: &mut Ebpf) -> Result<(Vec<OwnedFd>, OwnedFd), CaptureError> {
+/// A program of `sk_lookup`.
+#[derive(Debug)]
+struct Lookup {
+    program: OwnedFd,
+    id: u32,
+}
+
+impl Lookup {
+    fn load(ebpf: &mut Ebpf, what: &'static str) -> Result<Self, CaptureError> {
+        let program = load(ebpf, what, SkLookup::load, SkLookup::fd)?;
+        let id = sys::program_id(program.as_fd())
+            .map_err(|source| CaptureError::Load { what, source: source.into() })?;
+        Ok(Self { program, id })
+    }
+}
+
+/// Those of pods by their mode.
+#[derive(Debug)]
+struct Lookups {
+    permissive: Lookup,
+    strict: Lookup,
+}
+
+impl Lookups {
+    fn load(ebpf: &mut Ebpf) -> Result<Self, CaptureError> {
+        Ok(Self {
+            permissive: Lookup::load(ebpf, "mesh_lookup")?,
+            strict: Lookup::load(ebpf, "mesh_strict")?,
+        })
+    }
+
+    fn of(&self, mode: Mode) -> &OwnedFd {
+        match mode {
+            Mode::Permissive => &self.permissive.program,
+            Mode::Strict => &self.strict.program,
+        }
+    }
+
+    /// Whether one of them has this ID.
+    fn have(&self, id: u32) -> bool {
+        id == self.permissive.id || id == self.strict.id
+    }
+}
+
+/// The hooks' programs in their order, and those of `sk_lookup`.
+fn load_all(ebpf: &mut Ebpf) -> Result<(Vec<OwnedFd>, Lookups), CaptureError> {
     let mut hooks = Vec::new();
     for hook in &HOOKS {
         let fd = if hook.attach_type == AttachType::SockOps {
@@ -64,14 +111,14 @@ fn load_all(ebpf: &mut Ebpf) -> Result<(Vec<OwnedFd>, OwnedFd), CaptureError> {
         };
         hooks.push(fd);
     }
-    Ok((hooks, load(ebpf, "mesh_lookup", SkLookup::load, SkLookup::fd)?))
+    Ok((hooks, Lookups::load(ebpf)?))
 }
 
 /// The loaded programs, and where older agents left links.
 #[derive(Debug)]
 pub(super) struct Programs {
     hooks: Vec<OwnedFd>,
-    lookup: OwnedFd,
+    lookups: Lookups,
     cgroup: OwnedFd,
     cgroup_id: u64,
     /// Directories of other layouts, until [`Self::take_over`].
@@ -85,8 +132,13 @@ impl Programs {
         cgroup_id: u64,
         older: Vec<PathBuf>,
     ) -> Result<Self, CaptureError> {
-        let (hooks, lookup) = load_all(ebpf)?;
-        Ok(Self { hooks, lookup, cgroup, cgroup_id, older: Mutex::new(older) })
+        let (hooks, lookups) = load_all(ebpf)?;
+        Ok(Self { hooks, lookups, cgroup, cgroup_id, older: Mutex::new(older) })
+    }
+
+    /// Directories of other layouts whose agents' programs are still in place.
+    pub(super) fn older(&self) -> Vec<PathBuf> {
+        lock(&self.older).clone()
     }
 
     /// Puts every hook in place, or leaves it to [`Self::take_over`] when an older agent's is there.
@@ -101,13 +153,32 @@ impl Programs {
         Ok(())
     }
 
-    /// Moves what an older agent of another layout left to our programs, and removes its pins.
+    /// Gives the links of these pods that an agent of another layout made their place among ours. They run
+    /// its programs until [`Self::take_over`].
+    pub(super) fn adopt_lookups(
+        &self,
+        pins: &Pins,
+        uids: &HashSet<String>,
+    ) -> Result<(), CaptureError> {
+        for layout in self.older() {
+            for (uid, old) in lookups(&layout)? {
+                if uids.contains(&uid) {
+                    adopt(&old, &pins.lookup(&uid), AttachType::SkLookup)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves what an older agent of another layout left to our programs, and removes its pins. Pods that
+    /// are not among `permissive` are strict: of those that are still to be enrolled nobody knows.
     ///
-    /// For when all pods of the node are enrolled here. Crash-safe: what was not moved is found again.
+    /// For when our maps have all pods of the node. Crash-safe: what was not moved is found again.
     /// `inherit` takes what is worth keeping out of the maps in a layout's directory before that goes.
     pub(super) fn take_over(
         &self,
         pins: &Pins,
+        permissive: &HashSet<String>,
         mut inherit: impl FnMut(&Path),
     ) -> Result<(), CaptureError> {
         let mut older = lock(&self.older);
@@ -119,11 +190,12 @@ impl Programs {
             self.attach_hook(hook, program, &path)?;
         }
         if !older.is_empty() {
-            for (_uid, path) in lookups(pins.dir())? {
+            for (uid, path) in lookups(pins.dir())? {
                 let Some((link, _info)) = open_link(&path, AttachType::SkLookup)? else { continue };
+                let mode = if permissive.contains(&uid) { Mode::Permissive } else { Mode::Strict };
                 // In a namespace that is gone, maybe just now, nothing arrives.
                 let is_gone = |error: &std::io::Error| error.raw_os_error() == Some(libc::ENOLINK);
-                match sys::update_link(link.as_fd(), self.lookup.as_fd()) {
+                match sys::update_link(link.as_fd(), self.lookups.of(mode).as_fd()) {
                     Err(source) if !is_gone(&source) => {
                         return Err(CaptureError::Attach { what: "sk_lookup", source });
                     }
@@ -152,40 +224,50 @@ impl Programs {
         sys::pin(link.as_fd(), path).map_err(failed("pin", path))
     }
 
-    /// Links the lookup program to a pod's namespace, or moves the link that is there.
+    /// Links the lookup program of the pod's mode to its namespace, or moves the link that is there.
     pub(super) fn attach_lookup(
         &self,
         pins: &Pins,
-        uid: &str,
-        netns: impl AsFd,
-        inode: u64,
+        pod: &PodCapture<'_>,
     ) -> Result<(), CaptureError> {
-        let what = "sk_lookup";
-        let path = pins.lookup(uid);
-        let older = self.older_link(&lookup_name(uid)).filter(|_| !path.exists());
-        if let Some(old) = &older {
-            adopt(old, &path, AttachType::SkLookup)?;
+        let (path, mode) = (pins.lookup(pod.uid), pod.settings.mode);
+        if let Some(old) = self.older_link(&lookup_name(pod.uid)).filter(|_| !path.exists()) {
+            adopt(&old, &path, AttachType::SkLookup)?;
         }
-        let attach = |source| CaptureError::Attach { what, source };
         if let Some((link, info)) = open_link(&path, AttachType::SkLookup)? {
+            let inode = pod.netns.inode();
             if matches!(info.target, Target::Netns { inode: at } if u64::from(at) == inode) {
-                if older.is_some() {
-                    // What tells it of deliveries is the older agent's until `take_over`, and so this has to be.
-                    return Ok(());
-                }
-                return sys::update_link(link.as_fd(), self.lookup.as_fd()).map_err(attach);
+                return self.move_lookup(&link, &info, mode);
             }
             // The pod's sandbox was made anew: the link is dead, or of the one before.
             remove_lookup(&path)?;
         }
-        let link = sys::create_link(self.lookup.as_fd(), netns.as_fd(), AttachType::SkLookup)
-            .map_err(attach)?;
+        let program = self.lookups.of(mode);
+        let link = sys::create_link(program.as_fd(), pod.netns.as_fd(), AttachType::SkLookup)
+            .map_err(|source| CaptureError::Attach { what: "sk_lookup", source })?;
         sys::pin(link.as_fd(), &path).map_err(failed("pin", &path))
     }
 
-    /// Whether an older agent of another layout had this pod.
-    pub(super) fn has_older_lookup(&self, uid: &str) -> bool {
-        self.older_link(&lookup_name(uid)).is_some()
+    /// Moves the link of an enrolled pod to the lookup program of this mode.
+    pub(super) fn set_mode(&self, pins: &Pins, uid: &str, mode: Mode) -> Result<(), CaptureError> {
+        match open_link(&pins.lookup(uid), AttachType::SkLookup)? {
+            Some((link, info)) => self.move_lookup(&link, &info, mode),
+            None => Ok(()),
+        }
+    }
+
+    fn move_lookup(&self, link: &OwnedFd, info: &LinkInfo, mode: Mode) -> Result<(), CaptureError> {
+        if !self.lookups.have(info.program) && !lock(&self.older).is_empty() {
+            // What tells it of deliveries is the older agent's until `take_over`, and so this has to be.
+            return Ok(());
+        }
+        sys::update_link(link.as_fd(), self.lookups.of(mode).as_fd())
+            .map_err(|source| CaptureError::Attach { what: "sk_lookup", source })
+    }
+
+    /// Whether an agent, of whatever layout, had or has captured this pod.
+    pub(super) fn has_lookup(&self, pins: &Pins, uid: &str) -> bool {
+        pins.lookup(uid).exists() || self.older_link(&lookup_name(uid)).is_some()
     }
 
     /// Where an older agent pinned the link of this name.

@@ -109,14 +109,19 @@ impl Maps {
         self.outbound.insert(netns, pod, 0).map_err(failed)
     }
 
-    /// Whether the pod in this namespace is captured, by whichever agent.
-    pub(super) fn has_outbound(&self, netns: u64) -> bool {
-        self.outbound.get(&netns, 0).is_ok()
+    /// How the pod in this namespace is captured, by whichever agent.
+    pub(super) fn outbound_of(&self, netns: u64) -> Option<PodOutbound> {
+        self.outbound.get(&netns, 0).ok()
     }
 
     pub(super) fn remove_outbound(&mut self, netns: u64) -> Result<(), CaptureError> {
         let failed = self.failed("POD_OUTBOUND");
         absent_is_ok(self.outbound.remove(&netns)).map_err(failed)
+    }
+
+    /// Whether a pod with this address is captured, by whichever agent.
+    pub(super) fn has_inbound(&self, ip: WireIp) -> bool {
+        self.inbound.get(&ip, 0).is_ok()
     }
 
     pub(super) fn set_inbound(&mut self, ip: IpAddr, pod: &PodInbound) -> Result<(), CaptureError> {
@@ -368,6 +373,40 @@ pub(super) fn inbound(
         flags: flag(settings.mode == Mode::Strict, STRICT) | flag(settings.fail_open, FAIL_OPEN),
         pod: pod_hash(uid),
         generation: words(generation),
+    }
+}
+
+/// In place of a UID's hash: nobody knows whose entry it is ([`super::inherit`]).
+pub(super) const NAMELESS: [u32; 2] = [0; 2];
+
+/// The value of `POD_OUTBOUND` for a pod of which nobody knows more than its namespace: nothing leaves it
+/// for the mesh.
+pub(super) fn nameless_outbound(outbound: Outbound) -> PodOutbound {
+    PodOutbound {
+        ip4: [0; 4],
+        ip6: [0; 4],
+        ports4: [0; MAX_PORTS],
+        ports6: [0; MAX_PORTS],
+        skip: PortRanges::NONE,
+        ports_len: 0,
+        flags: flag(outbound == Outbound::All, OUTBOUND_ALL),
+        turn: 0,
+        pod: NAMELESS,
+        generation: [0; 2],
+    }
+}
+
+/// The value of `POD_INBOUND` for a pod of which nobody knows more than an address: nothing comes in but
+/// what was announced.
+pub(super) fn nameless_inbound() -> PodInbound {
+    PodInbound {
+        skip: PortRanges::NONE,
+        own_ports: [0; MAX_PORTS],
+        own_ports_len: 0,
+        listeners: 0,
+        flags: STRICT,
+        pod: NAMELESS,
+        generation: [0; 2],
     }
 }
 

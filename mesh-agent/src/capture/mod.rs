@@ -25,6 +25,8 @@ mod error;
 mod events;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
+mod inherit;
+mod listeners;
 mod log;
 mod maps;
 mod networks;
@@ -44,7 +46,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::EbpfLoader;
@@ -55,7 +57,7 @@ use mesh_common::maps::{Control, ROLE_AGENT, ROLE_DELIVER, SPECS, SockMeta};
 use mesh_core::addr::Cidr;
 use mesh_core::generation::GenerationKey;
 use mesh_core::networks::Block;
-use mesh_core::settings::Settings;
+use mesh_core::settings::{Mode, Outbound, Settings};
 use serde::Serialize;
 
 pub use attach::rehearse;
@@ -71,6 +73,7 @@ pub use redirect::NotRedirected;
 
 use crate::net::Netns;
 use attach::Programs;
+use inherit::Nameless;
 use pending::Pending;
 use pins::Pins;
 use pods::Pods;
@@ -240,7 +243,8 @@ impl Capture {
         let log = Mutex::new(Some(KernelLog::take(&mut ebpf)?));
         let events = Mutex::new(Some(KernelEvents::take(&mut ebpf)?));
         let generation_key = direct::generation_key(&open_map(&pins, "SECRETS")?)?;
-        let pending = Pending::new(maps::typed(&mut ebpf, "PENDING")?, config.max_pods)?;
+        let pending = maps::typed(&mut ebpf, "PENDING")?;
+        let pending = Pending::new(pending, config.max_pods, &programs.older())?;
         let networks = maps::typed(&mut ebpf, "NETWORKS")?;
         let pods = Pods::new(maps::Maps::take(&mut ebpf, config)?, networks, routes)?;
 
@@ -309,13 +313,12 @@ impl Capture {
         {
             redirect::unplug(&mut pods.maps, &self.pins, predecessor)?;
         }
-        let attach =
-            || self.programs.attach_lookup(&self.pins, pod.uid, pod.netns, pod.netns.inode());
+        let attach = || self.programs.attach_lookup(&self.pins, pod);
         let detach = |uid: &str| attach::remove_lookup(&self.pins.lookup(uid));
-        let had_older = self.programs.has_older_lookup(pod.uid);
-        pods.enrol(pod, attach, detach).inspect_err(|_error| {
-            // Its older capture ends with `take_over`.
-            if had_older && let Err(error) = pods.refuse_outbound(pod) {
+        let was_linked = self.programs.has_lookup(&self.pins, pod.uid);
+        pods.enrol(pod, was_linked, attach, detach).inspect_err(|_error| {
+            // What an agent of another layout knew of it ends with `take_over`.
+            if was_linked && let Err(error) = pods.refuse(pod, attach) {
                 let error = crate::telemetry::chain(&error);
                 tracing::warn!(error, pod = pod.uid, stage = "capture", "may talk in plain text");
             }
@@ -328,7 +331,16 @@ impl Capture {
     ///
     /// The pod is not enrolled, a map is full.
     pub fn update(&self, uid: &str, settings: &Settings) -> Result<(), CaptureError> {
-        lock(&self.pods).update(uid, settings)
+        let mut pods = lock(&self.pods);
+        // Strict first and permissive last: if anything fails in between, too much is refused.
+        if settings.mode == Mode::Strict && pods.is_enrolled(uid) {
+            self.programs.set_mode(&self.pins, uid, Mode::Strict)?;
+        }
+        pods.update(uid, settings)?;
+        if settings.mode == Mode::Permissive {
+            self.programs.set_mode(&self.pins, uid, Mode::Permissive)?;
+        }
+        Ok(())
     }
 
     /// Stops capturing the pod's connections. Established ones and the listeners are the caller's: keep
@@ -349,7 +361,9 @@ impl Capture {
     /// Ends what an earlier agent left: call it once, when the pods of this node are known and those
     /// that could be have been enrolled. Lets go of pods that are neither enrolled nor in `uids` nor in
     /// one of the `namespaces` (cookies), where a successor could not be enrolled yet; and after an
-    /// upgrade moves the programs of the older agent to this one.
+    /// upgrade moves the programs of the older agent to this one. What that one had captured and is not
+    /// enrolled is refused in both directions, as long as one of `uids` that it had captured is not: nobody
+    /// knows which of its pods is which.
     ///
     /// # Errors
     ///
@@ -360,17 +374,39 @@ impl Capture {
         namespaces: &HashSet<u64>,
     ) -> Result<(), CaptureError> {
         let mut pods = lock(&self.pods);
-        pods.retain(uids, namespaces)?;
         let keep: HashSet<String> =
             pods.uids().map(str::to_owned).chain(uids.iter().cloned()).collect();
+        self.programs.adopt_lookups(&self.pins, &keep)?;
+        attach::remove_dead_lookups(self.pins.dir())?;
+        let linked = self.pins.lookups()?;
+        let captured = linked.iter().map(|(uid, _path)| uid.as_str());
+        let nameless = Nameless::of(&pods.maps, captured.filter(|uid| uids.contains(*uid)))?;
+        self.refuse_nameless(&mut pods, nameless, namespaces);
+        pods.retain(uids, namespaces, nameless)?;
         redirect::retain(&mut pods.maps, &self.pins, &keep)?;
-        for (uid, path) in self.pins.lookups()? {
-            if !keep.contains(&uid) {
-                attach::remove_lookup(&path)?;
+        for (uid, path) in &linked {
+            if !keep.contains(uid) {
+                attach::remove_lookup(path)?;
             }
         }
-        attach::remove_dead_lookups(self.pins.dir())?;
-        self.programs.take_over(&self.pins, |layout| events::inherit(&mut pods.maps, layout))
+        let permissive = pods.permissive();
+        let inherit = |layout: &Path| events::inherit(&mut pods.maps, layout);
+        self.programs.take_over(&self.pins, &permissive, inherit)
+    }
+
+    /// Before any program of an older layout is replaced: has ours refuse what it captured and they do not
+    /// know.
+    fn refuse_nameless(&self, pods: &mut Pods, nameless: Nameless, namespaces: &HashSet<u64>) {
+        let everything = self.everything.load(Ordering::Relaxed);
+        let outbound = if everything { Outbound::All } else { Outbound::Mesh };
+        for layout in self.programs.older() {
+            let maps = &mut pods.maps;
+            // Without room for it the other pods of the node must not wait.
+            if let Err(error) = inherit::refuse(maps, &layout, nameless, namespaces, outbound) {
+                let error = crate::telemetry::chain(&error);
+                tracing::warn!(error, stage = "capture", "pods may talk in plain text");
+            }
+        }
     }
 
     /// Takes the routes for client addresses away from namespaces whose pod has left, or does not show

@@ -5,9 +5,11 @@
 //! - What a pod connects before it is captured is refused as long as it is held back here, if it would be
 //!   captured a moment later; everything else passes.
 //! - While no pod is held back, nobody pays for it but with one comparison.
-//! - What an earlier agent left stays until [`Capture::retain_held_back`] is told what of it is still there.
+//! - What an earlier agent left stays until [`Capture::retain_held_back`] is told what of it is still there;
+//!   after a change of layout for a short time only, unless the agent comes to know it.
 
 use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -16,8 +18,13 @@ use mesh_common::maps::{OUTBOUND_ALL, PendingPod, PortRanges, UNKNOWN};
 use mesh_core::settings::Settings;
 
 use super::maps::{absent_is_ok, io_error, pending};
-use super::{Capture, CaptureError, lock, sys};
+use super::{Capture, CaptureError, inherit, lock, sys};
 use crate::net::Netns;
+
+/// How long what an agent of another layout held back stays so unless ours comes to know it. Of its entries
+/// only the keys can be read, and one may have no limit of its own. Twice what an unknown pod has by default:
+/// the API is still to be listed when this begins.
+const INHERITED: Duration = Duration::from_secs(10);
 
 /// Why a pod is held back, and for how long.
 #[derive(Clone, Copy, Debug)]
@@ -38,18 +45,44 @@ pub(super) struct Pending {
 }
 
 impl Pending {
-    /// Begins with what an earlier agent left in the map, which has room for `limit` pods.
+    /// Begins with what an earlier agent left in the map, which has room for `limit` pods, or in those of
+    /// `older` layouts: what their programs hold back now, ours will.
     pub(super) fn new(
         map: HashMap<MapData, u64, PendingPod>,
         limit: u32,
+        older: &[PathBuf],
     ) -> Result<Self, CaptureError> {
         let cgroups = map.keys().collect::<Result<_, _>>().map_err(failed(limit))?;
-        Ok(Self { map, cgroups, limit })
+        let mut pending = Self { map, cgroups, limit };
+        for layout in older {
+            if let Err(error) = pending.inherit(layout) {
+                let error = crate::telemetry::chain(&error);
+                tracing::warn!(error, stage = "capture", "new pods may talk in plain text");
+            }
+        }
+        Ok(pending)
+    }
+
+    fn inherit(&mut self, layout: &Path) -> Result<(), CaptureError> {
+        for cgroup in inherit::keys::<u64>(layout, "PENDING") {
+            if !self.cgroups.contains(&cgroup) {
+                self.map.insert(cgroup, unknown(INHERITED), 0).map_err(failed(self.limit))?;
+                self.cgroups.insert(cgroup);
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn count(&self) -> u64 {
         self.cgroups.len() as u64
     }
+}
+
+/// The entry of a pod that the agent does not know.
+fn unknown(limit: Duration) -> PendingPod {
+    let limit_ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
+    let until_ns = sys::boot_ns().saturating_add(limit_ns);
+    PendingPod { until_ns, skip: PortRanges::NONE, flags: UNKNOWN }
 }
 
 fn failed(limit: u32) -> impl Fn(MapError) -> CaptureError {
@@ -75,11 +108,7 @@ impl Capture {
     pub fn hold_back(&self, cgroup: u64, why: HeldBack<'_>) -> Result<(), CaptureError> {
         let mut entry = match why {
             HeldBack::Waits(settings) => pending(settings),
-            HeldBack::Unknown(limit) => {
-                let limit_ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-                let until_ns = sys::boot_ns().saturating_add(limit_ns);
-                PendingPod { until_ns, skip: PortRanges::NONE, flags: UNKNOWN }
-            }
+            HeldBack::Unknown(limit) => unknown(limit),
         };
         if self.everything.load(Ordering::Relaxed) {
             entry.flags |= OUTBOUND_ALL;

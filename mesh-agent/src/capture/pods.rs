@@ -1,11 +1,11 @@
 //! What is enrolled, and the order in which a pod goes in and out.
 //!
 //! In: listeners, then the inbound side, then `connect`: nothing is captured before somebody listens.
-//! Out: the other way round. Every step may be repeated, so an enrolment that failed half-way is
+//! Out: `connect`, then the inbound side. Every step may be repeated, so an enrolment that failed half-way is
 //! completed, or undone, by the next one.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::{IpAddr, TcpListener};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,18 +13,19 @@ use aya::maps::{LpmTrie, MapData};
 use mesh_common::addr::{WireIp, from_ip, to_ip};
 use mesh_common::direct::VerdictKey;
 use mesh_common::maps::PodOutbound;
-use mesh_common::maps::{MAX_PORTS, MAX_SHARDS};
 use mesh_core::addr::Cidr;
 use mesh_core::generation::Generation;
-use mesh_core::settings::{Outbound, Settings};
+use mesh_core::settings::{Mode, Outbound, Settings};
 use mesh_core::shares::Shares;
 
+use super::inherit::Nameless;
+use super::listeners::{self, Ports, inbound_order, shards};
 use super::maps::{self, Maps};
 use super::networks::{Blocks, Networks};
 use super::pins;
 use super::routes::Routes;
 use super::{CaptureError, Destinations, Listeners, PodCapture};
-use crate::net::{self, Bind, Netns};
+use crate::net::Netns;
 
 /// A pod as the kernel knows it from us.
 #[derive(Clone, Debug)]
@@ -33,7 +34,7 @@ struct Enrolled {
     namespace: Arc<Netns>,
     netns: u64,
     /// Its addresses, and the ports of the outbound listeners on each.
-    ports: Vec<(IpAddr, Vec<u16>)>,
+    ports: Ports,
     /// Inbound listeners per address.
     shards: u32,
     settings: Settings,
@@ -248,7 +249,7 @@ impl Pods {
     }
 
     /// Everything but the link to the namespace, which `attach` makes between the two sides and `detach`
-    /// removes.
+    /// removes. `was_linked`: there was one before.
     ///
     /// A pod that failed half-way and that nobody had enrolled before is left alone again: half of it
     /// would refuse what it should not. One that was, by us or by an earlier agent, stays as it is, since
@@ -257,12 +258,14 @@ impl Pods {
     pub(super) fn enrol(
         &mut self,
         pod: &PodCapture<'_>,
+        was_linked: bool,
         attach: impl FnOnce() -> Result<(), CaptureError>,
         detach: impl Fn(&str) -> Result<(), CaptureError>,
     ) -> Result<Listeners, CaptureError> {
         self.check(pod)?;
-        let was_captured =
-            self.enrolled.contains_key(pod.uid) || self.maps.has_outbound(pod.netns.cookie());
+        let was_captured = was_linked
+            || self.enrolled.contains_key(pod.uid)
+            || self.maps.outbound_of(pod.netns.cookie()).is_some();
         self.enrol_all(pod, attach, &detach).inspect_err(|_error| {
             if !was_captured
                 && self.enrolled.contains_key(pod.uid)
@@ -282,7 +285,7 @@ impl Pods {
     ) -> Result<Listeners, CaptureError> {
         let enter = |source| CaptureError::Netns { uid: pod.uid.to_owned(), source };
         let namespace = Arc::new(pod.netns.try_clone().map_err(enter)?);
-        let (listeners, ports) = open_listeners(pod)?;
+        let (listeners, ports) = listeners::open(pod)?;
         let shards = u32::try_from(shards(pod)).unwrap_or(u32::MAX);
         let now = Enrolled {
             namespace,
@@ -315,13 +318,32 @@ impl Pods {
         Ok(listeners)
     }
 
-    /// Has the kernel refuse what the pod would send into the mesh: it was captured and cannot be now.
-    pub(super) fn refuse_outbound(&mut self, pod: &PodCapture<'_>) -> Result<(), CaptureError> {
+    /// Has the kernel refuse what comes to the pod and what it would send into the mesh, if our maps have
+    /// nothing that does: an earlier agent had captured it, and we cannot. `attach` sees to its link.
+    pub(super) fn refuse(
+        &mut self,
+        pod: &PodCapture<'_>,
+        attach: impl FnOnce() -> Result<(), CaptureError>,
+    ) -> Result<(), CaptureError> {
+        let netns = pod.netns.cookie();
+        let is_refused =
+            self.maps.outbound_of(netns).is_some_and(|there| there.pod == maps::pod_hash(pod.uid));
+        // What is another pod's stays that one's.
+        let is_followed = pod.predecessor.is_some_and(|uid| self.enrolled.contains_key(uid));
+        if is_refused || is_followed || self.check(pod).is_err() {
+            return Ok(());
+        }
         let outbound =
             if self.captures_everything() { Outbound::All } else { pod.settings.outbound };
-        let listeners: Ports = pod.ips.iter().map(|ip| (*ip, Vec::new())).collect();
-        let entry = maps::outbound(pod.uid, pod.settings, outbound, &listeners, 0);
-        self.maps.set_outbound(pod.netns.cookie(), &entry)
+        let none: Ports = pod.ips.iter().map(|ip| (*ip, Vec::new())).collect();
+        let leaving = maps::outbound(pod.uid, pod.settings, outbound, &none, 0);
+        let coming = maps::inbound(pod.uid, pod.settings, &[], 0, 0);
+        // All of them, also when one fails.
+        let entered = pod.ips.iter().map(|ip| self.maps.set_inbound(*ip, &coming));
+        let entered = entered.fold(Ok(()), Result::and);
+        let linked = attach();
+        let left = self.maps.set_outbound(netns, &leaving);
+        entered.and(linked).and(left)
     }
 
     fn forget(&mut self, uid: &str) {
@@ -342,7 +364,7 @@ impl Pods {
         Ok(())
     }
 
-    /// `detach` removes the link to the namespace, between the two sides.
+    /// `detach` removes the link to the namespace, after the outbound side.
     pub(super) fn leave(
         &mut self,
         uid: &str,
@@ -357,10 +379,12 @@ impl Pods {
         if !self.enrolled.iter().any(is_another) {
             self.maps.remove_outbound(pod.netns)?;
         }
+        // Before the entries: without them its program would refuse all that comes to a strict pod, deliveries
+        // that are under way too.
+        detach()?;
         for (ip, _ports) in &pod.ports {
             self.maps.remove_inbound(from_ip(*ip))?;
         }
-        detach()?;
         for block in pod.skips().keys() {
             self.maps.remove_skip(pod.netns, block)?;
         }
@@ -384,15 +408,19 @@ impl Pods {
     }
 
     /// Removes the entries of pods that are neither enrolled nor in `uids` nor in one of the `namespaces`,
-    /// and blocks that enrolled ones do not skip.
+    /// those that are `nameless` if these are to go, and blocks that enrolled ones do not skip.
     pub(super) fn retain(
         &mut self,
         uids: &HashSet<String>,
         namespaces: &HashSet<u64>,
+        nameless: Nameless,
     ) -> Result<(), CaptureError> {
         self.is_settled = true;
-        let keep: HashSet<[u32; 2]> =
+        let mut keep: HashSet<[u32; 2]> =
             uids.iter().chain(self.enrolled.keys()).map(|uid| maps::pod_hash(uid)).collect();
+        if nameless == Nameless::Stay {
+            keep.insert(maps::NAMELESS);
+        }
         let outbound =
             maps::pairs(&self.maps.outbound).map_err(self.maps.failed("POD_OUTBOUND"))?;
         let mut netns = HashSet::new();
@@ -419,6 +447,17 @@ impl Pods {
 
     pub(super) fn uids(&self) -> impl Iterator<Item = &str> {
         self.enrolled.keys().map(String::as_str)
+    }
+
+    pub(super) fn is_enrolled(&self, uid: &str) -> bool {
+        self.enrolled.contains_key(uid)
+    }
+
+    /// The UIDs of those that accept plain text.
+    pub(super) fn permissive(&self) -> HashSet<String> {
+        let accepts = |pod: &Enrolled| pod.settings.mode == Mode::Permissive;
+        let permissive = self.enrolled.iter().filter(|(_uid, pod)| accepts(pod));
+        permissive.map(|(uid, _pod)| uid.clone()).collect()
     }
 
     /// The addresses and the namespace of every enrolled pod.
@@ -496,43 +535,4 @@ impl Pods {
 fn outbound_entry(uid: &str, pod: &Enrolled, everything: bool) -> PodOutbound {
     let outbound = if everything { Outbound::All } else { pod.settings.outbound };
     maps::outbound(uid, &pod.settings, outbound, &pod.ports, pod.generation)
-}
-
-fn shards(pod: &PodCapture<'_>) -> usize {
-    pod.inbound_listeners.clamp(1, MAX_SHARDS)
-}
-
-/// The inbound listeners' order: every address with shard 0, then every address with shard 1, ...
-fn inbound_order(pod: &PodCapture<'_>) -> impl Iterator<Item = (IpAddr, usize)> {
-    (0..shards(pod)).flat_map(|shard| pod.ips.iter().map(move |ip| (*ip, shard)))
-}
-
-/// Ports of the outbound listeners per address.
-type Ports = Vec<(IpAddr, Vec<u16>)>;
-
-fn open_listeners(pod: &PodCapture<'_>) -> Result<(Listeners, Ports), CaptureError> {
-    let listen = |ip: IpAddr, bind: Bind| {
-        let failed = |source| CaptureError::Listen { uid: pod.uid.to_owned(), ip, source };
-        let listener = net::listen(bind).map_err(failed)?;
-        let port = listener.local_addr().map_err(failed)?.port();
-        Ok((listener, port))
-    };
-    let per_family = pod.outbound_listeners.clamp(1, MAX_PORTS);
-    let open = || {
-        let mut outbound: Vec<TcpListener> = Vec::new();
-        let mut ports: Ports = pod.ips.iter().map(|ip| (*ip, Vec::new())).collect();
-        for _ in 0..per_family {
-            for (ip, ports) in &mut ports {
-                let (listener, port) = listen(*ip, Bind::To(*ip))?;
-                outbound.push(listener);
-                ports.push(port);
-            }
-        }
-        let mut inbound = Vec::new();
-        for (ip, _shard) in inbound_order(pod) {
-            inbound.push(listen(ip, Bind::Unreachable(ip))?.0);
-        }
-        Ok((Listeners { outbound, inbound }, ports))
-    };
-    pod.netns.run(open).map_err(|source| CaptureError::Netns { uid: pod.uid.to_owned(), source })?
 }

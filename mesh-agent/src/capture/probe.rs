@@ -216,13 +216,14 @@ fn lookup_and_delete() -> Feature {
 }
 
 /// Programs, the kernel release that brought their hook and all helpers that they call there.
-const PROGRAMS: [(&str, &str, &str); 6] = [
+const PROGRAMS: [(&str, &str, &str); 7] = [
     ("mesh_connect4", "program: connect4", "5.8"),
     ("mesh_connect6", "program: connect6", "5.8"),
     ("mesh_peername4", "program: getpeername4", "5.8"),
     ("mesh_peername6", "program: getpeername6", "5.8"),
     ("mesh_sockops", "program: sock_ops with netns cookie", "5.15"),
     ("mesh_lookup", "program: sk_lookup", "5.9"),
+    ("mesh_strict", "program: sk_lookup of strict pods", "5.9"),
 ];
 
 /// Loads every program with maps of its own. Returns the lookup program, and the one that redirects.

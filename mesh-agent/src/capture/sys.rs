@@ -17,6 +17,7 @@ use mesh_common::direct::DirectEvent;
 
 const MAP_LOOKUP_ELEM: libc::c_int = 1;
 const MAP_UPDATE_ELEM: libc::c_int = 2;
+const MAP_GET_NEXT_KEY: libc::c_int = 4;
 const OBJ_PIN: libc::c_int = 6;
 const OBJ_GET: libc::c_int = 7;
 const PROG_GET_FD_BY_ID: libc::c_int = 13;
@@ -341,6 +342,35 @@ fn read<K: Pod, V: Pod>(
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// The keys of a hash map with room for `limit`, whatever its values are.
+///
+/// `K` must be the map's: the caller compared the size of its keys.
+pub(super) fn keys<K: Pod + Default>(map: BorrowedFd<'_>, limit: u32) -> io::Result<Vec<K>> {
+    let mut keys: Vec<K> = Vec::new();
+    // Bounded: when the last key is removed meanwhile, the kernel begins with the first one again.
+    for _ in 0..limit {
+        let mut next = K::default();
+        let pointer = &raw mut next;
+        let mut attr = ElementAttr {
+            map: raw(map),
+            reserved: 0,
+            // None: the first one is asked for.
+            key: keys.last().map_or(0, |last| address(std::ptr::from_ref(last))),
+            // `next_key` is where other commands have the value.
+            value: pointer.expose_provenance() as u64,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads the map's key size at `key`, if that is not null, and writes as much to
+        // `next`; the size is that of `K`, of which every bit pattern is valid.
+        match unsafe { bpf(MAP_GET_NEXT_KEY, &mut attr) } {
+            Ok(_) => keys.push(next),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(keys)
 }
 
 /// A record of the ring; `None` if it has another size.

@@ -47,7 +47,7 @@ pub async fn deliver(
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     }
     let mut patience = PATIENCE;
-    let avoid = client.map(|client| client.port());
+    let avoid = source_port::avoided(client, to);
     for port in source_port::candidates(avoid, fastrand::u16) {
         let mut from = client.unwrap_or(to);
         from.set_port(port);

@@ -17,6 +17,7 @@
 //!   range cost it nothing.
 
 use std::iter;
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 
 /// Where to look, and how often to try there, in this order.
@@ -29,13 +30,21 @@ use std::ops::RangeInclusive;
 const SEARCH: [(RangeInclusive<u16>, usize); 3] =
     [(16384..=32767, 8), (61000..=65535, 4), (1024..=65535, 48)];
 
-/// The ports to try for one connection. `avoid` is the client's own.
+/// What a connection to `to` must not come from: the client's own port; and where it comes from the address
+/// that it goes to, as without a client, the port there. A socket that connects to itself is connected: a
+/// port that nobody listens at would answer, with what it is sent.
+pub(super) fn avoided(client: Option<SocketAddr>, to: SocketAddr) -> [Option<u16>; 2] {
+    let from = client.unwrap_or(to);
+    [client.map(|client| client.port()), (from.ip() == to.ip()).then_some(to.port())]
+}
+
+/// The ports to try for one connection, without these.
 pub(super) fn candidates(
-    avoid: Option<u16>,
+    avoid: [Option<u16>; 2],
     draw: impl FnMut(RangeInclusive<u16>) -> u16,
 ) -> impl Iterator<Item = u16> {
     let tries = SEARCH.into_iter().flat_map(|(range, tries)| iter::repeat_n(range, tries));
-    tries.map(draw).filter(move |port| Some(*port) != avoid)
+    tries.map(draw).filter(move |port| !avoid.contains(&Some(*port)))
 }
 
 /// Above what Linux takes for outgoing connections, and above the last port there that servers are known by
@@ -47,7 +56,7 @@ pub(super) fn for_listeners(
     mut draw: impl FnMut(RangeInclusive<u16>) -> u16,
 ) -> impl Iterator<Item = u16> {
     let unwanted: [u16; 16] = std::array::from_fn(|_| draw(UNWANTED));
-    unwanted.into_iter().chain([0]).chain(candidates(None, draw))
+    unwanted.into_iter().chain([0]).chain(candidates([None; 2], draw))
 }
 
 #[cfg(test)]
@@ -57,13 +66,26 @@ mod tests {
     #[test]
     fn clients_own_port_is_never_tried() {
         let mut step = 0_u16;
-        let ports = candidates(Some(16385), |range| {
+        let ports = candidates([Some(16385), None], |range| {
             step += 1;
             range.start() + step % 2
         });
         let ports: Vec<_> = ports.collect();
         assert_eq!(ports.len(), 60 - 4, "every second of the first eight is 16385: {ports:?}");
         assert!(!ports.contains(&16385));
+    }
+
+    #[test]
+    fn no_connection_comes_from_where_it_goes() {
+        let to: SocketAddr = "10.1.0.2:16385".parse().unwrap();
+        let is_tried = |client: Option<&str>| {
+            let client = client.map(|client| client.parse().unwrap());
+            candidates(avoided(client, to), |range| range.start() + 1).any(|port| port == to.port())
+        };
+        assert!(!is_tried(None), "from the pod's own address");
+        assert!(!is_tried(Some("10.1.0.2:40000")), "the pod is its own client");
+        assert!(is_tried(Some("10.1.0.3:40000")), "another pod may come from there");
+        assert!(!is_tried(Some("10.1.0.3:16385")), "its own port");
     }
 
     #[test]
@@ -77,7 +99,7 @@ mod tests {
     #[test]
     fn ranges_of_outgoing_connections_come_last() {
         for edge in [RangeInclusive::start, RangeInclusive::end] {
-            let ports: Vec<_> = candidates(None, |range| *edge(&range)).collect();
+            let ports: Vec<_> = candidates([None; 2], |range| *edge(&range)).collect();
             assert!(ports[..12].iter().all(|port| !(32768..=60999).contains(port)), "{ports:?}");
         }
     }

@@ -171,15 +171,7 @@ fn pod_that_does_not_fit_is_left_alone() {
     let settings = Settings::default();
     let enrol = |world: &World, uid, own| {
         let ips = [ip(own)];
-        let pod = PodCapture {
-            uid,
-            ips: &ips,
-            netns: &world.pod,
-            settings: &settings,
-            predecessor: None,
-            outbound_listeners: 1,
-            inbound_listeners: 1,
-        };
+        let pod = world.pod_capture(uid, &ips, &settings);
         capture.enrol(&pod)
     };
     let _listeners = enrol(&one, "one", POD4).unwrap();
@@ -213,15 +205,8 @@ fn pod_that_was_captured_and_does_not_fit_any_more_stays_refused() {
     drop(capture);
     let capture = world.start();
     let many = too_many_blocks();
-    let pod = PodCapture {
-        uid: UID,
-        ips: &[ip(POD4), ip(POD6)],
-        netns: &world.pod,
-        settings: &many,
-        predecessor: None,
-        outbound_listeners: 1,
-        inbound_listeners: 1,
-    };
+    let ips = [ip(POD4), ip(POD6)];
+    let pod = world.pod_capture(UID, &ips, &many);
     assert_eq!(capture.enrol(&pod).unwrap_err().reason(), "map_full");
     assert_eq!(world.dial(SERVICE4).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     // Until nobody wants it to be enrolled any more.
@@ -244,15 +229,9 @@ fn successor_in_a_namespace_takes_over_without_a_gap() {
     let outside = world.listen_outside("10.90.0.1:8080");
     let (settings, too_much) = (Settings::default(), too_many_blocks());
     let enrol = |uid, settings, predecessor| {
-        let pod = PodCapture {
-            uid,
-            ips: &[ip(POD4)],
-            netns: &world.pod,
-            settings,
-            predecessor,
-            outbound_listeners: 2,
-            inbound_listeners: 2,
-        };
+        let ips = [ip(POD4)];
+        let pod = world.pod_capture(uid, &ips, settings);
+        let pod = PodCapture { predecessor, outbound_listeners: 2, inbound_listeners: 2, ..pod };
         capture.enrol(&pod)
     };
     let uids = ["even", "odd"];

@@ -59,6 +59,53 @@ fn plain_text_in_strict_mode_is_refused_at_once() {
     accept(&metrics);
 }
 
+/// The API tells one address of each family, and a pod may have more.
+#[test]
+fn strict_pod_gets_no_plain_text_at_its_other_addresses_either() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let [pod, outside] = &world.names;
+    run(&format!("ip -n {pod} addr add 10.90.0.7/24 dev eth0"));
+    run(&format!("ip -n {pod} addr add fe80::2/64 dev eth0 nodad"));
+    run(&format!("ip -n {outside} addr add fe80::1/64 dev eth0 nodad"));
+    let others = ["10.90.0.7:8080".to_owned(), format!("[fe80::2%{}]:8080", eth0_of(outside))];
+    let capture = world.start();
+    let listeners = world.enrol(&capture, &strict());
+    let app = world.listen("[::]:8080");
+    let refuses = || {
+        for to in &others {
+            let error = world.dial_in(to).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{to}");
+        }
+    };
+    refuses();
+    assert_eq!(count(&capture, "lookup_strict_elsewhere"), 2);
+    // The pod itself gets there.
+    let client = world.app(Domain::IPV4);
+    client.bind(&sock_addr("10.90.0.7:0")).unwrap();
+    client.connect(&sock_addr("10.90.0.7:8080")).unwrap();
+    accept(&app);
+
+    capture.update(UID, &Settings::default()).unwrap();
+    for to in &others {
+        let _client = world.dial_in(to).unwrap();
+        accept(&app);
+    }
+    capture.update(UID, &strict()).unwrap();
+    refuses();
+    assert_eq!(count(&capture, "lookup_strict_elsewhere"), 4);
+    assert!(nobody(&app) && nobody(&listeners.inbound));
+}
+
+/// The index of `eth0` in the namespace of this name.
+fn eth0_of(name: &str) -> u32 {
+    let shown = Command::new("ip").args(["-n", name, "-o", "link", "show", "eth0"]).output();
+    let shown = String::from_utf8(shown.unwrap().stdout).unwrap();
+    shown.split(':').next().unwrap().trim().parse().unwrap()
+}
+
 #[test]
 fn refusal_in_the_kernel_is_told_with_both_ends_and_at_a_bounded_rate() {
     if !root() {

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mesh_agent::capture::{CaptureError, Destinations, PodCapture, Role};
+use mesh_agent::capture::{CaptureError, Destinations, Role};
 use mesh_agent::net;
 use mesh_core::settings::Settings;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -158,15 +158,7 @@ fn pods_with_the_same_addresses_and_ports_do_not_mix() {
     // Addresses of pods differ on a node; what a socket is bound to need not. The key is the namespace.
     let enrol = |world: &World, uid, own| {
         let ips = [ip(own)];
-        let pod = PodCapture {
-            uid,
-            ips: &ips,
-            netns: &world.pod,
-            settings: &settings,
-            predecessor: None,
-            outbound_listeners: 1,
-            inbound_listeners: 1,
-        };
+        let pod = world.pod_capture(uid, &ips, &settings);
         capture.enrol(&pod).unwrap()
     };
     run(&format!("ip -n {} addr add 10.90.0.3/24 dev eth0", two.names[0]));
@@ -182,15 +174,8 @@ fn pods_with_the_same_addresses_and_ports_do_not_mix() {
         let (orig, _) = table.take(world.pod.cookie(), peer, listener).unwrap();
         assert_eq!(orig.to_string(), service);
     }
-    let shared = PodCapture {
-        uid: "three",
-        ips: &[ip(POD4)],
-        netns: &two.pod,
-        settings: &settings,
-        predecessor: None,
-        outbound_listeners: 1,
-        inbound_listeners: 1,
-    };
+    let ips = [ip(POD4)];
+    let shared = two.pod_capture("three", &ips, &settings);
     assert_eq!(capture.enrol(&shared).unwrap_err().reason(), "shared_address");
 }
 
@@ -283,12 +268,20 @@ fn pod_reaches_itself_without_the_agent() {
     }
     let world = World::new();
     let capture = world.start();
-    let all = settings(|settings| settings.outbound = mesh_core::settings::Outbound::All);
+    let all = Settings { outbound: mesh_core::settings::Outbound::All, ..strict() };
     let listeners = world.enrol(&capture, &all);
     for on in ["127.0.0.1:8080", "10.90.0.2:8081", "[::1]:8080", "[fd90::2]:8081"] {
         let app = world.listen(on);
         let _client = world.dial(on).unwrap();
         accept(&app);
+    }
+    // An application that binds to loopback and dials the pod's address.
+    for (from, to) in [("127.0.0.1:0", "10.90.0.2:8082"), ("[::1]:0", "[fd90::2]:8082")] {
+        let app = world.listen(to);
+        let client = world.app(Domain::for_address(addr(to)));
+        client.bind(&sock_addr(from)).unwrap();
+        client.connect(&sock_addr(to)).unwrap();
+        assert_eq!(accept(&app).1.ip(), addr(from).ip());
     }
     assert!(nobody(&listeners.outbound) && nobody(&listeners.inbound));
 }

@@ -157,6 +157,30 @@ fn what_was_held_back_stays_so_over_a_restart_while_it_is_there() {
 }
 
 #[test]
+fn what_was_held_back_stays_so_over_a_change_of_layout() {
+    if !root() {
+        return;
+    }
+    let mut pod = Pending::new();
+    pod.hold_back();
+    pod.capture.hold_back(7, HeldBack::Unknown(Duration::MAX)).unwrap();
+    pod.world.config.max_flows *= 2;
+    pod.capture = Capture::start(&pod.world.config).unwrap();
+    assert!(pod.is_refused(), "by the programs of before");
+    pod.capture.set_destinations(&HashSet::from(pod.mesh), &HashMap::new()).unwrap();
+    let node = Netns::current().unwrap();
+    let there = HashSet::from([pod.cgroup, 8]);
+    let left = pod.capture.retain_held_back(&node, &there).unwrap();
+    assert_eq!(left, HashSet::from([pod.cgroup]), "7 is gone, and 8 was not held back");
+    pod.capture.retain(&HashSet::new(), &HashSet::new()).unwrap();
+    assert_eq!(count(&pod.capture, "connect_unknown"), 0);
+    assert!(pod.is_refused(), "by ours");
+    assert_eq!(count(&pod.capture, "connect_unknown"), 1, "nobody knows how it takes part");
+    pod.capture.let_go(pod.cgroup).unwrap();
+    assert!(pod.passes());
+}
+
+#[test]
 fn pod_for_which_there_is_no_room_is_told_of() {
     if !root() {
         return;

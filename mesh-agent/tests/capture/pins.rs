@@ -1,14 +1,14 @@
 //! What outlives an agent, and what the next one makes of it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::Path;
 
 use mesh_agent::capture::probe::{self, FeatureState};
-use mesh_agent::capture::{Capture, CaptureConfig, PodCapture};
+use mesh_agent::capture::{Capture, CaptureConfig};
 use mesh_common::maps::SPECS;
-use mesh_core::settings::Settings;
+use mesh_core::settings::{Mode, Settings};
 use socket2::Domain;
 
 use crate::world::*;
@@ -95,15 +95,8 @@ fn lookup_of_another_layout_is_moved_with_the_hooks_and_not_before() {
     world.config.max_flows *= 2;
     let capture = world.start();
     let before = link_ids(&world);
-    let pod = PodCapture {
-        uid: UID,
-        ips: &[ip(POD4), ip(POD6)],
-        netns: &world.pod,
-        settings: &Settings::default(),
-        predecessor: None,
-        outbound_listeners: 1,
-        inbound_listeners: 1,
-    };
+    let (ips, settings) = ([ip(POD4), ip(POD6)], Settings::default());
+    let pod = world.pod_capture(UID, &ips, &settings);
     let _listeners = capture.enrol(&pod).unwrap();
     assert_eq!(link_ids(&world), before, "all programs are the old ones");
     capture.retain(&HashSet::from([UID.to_owned()]), &HashSet::new()).unwrap();
@@ -119,28 +112,123 @@ fn pod_of_another_layout_that_cannot_be_enrolled_is_refused() {
     }
     let mut world = World::new();
     let old = world.start();
-    drop(world.enrol(&old, &Settings::default()));
+    drop(world.enrol(&old, &strict()));
     drop(old);
     world.config.max_flows *= 2;
     let capture = world.start();
-    let pod = PodCapture {
-        uid: UID,
-        ips: &[ip(POD4), ip(POD6)],
-        netns: &world.pod,
-        settings: &too_many_blocks(),
-        predecessor: None,
-        outbound_listeners: 1,
-        inbound_listeners: 1,
-    };
+    let plain = world.listen("0.0.0.0:8080");
+    let (ips, many) = ([ip(POD4), ip(POD6)], Settings { mode: Mode::Strict, ..too_many_blocks() });
+    let pod = world.pod_capture(UID, &ips, &many);
     assert_eq!(capture.enrol(&pod).unwrap_err().reason(), "map_full");
+    let into = || world.dial_in("10.90.0.2:8080").unwrap_err().kind();
+    assert_eq!(into(), io::ErrorKind::ConnectionRefused);
     capture.retain(&HashSet::from([UID.to_owned()]), &HashSet::new()).unwrap();
     assert_eq!(fs::read_dir(&world.config.bpffs).unwrap().count(), 1, "the old layout is gone");
     assert_eq!(world.dial(SERVICE4).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+    assert_eq!(into(), io::ErrorKind::ConnectionRefused);
+    assert_eq!(count(&capture, "lookup_strict"), 1, "by our programs, as its settings say");
+    assert!(nobody(&plain));
     // Until it can be, or nobody wants it any more.
     let app = world.app(Domain::IPV4);
     let listeners = world.enrol(&capture, &Settings::default());
     app.connect(&sock_addr(SERVICE4)).unwrap();
     assert_eq!(learn(&world, &capture, &listeners, &app).1, SERVICE4);
+}
+
+/// Its certificate is not there yet, or its namespace is not to be found just now.
+#[test]
+fn pod_of_another_layout_is_refused_until_it_is_enrolled_again() {
+    if !root() {
+        return;
+    }
+    let mut world = World::new();
+    let old = world.start();
+    drop(world.enrol(&old, &strict()));
+    drop(old);
+    run(&format!("ip -n {} addr add 10.90.0.7/24 dev eth0", world.names[0]));
+    let plain = world.listen("0.0.0.0:8080");
+    world.config.max_flows *= 2;
+    let wanted = HashSet::from([UID.to_owned()]);
+    // Once more by an agent that begins where one has ended before it had enrolled the pod.
+    for _ in 0..2 {
+        let capture = world.start();
+        capture.retain(&wanted, &HashSet::new()).unwrap();
+        assert_eq!(fs::read_dir(&world.config.bpffs).unwrap().count(), 1, "the old layout is gone");
+        assert!(world.is_refused());
+        let elsewhere = world.dial_in("10.90.0.7:8080").unwrap_err();
+        assert_eq!(elsewhere.kind(), io::ErrorKind::ConnectionRefused);
+    }
+    assert!(nobody(&plain));
+
+    let capture = world.start();
+    let listeners = world.enrol(&capture, &Settings::default());
+    let app = world.app(Domain::IPV4);
+    app.connect(&sock_addr(SERVICE4)).unwrap();
+    assert_eq!(learn(&world, &capture, &listeners, &app).1, SERVICE4);
+    let _into = world.dial_in("10.90.0.2:8080").unwrap();
+    accept(&listeners.inbound);
+    let _elsewhere = world.dial_in("10.90.0.7:8080").unwrap();
+    accept(&plain);
+}
+
+#[test]
+fn pod_of_another_layout_is_left_alone_when_nobody_wants_it_any_more() {
+    if !root() {
+        return;
+    }
+    let mut world = World::new();
+    let old = world.start();
+    drop(world.enrol(&old, &strict()));
+    drop(old);
+    let plain = world.listen("0.0.0.0:8080");
+    let outside = world.listen_outside("10.90.0.1:8080");
+    world.config.max_flows *= 2;
+    let capture = world.start();
+    capture.retain(&HashSet::from([UID.to_owned()]), &HashSet::new()).unwrap();
+    assert!(world.is_refused());
+    // A successor in its namespace could not be enrolled yet.
+    capture.retain(&HashSet::new(), &HashSet::from([world.pod.cookie()])).unwrap();
+    assert_eq!(world.dial(SERVICE4).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+
+    capture.retain(&HashSet::new(), &HashSet::new()).unwrap();
+    assert_eq!(link_ids(&world).len(), 5);
+    let _into = world.dial_in("10.90.0.2:8080").unwrap();
+    accept(&plain);
+    capture.set_destinations(&HashSet::from([ip(WORLD4)]), &HashMap::new()).unwrap();
+    let _out = world.dial("10.90.0.1:8080").unwrap();
+    accept(&outside);
+}
+
+#[test]
+fn what_left_the_mesh_during_an_upgrade_is_free_when_the_others_are_enrolled_again() {
+    if !root() {
+        return;
+    }
+    let [mut world, gone] = [World::new(), World::new()];
+    run(&format!("ip -n {} addr add 10.90.0.3/24 dev eth0", gone.names[0]));
+    let old = world.start();
+    drop(world.enrol(&old, &Settings::default()));
+    let (ips, settings) = ([ip("10.90.0.3")], strict());
+    drop(old.enrol(&gone.pod_capture("gone", &ips, &settings)).unwrap());
+    drop(old);
+    let plain = gone.listen("0.0.0.0:8080");
+    let outside = gone.listen_outside("10.90.0.1:8080");
+
+    world.config.max_flows *= 2;
+    let capture = world.start();
+    let mesh = HashSet::from([addr(SERVICE4).ip(), ip(WORLD4)]);
+    capture.set_destinations(&mesh, &HashMap::new()).unwrap();
+    capture.retain(&HashSet::from([UID.to_owned()]), &HashSet::new()).unwrap();
+    assert!(world.is_refused());
+    // Nobody can tell whose namespace is whose.
+    let error = gone.dial("10.90.0.1:8080").unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+    let _into = gone.dial_in("10.90.0.3:8080").unwrap();
+    accept(&plain);
+
+    let _listeners = world.enrol(&capture, &Settings::default());
+    let _out = gone.dial("10.90.0.1:8080").unwrap();
+    accept(&outside);
 }
 
 #[test]

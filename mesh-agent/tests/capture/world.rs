@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use mesh_agent::capture::{Capture, CaptureConfig, Listeners, PodCapture};
 use mesh_agent::net::Netns;
-use mesh_core::settings::Settings;
+use mesh_core::settings::{Mode, Settings};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::skip;
@@ -135,16 +135,28 @@ impl World {
         capture
     }
 
-    pub(crate) fn enrol(&self, capture: &Capture, settings: &Settings) -> Listeners {
-        let pod = PodCapture {
-            uid: UID,
-            ips: &[ip(POD4), ip(POD6)],
+    /// The pod as it is asked to be captured, with one listener of each kind.
+    pub(crate) fn pod_capture<'a>(
+        &'a self,
+        uid: &'a str,
+        ips: &'a [IpAddr],
+        settings: &'a Settings,
+    ) -> PodCapture<'a> {
+        PodCapture {
+            uid,
+            ips,
             netns: &self.pod,
             settings,
             predecessor: None,
-            outbound_listeners: 4,
-            inbound_listeners: 2,
-        };
+            outbound_listeners: 1,
+            inbound_listeners: 1,
+        }
+    }
+
+    pub(crate) fn enrol(&self, capture: &Capture, settings: &Settings) -> Listeners {
+        let ips = [ip(POD4), ip(POD6)];
+        let pod = self.pod_capture(UID, &ips, settings);
+        let pod = PodCapture { outbound_listeners: 4, inbound_listeners: 2, ..pod };
         let listeners = capture.enrol(&pod).unwrap_or_else(|error| panic!("{}", chain(&error)));
         capture.retain(&HashSet::from([UID.to_owned()]), &HashSet::new()).unwrap();
         listeners
@@ -153,6 +165,13 @@ impl World {
     /// Connects from the pod, as an application would.
     pub(crate) fn dial(&self, to: &str) -> io::Result<TcpStream> {
         self.pod.run(|| TcpStream::connect_timeout(&addr(to), Duration::from_secs(2))).unwrap()
+    }
+
+    /// Whether what the pod sends into the mesh is refused, and what comes to it in plain text.
+    pub(crate) fn is_refused(&self) -> bool {
+        let is = |result: io::Result<TcpStream>, kind| result.is_err_and(|err| err.kind() == kind);
+        is(self.dial(SERVICE4), io::ErrorKind::PermissionDenied)
+            && is(self.dial_in("10.90.0.2:8080"), io::ErrorKind::ConnectionRefused)
     }
 
     /// Connects from outside to the pod.
@@ -219,6 +238,11 @@ pub(crate) fn settings(change: impl FnOnce(&mut Settings)) -> Settings {
     let mut settings = Settings::default();
     change(&mut settings);
     settings
+}
+
+/// Those of a pod that gets no plain text.
+pub(crate) fn strict() -> Settings {
+    settings(|settings| settings.mode = Mode::Strict)
 }
 
 /// Waits until it holds.
