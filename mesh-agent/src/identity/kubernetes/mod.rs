@@ -22,6 +22,8 @@ pub mod election;
 pub mod requests;
 mod roots;
 pub mod signer;
+#[cfg(test)]
+mod testing;
 
 pub use api::ApiError;
 

@@ -237,6 +237,7 @@ mod tests {
     use crate::identity::authority::Authority;
     use crate::identity::bundle::TrustBundles;
     use crate::identity::ca;
+    use crate::identity::kubernetes::testing::kubeconfig;
     use crate::identity::store::{Identities, Issuer, Lifetimes};
     use crate::identity::testing::{cluster_local, id};
 
@@ -290,15 +291,6 @@ mod tests {
             };
             http::Response::new(Full::new(Bytes::from(found.to_string())))
         }
-    }
-
-    fn kubeconfig(server: &str) -> String {
-        format!(
-            "apiVersion: v1\nkind: Config\ncurrent-context: here\n\
-             clusters: [{{name: c, cluster: {{server: '{server}'}}}}]\n\
-             users: [{{name: u, user: {{}}}}]\n\
-             contexts: [{{name: here, context: {{cluster: c, user: u}}}}]\n"
-        )
     }
 
     struct World {

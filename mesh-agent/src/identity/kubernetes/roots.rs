@@ -149,15 +149,20 @@ impl Roots {
         if vouching.is_empty() {
             return Err(CaError::NoRoot { place: self.place(CERT).display().to_string() });
         }
+        let now_s = unix_s(now);
+        let is_spread = |root: &Published| {
+            vouching.contains(&root.fingerprint) && root.is_spread(self.spread, now_s)
+        };
+        let may_sign = before.as_deref().is_none_or(|roots| roots.iter().any(is_spread));
         // Those in `ca.crt` and those that vouch: more than one may.
         let named: Vec<_> = named(&secret, &self.place(ROOTS))?;
         vouching.retain(|fingerprint| !named.contains(fingerprint));
         let mut in_use = [vouching, named].concat();
-        if let Some(current) = &self.current {
+        // Not once the Secret's may sign: another signer may have let the old one retire meanwhile.
+        if let Some(current) = self.current.as_ref().filter(|_| !may_sign) {
             // One that has expired needs nobody any more.
             in_use.extend(self.vouching(current, &certs, now).unwrap_or_default());
         }
-        let now_s = unix_s(now);
         let roots = follow(before.as_deref(), &in_use, now_s);
         if is_lost || before.as_deref() != Some(&roots) {
             self.publish(map.as_ref(), &roots, &certs).await?;
@@ -167,10 +172,15 @@ impl Roots {
         let spread: Vec<_> = spread.map(|root| root.fingerprint.as_str()).collect();
         certs.retain(|(_, root)| spread.contains(&root.fingerprint.as_str()));
         let waits = self.vouching(&candidate, &certs, now)?.is_empty();
-        let authority = match &self.current {
-            Some(current) if waits => Arc::clone(current),
+        // What has signed in an earlier term may be trusted by nobody any more.
+        let current = self.current.as_ref().filter(|current| {
+            let trusted = self.vouching(current, &certs, now).unwrap_or_default();
+            waits && !trusted.is_empty()
+        });
+        let authority = match current {
+            Some(current) => Arc::clone(current),
             None if waits => return Err(CaError::NotSpread),
-            _ => candidate,
+            None => candidate,
         };
         self.current = Some(Arc::clone(&authority));
         Ok(Standing { authority, waits })
@@ -334,9 +344,14 @@ fn unix_s(at: SystemTime) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use kube::Client;
+
     use super::*;
+    use crate::identity::kubernetes::testing::{SECRET as AT, Server, new_root};
+    use crate::identity::testing::cluster_local;
 
     const SPREAD: Duration = Duration::from_secs(180);
+    const MAP: &str = "/api/v1/namespaces/malla-system/configmaps/malla-trust";
 
     fn names(names: &[&str]) -> Vec<String> {
         names.iter().map(|name| (*name).to_owned()).collect()
@@ -375,6 +390,55 @@ mod tests {
         assert_eq!(follow(Some(&roots), &names(&["b"]), until), both[..1]);
         // Named again, it stays, and is as old as it was.
         assert_eq!(follow(Some(&roots), &names(&["b", "a"]), until - 1), both);
+    }
+
+    /// Those of a signer.
+    fn roots_of(client: &Client) -> Roots {
+        Roots {
+            api: Api::new(client.clone()),
+            namespace: "malla-system".into(),
+            trust_domain: cluster_local(),
+            spread: SPREAD,
+            current: None,
+            last: None,
+        }
+    }
+
+    /// Two signers: the first one has seen the first root, and the second one has replaced it by another.
+    /// Also returns when that is done, and the fingerprint of the root that signs then.
+    async fn replaced() -> (Server, Roots, Roots, SystemTime, String) {
+        let (server, client) = Server::start().await;
+        let (mut one, mut other) = (roots_of(&client), roots_of(&client));
+        let begin = SystemTime::now();
+        server.put(AT, new_root().1);
+        let first = one.look(begin).await.unwrap().authority.root().fingerprint.clone();
+        server.put(AT, new_root().1);
+        assert_eq!(other.look(begin).await.unwrap_err().reason(), "not_spread");
+        let now = begin + SPREAD;
+        let second = other.look(now).await.unwrap();
+        let signs = second.authority.root().fingerprint.clone();
+        assert!(!second.waits && signs != first);
+        (server, one, other, now, signs)
+    }
+
+    #[tokio::test]
+    async fn signer_that_leads_again_lets_a_root_retire_that_another_one_has_replaced() {
+        let (server, mut one, _, now, second) = replaced().await;
+        let published = server.get(MAP);
+        let again = one.look(now + Duration::from_secs(60)).await.unwrap();
+        assert_eq!(again.authority.root().fingerprint, second);
+        assert_eq!(server.get(MAP), published, "for no longer than before");
+    }
+
+    #[tokio::test]
+    async fn root_that_nobody_trusts_any_more_signs_for_no_signer_that_leads_again() {
+        let (server, mut one, mut other, now, second) = replaced().await;
+        let later = now + RETIREMENT + Duration::from_secs(1);
+        other.look(later).await.unwrap();
+        server.put(AT, new_root().1);
+        assert_eq!(one.look(later).await.unwrap_err().reason(), "not_spread");
+        let standing = other.look(later).await.unwrap();
+        assert!(standing.waits && standing.authority.root().fingerprint == second);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use mesh_core::sign::{Claim, Denied, Facts, Grant, Placed, Request, Requester, R
 use mesh_core::spiffe::TrustDomain;
 use rcgen::SubjectPublicKeyInfo;
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
@@ -30,7 +30,7 @@ use super::roots::{Roots, Standing};
 use super::{ApiError, pem};
 use crate::discovery::client::escaped;
 use crate::discovery::enrol;
-use crate::discovery::kube::Namespace;
+use crate::discovery::kube::{Namespace, Pod, Time};
 use crate::identity::authority::Authority;
 use crate::identity::ca::CaError;
 use crate::identity::request::{self, Read};
@@ -49,8 +49,12 @@ const SILENCE: Duration = Duration::from_secs(WATCH_S + 30);
 const RETRY: Duration = Duration::from_secs(1);
 /// At one request, before it waits for its turn to come again.
 const ATTEMPTS: u32 = 3;
-/// Requests in one answer.
-const PAGE: usize = 200;
+/// Requests in one answer. Whoever may make them may make each as large as the API lets an object be, 1.5 MB,
+/// and an answer is in memory as text and read, beside those that are being answered.
+const PAGE: usize = 8;
+/// A pod that should have been gone for so long is none: Kubernetes takes no token that is bound to it any more
+/// (the leeway in `pkg/serviceaccount/claims.go`).
+const GONE: Duration = Duration::from_secs(60);
 
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 const NODE_UID: &str = "authentication.kubernetes.io/node-uid";
@@ -79,6 +83,8 @@ pub struct Signer {
     telemetry: CaTelemetry,
     /// What it needs before it can answer, if that is missing.
     problem: watch::Sender<Option<String>>,
+    /// From one term to the next: what has signed before may have to sign on.
+    roots: Mutex<Roots>,
 }
 
 impl Signer {
@@ -87,7 +93,16 @@ impl Signer {
         let agent = format!("system:serviceaccount:{}:{}", settings.namespace, settings.agent);
         let rules = Rules { trust_domain: settings.trust_domain.clone(), agent };
         let problem = watch::Sender::new(None);
-        Self { api: Api::new(client), settings, rules, telemetry, problem }
+        let api = Api::new(client);
+        let roots = Mutex::new(Roots {
+            api: api.clone(),
+            namespace: settings.namespace.clone(),
+            trust_domain: settings.trust_domain.clone(),
+            spread: settings.spread,
+            current: None,
+            last: None,
+        });
+        Self { api, settings, rules, telemetry, problem, roots }
     }
 
     /// Why it cannot answer, while it should.
@@ -119,14 +134,8 @@ impl Signer {
 
     /// Keeps what signs current.
     async fn look(&self, standing: &watch::Sender<Option<Standing>>) {
-        let mut roots = Roots {
-            api: self.api.clone(),
-            namespace: self.settings.namespace.clone(),
-            trust_domain: self.settings.trust_domain.clone(),
-            spread: self.settings.spread,
-            current: None,
-            last: None,
-        };
+        // One term ends before the next one begins.
+        let mut roots = self.roots.lock().await;
         loop {
             match roots.look(SystemTime::now()).await {
                 Ok(now) => {
@@ -287,7 +296,8 @@ impl Signer {
         if let Some(namespace) = self.api.get::<Namespace>(&namespace).await?
             && let Some(pods) = self.api.get::<Pods>(&pods).await?
         {
-            for pod in pods.items {
+            let now = SystemTime::now();
+            for pod in pods.items.into_iter().filter(|pod| !is_gone(pod, now)) {
                 let spec = pod.spec.as_ref();
                 placed.push(Placed {
                     is_enrolled: enrol::takes_part(&namespace, &pod),
@@ -377,6 +387,12 @@ fn condition(kind: &str, reason: &str, message: &str) -> Value {
     json!({"type": kind, "status": "True", "reason": reason, "message": message})
 }
 
+/// Whether `pod` should have been gone long ago: something, such as a finalizer, may keep its object for ever.
+fn is_gone(pod: &Pod, now: SystemTime) -> bool {
+    let due = pod.metadata.deletion_timestamp.map(|Time(due)| SystemTime::from(due));
+    due.is_some_and(|due| now.duration_since(due).is_ok_and(|since| since > GONE))
+}
+
 /// The requests that are being answered.
 struct Desk<'a> {
     signer: &'a Arc<Signer>,
@@ -416,3 +432,6 @@ impl Desk<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

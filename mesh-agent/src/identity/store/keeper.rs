@@ -25,6 +25,11 @@ const SET_BACK: Duration = Duration::from_secs(60);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const SLOWEST_RETRY: Duration = Duration::from_secs(60);
 
+/// An issuer that has denied so often in a row means it, and is asked after so long, or when something changes
+/// that it may have gone by: the API keeps each request for an hour.
+const DENIALS: u32 = 5;
+const DENIED_RETRY: Duration = Duration::from_secs(300);
+
 /// What became of an attempt.
 pub(super) type Answered = Result<(SpiffeId, Result<Issued, CaError>), tokio::task::JoinError>;
 
@@ -33,6 +38,8 @@ pub(super) type Answered = Result<(SpiffeId, Result<Issued, CaError>), tokio::ta
 pub(super) struct Keeper {
     lifetimes: Lifetimes,
     entries: HashMap<SpiffeId, Entry>,
+    /// What was wanted last.
+    wanted: HashSet<SpiffeId>,
     /// Something was answered that is not published yet.
     pub(super) is_stale: bool,
 }
@@ -48,17 +55,23 @@ struct Entry {
     tried: Option<SystemTime>,
     /// Attempts that failed since the last that did not.
     failures: u32,
+    /// Denials since the last other answer.
+    denials: u32,
     /// When to drop it: no pod has it any more.
     leaves: Option<SystemTime>,
 }
 
 impl Keeper {
     pub(super) fn new(lifetimes: Lifetimes) -> Self {
-        Self { lifetimes, entries: HashMap::new(), is_stale: false }
+        Self { lifetimes, entries: HashMap::new(), wanted: HashSet::new(), is_stale: false }
     }
 
     /// Takes in what is wanted, and drops what has lingered. Says whether lookups change.
     pub(super) fn follow(&mut self, wanted: &HashSet<SpiffeId>, now: SystemTime) -> bool {
+        if self.wanted != *wanted {
+            self.wanted.clone_from(wanted);
+            self.ask_again(now);
+        }
         for id in wanted {
             let new = || Entry {
                 slot: Slot::default(),
@@ -66,6 +79,7 @@ impl Keeper {
                 is_asked: false,
                 tried: None,
                 failures: 0,
+                denials: 0,
                 leaves: None,
             };
             self.entries.entry(id.clone()).or_insert_with(new).leaves = None;
@@ -77,7 +91,16 @@ impl Keeper {
         before != self.entries.len()
     }
 
-    /// Makes due what `trust` does not cover.
+    /// Makes due what was denied for good, but nothing that was denied just now: what changes may change often.
+    fn ask_again(&mut self, now: SystemTime) {
+        for entry in self.entries.values_mut().filter(|entry| entry.denials >= DENIALS) {
+            entry.denials = 0;
+            let again = entry.tried.map_or(now, |tried| tried + SLOWEST_RETRY);
+            entry.due = entry.due.min(again.max(now));
+        }
+    }
+
+    /// Makes due what `trust` does not cover, and what was denied under another one.
     pub(super) fn renew_untrusted(&mut self, trust: &TrustBundles, now: SystemTime) {
         for entry in self.entries.values_mut() {
             let chain = entry.slot.cert.as_ref().map(|cert| &cert.certified.cert);
@@ -85,6 +108,7 @@ impl Keeper {
                 entry.due = now;
             }
         }
+        self.ask_again(now);
     }
 
     pub(super) fn due(&self, now: SystemTime) -> Vec<SpiffeId> {
@@ -127,7 +151,7 @@ impl Keeper {
             Ok((certified, issued)) => match untrusted(trust, &certified.cert, now) {
                 None => {
                     info!(identity = %id, serial = issued.serial, "certificate issued");
-                    entry.failures = 0;
+                    (entry.failures, entry.denials) = (0, 0);
                     entry.due = renew_at(now, issued.not_after, draw);
                     let cert = Some(HeldCert::new(certified, &issued));
                     entry.slot = Slot { cert, error: None, is_denied: false };
@@ -140,7 +164,13 @@ impl Keeper {
             },
             Err(error) => telemetry::chain(&error),
         };
-        entry.due = now + retry_after(entry.failures, self.lifetimes.lifetime, draw);
+        entry.denials = if is_denied { entry.denials.saturating_add(1) } else { 0 };
+        let lifetime = self.lifetimes.lifetime;
+        let wait = match entry.denials >= DENIALS {
+            true => jittered(DENIED_RETRY, lifetime, draw),
+            false => retry_after(entry.failures, lifetime, draw),
+        };
+        entry.due = now + wait;
         entry.failures = entry.failures.saturating_add(1);
         if entry.slot.error.as_deref() == Some(failure.as_str()) {
             debug!(identity = %id, error = failure, "certificate not issued");
@@ -189,7 +219,12 @@ pub fn renew_at(issued: SystemTime, expires: SystemTime, draw: f64) -> SystemTim
 /// eighth of a life, so that half a life holds several attempts; jittered downwards by up to half.
 pub fn retry_after(failures: u32, lifetime: Duration, draw: f64) -> Duration {
     let doubled = FIRST_RETRY.saturating_mul(2u32.saturating_pow(failures));
-    doubled.min(SLOWEST_RETRY).min(lifetime / 8).mul_f64(0.5 + 0.5 * draw.clamp(0.0, 1.0))
+    jittered(doubled.min(SLOWEST_RETRY), lifetime, draw)
+}
+
+/// `wait`, but no more than an eighth of a life, or up to half of that less.
+fn jittered(wait: Duration, lifetime: Duration, draw: f64) -> Duration {
+    wait.min(lifetime / 8).mul_f64(0.5 + 0.5 * draw.clamp(0.0, 1.0))
 }
 
 /// Why peers that trust what we trust would refuse `chain`.

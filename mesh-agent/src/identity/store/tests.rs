@@ -328,6 +328,37 @@ fn retries_slow_down_and_stay_within_a_life() {
     assert_eq!(retry_after(9, Duration::from_secs(8), 1.0), Duration::from_secs(1));
 }
 
+#[test]
+fn identity_that_is_denied_again_and_again_is_asked_for_seldom_until_something_changes() {
+    let dir = TempDir::new();
+    ca::init(dir.path(), &cluster_local(), SystemTime::now()).unwrap();
+    let trust = load(dir.path());
+    let (mut keeper, now) = (Keeper::new(Lifetimes::default()), SystemTime::now());
+    keeper.follow(&HashSet::from([id("a")]), now);
+    let denied = |keeper: &mut Keeper, draw| {
+        let denied = CaError::Denied { why: "not_enrolled".into() };
+        keeper.issued(&id("a"), Err(denied), &trust, now, draw);
+        keeper.next(now).as_secs()
+    };
+    let waits: Vec<_> = (0..6).map(|_| denied(&mut keeper, 1.0)).collect();
+    assert_eq!(waits, [1, 2, 4, 8, 300, 300]);
+    assert_eq!(denied(&mut keeper, 0.0), 150);
+
+    let (soon, later) = (now + Duration::from_secs(10), now + Duration::from_secs(100));
+    assert!(keeper.due(later).is_empty());
+    // Another pod has come.
+    keeper.follow(&HashSet::from([id("a"), id("b")]), soon);
+    assert_eq!(keeper.due(soon), [id("b")], "it was denied a moment ago");
+    assert!(keeper.due(later).contains(&id("a")));
+    keeper.asked(&id("b"));
+    for _ in 0..5 {
+        denied(&mut keeper, 1.0);
+    }
+    assert!(keeper.due(later).is_empty());
+    keeper.renew_untrusted(&trust, later);
+    assert_eq!(keeper.due(later), [id("a")]);
+}
+
 const DAY: Duration = Duration::from_secs(86_400);
 
 /// The clock is looked at, and what is due is made.

@@ -1,0 +1,154 @@
+//! A signer, against a server that speaks as much of the Kubernetes API as it asks for.
+
+use std::path::Path;
+
+use k8s_openapi::ByteString;
+use mesh_core::sign::USAGES;
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, UnixTime};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::identity::bundle::{TrustBundles, parse_roots};
+use crate::identity::kubernetes::testing::{SECRET, Server, new_root};
+use crate::identity::testing::{cluster_local, id};
+use crate::identity::verify::{PeerRole, verify_peer};
+
+const SIGNER: &str = "a.example/b";
+
+/// A signer in a cluster with one node, `a`, and an enrolled namespace.
+struct World {
+    server: Server,
+    leads: watch::Sender<bool>,
+    problem: watch::Receiver<Option<String>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl World {
+    async fn new() -> Self {
+        let (server, client) = Server::start().await;
+        server.put("/api/v1/nodes/a", json!({"metadata": {"name": "a", "uid": "uid-a"}}));
+        let annotations = json!({"malla.dev/mesh": "enabled"});
+        let namespace = json!({"metadata": {"name": "default", "annotations": annotations}});
+        server.put("/api/v1/namespaces/default", namespace);
+        let settings = Settings {
+            signer: SIGNER.into(),
+            namespace: "malla-system".into(),
+            agent: "malla-agent".into(),
+            trust_domain: cluster_local(),
+            spread: Duration::from_secs(180),
+        };
+        let signer = Signer::new(client, settings, CaTelemetry::new());
+        let (leads, problem) = (watch::Sender::new(false), signer.problem());
+        let task = tokio::spawn(signer.run(leads.subscribe()));
+        Self { server, leads, problem, task }
+    }
+
+    /// A pod of the node, of the service account `web`.
+    fn pod(&self, metadata: Value) {
+        let mut pod = json!({
+            "metadata": metadata,
+            "spec": {"nodeName": "a", "serviceAccountName": "web"},
+        });
+        pod["metadata"]["namespace"] = json!("default");
+        self.server.put("/api/v1/namespaces/default/pods/web-1", pod);
+    }
+
+    /// The node's agent asks for a certificate of that service account.
+    fn ask(&self, name: &str) {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+        let asked = request::make(&id("web"), &key).unwrap();
+        let spec = json!({
+            "request": ByteString(asked.into_bytes()),
+            "signerName": SIGNER,
+            "usages": USAGES,
+            "expirationSeconds": 3600,
+            "username": "system:serviceaccount:malla-system:malla-agent",
+            "extra": {NODE_NAME: ["a"], NODE_UID: ["uid-a"]},
+        });
+        let metadata = json!({"name": name, "resourceVersion": "1"});
+        let path = format!("{REQUESTS}/{name}");
+        self.server.put(&path, json!({"metadata": metadata, "spec": spec}));
+    }
+
+    /// Its `status`, when it is answered.
+    async fn answer(&self, name: &str) -> Value {
+        let path = format!("{REQUESTS}/{name}");
+        let is_answered = |server: &Server| {
+            let object = server.get(&path);
+            let status = &object["status"];
+            status["certificate"].is_string() || status["conditions"][0]["type"] == "Denied"
+        };
+        self.server.until("an answer", is_answered).await;
+        self.server.get(&path)["status"].clone()
+    }
+}
+
+/// Whether the certificate in `status` was signed below this root.
+fn is_signed_by(root: &str, status: &Value) -> bool {
+    let ByteString(chain) = serde_json::from_value(status["certificate"].clone()).unwrap();
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(&chain).map(Result::unwrap).collect();
+    let (der, root) = parse_roots(Path::new("root"), root.as_bytes()).unwrap().remove(0);
+    let trust = TrustBundles::of(&der, root, &cluster_local());
+    verify_peer(&trust, &chain, PeerRole::Server, UnixTime::now()).is_ok()
+}
+
+/// Each may be 1.5 MB, and whoever may make requests can make many.
+#[tokio::test]
+async fn requests_are_listed_a_few_at_a_time() {
+    let world = World::new().await;
+    world.server.put(SECRET, new_root().1);
+    world.leads.send_replace(true);
+    let listed = |server: &Server| {
+        let is_list = |asked: &String| asked.starts_with(REQUESTS) && !asked.contains("watch=1");
+        server.asked().into_iter().find(is_list)
+    };
+    world.server.until("a list", |server| listed(server).is_some()).await;
+    let listed = listed(&world.server).unwrap();
+    assert!(listed.contains("&limit=8&"), "{listed}");
+}
+
+#[tokio::test]
+async fn root_that_has_signed_signs_on_in_another_term_until_its_successor_is_known() {
+    let mut world = World::new().await;
+    let ((old, old_secret), (new, new_secret)) = (new_root(), new_root());
+    world.server.put(SECRET, old_secret);
+    world.pod(json!({"name": "web-1"}));
+    world.ask("one");
+    world.leads.send_replace(true);
+    assert!(is_signed_by(&old, &world.answer("one").await));
+
+    world.leads.send_replace(false);
+    // It tells at the end of each term.
+    world.problem.changed().await.unwrap();
+    world.server.put(SECRET, new_secret);
+    world.ask("two");
+    world.leads.send_replace(true);
+    let answer = world.answer("two").await;
+    assert!(is_signed_by(&old, &answer) && !is_signed_by(&new, &answer));
+}
+
+/// A finalizer, or a node that is away, may keep its object for ever.
+#[tokio::test]
+async fn pod_that_should_have_been_gone_for_a_minute_is_none() {
+    for (late_s, expected) in [(20, "signed"), (100, "no_pod")] {
+        let world = World::new().await;
+        world.server.put(SECRET, new_root().1);
+        let due = OffsetDateTime::now_utc() - Duration::from_secs(late_s);
+        let due = due.format(&Rfc3339).unwrap();
+        world.pod(json!({"name": "web-1", "deletionTimestamp": due}));
+        world.ask("one");
+        world.leads.send_replace(true);
+        let condition = world.answer("one").await["conditions"][0].clone();
+        assert_eq!(condition["reason"], expected, "{condition}");
+    }
+}
