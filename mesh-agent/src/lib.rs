@@ -19,6 +19,7 @@ pub mod discovery;
 pub mod fuzzing;
 pub mod identity;
 pub mod inbound;
+pub mod known;
 pub mod net;
 pub mod node;
 pub mod opening;

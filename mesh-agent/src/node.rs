@@ -4,7 +4,6 @@
 //! namespaces, the loads that balancing shares, and its worker's tunnels.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,21 +11,15 @@ use arc_swap::ArcSwap;
 use mesh_core::addr::OrigDst;
 use mesh_core::affinity::Affinities;
 use mesh_core::balance::{Loads, Policy};
-use mesh_core::snapshot::{Snapshot, Workload, WorkloadUid};
-use mesh_core::spiffe::SpiffeId;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
-use tokio::time::timeout;
+use mesh_core::snapshot::{Workload, WorkloadUid};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::capture::{Capture, OrigDstTable};
-use crate::discovery::Demand;
+use crate::known::Known;
 use crate::net::Netns;
 use crate::opening::Opening;
 use crate::telemetry::Telemetry;
 use crate::tunnel::Tunnels;
-
-/// How long a connection waits until somebody has read what it needs to know. An API server that takes
-/// longer is down, and what it could not tell is refused.
-const READ_LIMIT: Duration = Duration::from_secs(3);
 
 /// How connections are treated, fixed at start.
 #[derive(Clone, Copy, Debug)]
@@ -49,7 +42,7 @@ impl Limits {
 #[derive(Debug)]
 pub struct Node {
     /// What is known of the mesh now.
-    pub snapshot: ArcSwap<Snapshot>,
+    pub known: Known,
     /// The pods of this node whose namespaces are open, by UID.
     pub pods: ArcSwap<HashMap<WorkloadUid, Arc<LocalPod>>>,
     /// Latency and outstanding connections by endpoint.
@@ -70,10 +63,6 @@ pub struct Node {
     pub draining: watch::Receiver<bool>,
     /// To whoever writes verdicts of the direct way. A full queue means later.
     pub wishes: mpsc::Sender<Wish>,
-    /// To a source that reads pods of other nodes when they are needed, if it is one that does.
-    pub demands: Option<mpsc::Sender<Demand>>,
-    /// The generation of [`Self::snapshot`], to wait for.
-    pub stored: watch::Sender<u64>,
 }
 
 /// A connection was carried that the kernel could let through by itself the next time.
@@ -125,40 +114,6 @@ impl Node {
         self.pods.load().get(uid).cloned()
     }
 
-    /// A snapshot in which `is_known` holds of `ip`, from where `caller` has called; if that cannot be had
-    /// in time, the present one.
-    ///
-    /// Cancel-safe.
-    pub async fn knowing(
-        &self,
-        ip: IpAddr,
-        caller: Option<&SpiffeId>,
-        is_known: impl Fn(&Snapshot) -> bool,
-    ) -> Arc<Snapshot> {
-        let snapshot = self.snapshot.load_full();
-        let Some(demands) = self.demands.as_ref().filter(|_| !is_known(&snapshot)) else {
-            return snapshot;
-        };
-        let asked = async {
-            let mut stored = self.stored.subscribe();
-            loop {
-                let (done, answer) = oneshot::channel();
-                demands.send(Demand::Know { ip, caller: caller.cloned(), done }).await.ok()?;
-                let generation = answer.await.ok()?;
-                let now = *stored.wait_for(|stored| *stored >= generation).await.ok()?;
-                if is_known(&self.snapshot.load()) {
-                    return Some(());
-                }
-                // It could not be read, or a service has another new endpoint by now: the next state tells, or makes
-                // the question a new one.
-                stored.wait_for(|stored| *stored > now).await.ok()?;
-            }
-        };
-        // In vain or not: what is known by then decides.
-        timeout(READ_LIMIT, asked).await.ok();
-        self.snapshot.load_full()
-    }
-
     /// Whether the agent takes no new connections any more.
     pub fn is_draining(&self) -> bool {
         *self.draining.borrow()
@@ -174,7 +129,7 @@ impl Worker {
 
     /// A connection to or from a pod of another node begins: what is known of it is kept.
     pub fn uses(&self, workload: &Workload) {
-        if self.node.demands.is_some() {
+        if self.node.known.reads_on_demand() {
             let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
             if !used.contains(&workload.uid) {
                 used.insert(Arc::clone(&workload.uid));

@@ -13,6 +13,25 @@ use harness::{Carrier, Family, Mesh, Predecessor, Serve, exchange, wait};
 /// From SIGTERM of the old agent until it lets go.
 const TAKEOVER: Duration = Duration::from_secs(40);
 
+/// What a new agent says that stands by.
+const WAITS: &str = "waiting for it to drain";
+
+/// Starts a new agent of the first node that waits for the one that runs, and returns that one.
+fn wait_beside(mesh: &mut Mesh) -> Result<Predecessor> {
+    let old = mesh.agent_mut("a").start_beside()?;
+    wait::until(wait::SOON, "the new one to wait", || mesh.agent("a").log().contains(WAITS))?;
+    Ok(old)
+}
+
+/// Starts one that ends with `why`, and returns the one that runs on.
+fn give_up_beside(mesh: &mut Mesh, why: &str) -> Result<Predecessor> {
+    let mut old = mesh.agent_mut("a").start_beside()?;
+    wait::until(wait::SOON, "the new one to give up", || mesh.agent("a").log().contains(why))?;
+    ensure!(!mesh.agent("a").log().contains(WAITS), "it said that it could");
+    ensure!(old.runs()?);
+    Ok(old)
+}
+
 #[test]
 fn agent_that_stands_by_is_ready_and_takes_over_when_the_old_one_drains() -> Result<()> {
     harness::require!();
@@ -33,10 +52,7 @@ fn stands_by(carrier: Carrier) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     held.iter_mut().try_for_each(|held| exchange(held, b"before"))?;
 
-    let mut old = mesh.agent_mut("a").start_beside()?;
-    wait::until(wait::SOON, "the new one to wait", || {
-        mesh.agent("a").log().contains("waiting for it to drain")
-    })?;
+    let mut old = wait_beside(&mut mesh)?;
     // Whichever of the two answers.
     for _ in 0..20 {
         ensure!(mesh.agent("a").is_ready());
@@ -74,12 +90,7 @@ fn agent_that_could_not_load_its_programs_is_never_ready_to_replace_one() -> Res
     let to = mesh.service("b").v4(80);
     let rights = "--bounding-set=-bpf,-perfmon,-sys_admin";
     mesh.agent_mut("a").start_through(&["setpriv", rights, "--"]);
-    let mut old = mesh.agent_mut("a").start_beside()?;
-    wait::until(wait::SOON, "the new one to give up", || {
-        mesh.agent("a").log().contains("this agent cannot replace the one that runs here")
-    })?;
-    ensure!(!mesh.agent("a").log().contains("waiting for it to drain"));
-    ensure!(old.runs()?);
+    let old = give_up_beside(&mut mesh, "this agent cannot replace the one that runs here")?;
     exchange(&mut mesh.pod("a1").connect(to)?, b"the old one carries")?;
     // The next one can.
     mesh.agent_mut("a").start_through(&[]);
@@ -96,12 +107,7 @@ fn agent_whose_port_another_program_has_is_never_ready_to_replace_one() -> Resul
     let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
     let theirs = mesh.node("a").netns().run(|| Ok(TcpListener::bind("[::]:9100")?))?;
     mesh.agent_mut("a").set_flag("--metrics-addr=[::]:9100");
-    let mut old = mesh.agent_mut("a").start_beside()?;
-    wait::until(wait::SOON, "the new one to give up", || {
-        mesh.agent("a").log().contains("--metrics-addr: listen on [::]:9100, in place of")
-    })?;
-    ensure!(!mesh.agent("a").log().contains("waiting for it to drain"));
-    ensure!(old.runs()?);
+    let _old = give_up_beside(&mut mesh, "--metrics-addr: listen on [::]:9100, in place of")?;
     let to = mesh.service("b").v4(80);
     exchange(&mut mesh.pod("a1").connect(to)?, b"the old one carries")?;
     drop(theirs);
@@ -122,10 +128,7 @@ fn is_opened(carrier: Carrier) -> Result<()> {
     let builder = Mesh::two_nodes_builder().carrier(carrier);
     let mut mesh = builder.flag("--standby=on").flag("--connect-timeout-s=20").start()?;
     let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
-    let old = mesh.agent_mut("a").start_beside()?;
-    wait::until(wait::SOON, "the new one to wait", || {
-        mesh.agent("a").log().contains("waiting for it to drain")
-    })?;
+    let old = wait_beside(&mut mesh)?;
     mesh.agent_mut("b").signal(libc::SIGSTOP)?;
     let mut opens = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
     opens.set_read_timeout(Some(wait::SOON))?;
@@ -149,10 +152,7 @@ fn is_followed(carrier: Carrier) -> Result<()> {
     let mut mesh = builder.flag("--standby=on").flag("--drain-s=2").start()?;
     let _there = mesh.pod("b1").serve(8080, Serve::Echo)?;
     let _here = mesh.pod("a1").serve(8080, Serve::Echo)?;
-    let old = mesh.agent_mut("a").start_beside()?;
-    wait::until(wait::SOON, "the new one to wait", || {
-        mesh.agent("a").log().contains("waiting for it to drain")
-    })?;
+    let old = wait_beside(&mut mesh)?;
     let end = AtomicBool::new(false);
     let mesh = RwLock::new(mesh);
     let dialled = thread::scope(|scope| {

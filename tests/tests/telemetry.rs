@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Carrier, Mesh, PodSpec, Serve, exchange, linger_zero, wait};
+use harness::{Carrier, Mesh, PodSpec, Serve, ServiceSpec, exchange, linger_zero, wait};
 
 /// The labels of Istio's TCP metrics, which dashboards select by.
 const LABELS: &[&str] = &[
@@ -30,6 +30,28 @@ const LABELS: &[&str] = &[
     "source_workload",
     "source_workload_namespace",
 ];
+
+/// One endpoint of the service is in the mesh, and refuses.
+#[test]
+fn what_goes_in_plain_text_after_an_attempt_in_the_mesh_is_told_as_plain() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("out", "b").annotation("malla.dev/mesh", "disabled"))
+        .service(ServiceSpec::new("both").port(80, 8080).pods(&["a2", "out"]))
+        .flag("--balance=round-robin")
+        .start()?;
+    let _server = mesh.pod("out").serve(8080, Serve::Echo)?;
+    for _ in 0..2 {
+        exchange(&mut mesh.pod("a1").connect(mesh.service("both").v4(80))?, b"out there?")?;
+    }
+    let agent = mesh.agent("a");
+    agent.wait_for_record(&[("direction", "inbound"), ("reason", "connection_refused")])?;
+    let closed = "istio_tcp_connections_closed_total";
+    let of = |security| [("reporter", "source"), ("connection_security_policy", security)];
+    agent.wait_for_metric(closed, &of("unknown"), 2.0)?;
+    ensure!(agent.metric(closed, &of("mutual_tls"))? == 0.0, "nothing was proven");
+    Ok(())
+}
 
 #[test]
 fn metrics_of_a_connection_say_who_spoke_to_whom() -> Result<()> {

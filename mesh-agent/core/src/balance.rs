@@ -23,7 +23,7 @@ pub const DECAY: Duration = Duration::from_secs(10);
 /// endpoints would never win a comparison, and locality counts only where it is asked for. Also
 /// stands in until the first sample.
 pub const RTT_FLOOR: Duration = Duration::from_millis(5);
-/// How long an endpoint is tried last after its first failure; doubles with each one in a row.
+/// How long an endpoint is tried last after its first failure; doubles whenever it fails again after that.
 pub const AVOID_FIRST: Duration = Duration::from_secs(2);
 /// The longest time that an endpoint is tried last.
 pub const AVOID_MAX: Duration = Duration::from_secs(60);
@@ -104,13 +104,18 @@ impl Loads {
         load.avoid_until = None;
     }
 
-    /// The endpoint refused, or did not answer in time.
-    pub fn failed(&mut self, addr: EndpointAddr, now: Instant) {
+    /// The endpoint refused what was `asked` of it then, or did not answer in time.
+    pub fn failed(&mut self, addr: EndpointAddr, asked: Instant, now: Instant) {
         let load = self.load_mut(addr, now);
+        load.outstanding = load.outstanding.saturating_sub(1);
+        // What was under way together fails together and is one failure, and so is what came after it for want of
+        // anybody else: a burst would keep an endpoint out for a minute that was away for a moment.
+        if load.avoid_until.is_some_and(|until| asked < until) {
+            return;
+        }
         let avoid = AVOID_FIRST.saturating_mul(1 << load.failures.min(10)).min(AVOID_MAX);
         load.failures = load.failures.saturating_add(1);
         load.avoid_until = Some(now + avoid);
-        load.outstanding = load.outstanding.saturating_sub(1);
     }
 
     /// A connection that was accepted has ended, or one that was chosen was not tried after all.
@@ -311,7 +316,7 @@ mod tests {
         let (mut loads, all, mut draw) = (Loads::default(), endpoints(3), fixed_draws());
         let now = epoch();
         for policy in [Policy::LeastLoaded, Policy::RoundRobin, Policy::Random] {
-            loads.failed(all[1].addr, now);
+            loads.failed(all[1].addr, now, now);
             for _ in 0..50 {
                 let i = loads.pick(policy, &all, &[], now, &mut draw).unwrap();
                 assert_ne!(i, 1, "{policy:?}");
@@ -329,6 +334,30 @@ mod tests {
         let back =
             (0..50).any(|_| loads.pick(Policy::Random, &all, &[], later, &mut draw) == Some(1));
         assert!(back);
+    }
+
+    #[test]
+    fn burst_of_failures_is_one_and_failing_again_afterwards_is_another() {
+        let (mut loads, all) = (Loads::default(), endpoints(2));
+        let (now, addr) = (epoch(), all[0].addr);
+        for i in 0..100 {
+            loads.take(addr, now);
+            loads.failed(addr, now, now + i * MS);
+        }
+        assert_eq!(loads.outstanding(addr), 0);
+        assert_eq!(loads.avoided_for(addr, now), Some(AVOID_FIRST));
+        // Tried all the same, since all are avoided.
+        loads.failed(addr, now + MS, now + 2 * MS);
+        assert_eq!(loads.avoided_for(addr, now), Some(AVOID_FIRST));
+        let mut later = now + AVOID_FIRST;
+        for doubled in [2, 4, 8, 16] {
+            loads.failed(addr, later, later);
+            assert_eq!(loads.avoided_for(addr, later), Some(doubled * AVOID_FIRST));
+            later += doubled * AVOID_FIRST;
+        }
+        loads.accepted(addr, later, MS);
+        loads.failed(addr, later, later);
+        assert_eq!(loads.avoided_for(addr, later), Some(AVOID_FIRST));
     }
 
     #[test]
@@ -366,7 +395,7 @@ mod tests {
             let (mut loads, all) = (Loads::default(), endpoints(n));
             let now = epoch();
             for (i, endpoint) in all.iter().enumerate() {
-                if failing[i] { loads.failed(endpoint.addr, now); }
+                if failing[i] { loads.failed(endpoint.addr, now, now); }
             }
             let mut step = seed;
             let mut tried = Vec::new();

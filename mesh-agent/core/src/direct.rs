@@ -47,6 +47,10 @@ pub fn verdict(
         return None;
     }
     let dst = OrigDst::canonical(dst.0);
+    // Whoever is not read yet takes no part meanwhile, and is read because the agent is asked.
+    if snapshot.is_unread(dst.0.ip()) {
+        return None;
+    }
     let one;
     let (service, pod);
     let endpoints: &[Endpoint] = match route(snapshot, dst) {
@@ -153,7 +157,7 @@ mod tests {
     use super::*;
     use crate::fixtures::{node, service, snapshot, workload};
     use crate::settings::Mode;
-    use crate::snapshot::{Enrolment, Service};
+    use crate::snapshot::{Enrolment, Parts, Service};
 
     fn changed(pod: &Arc<Workload>, change: impl FnOnce(&mut Workload)) -> Arc<Workload> {
         let mut pod = Workload::clone(pod);
@@ -205,6 +209,26 @@ mod tests {
         let there = workload("there", "node-2", &["10.0.2.1"]);
         assert_eq!(ask(&client, &[&here, &there]), Some(vec![direct(&here), agent(&there)]));
         assert_eq!(ask(&client, &[&there]), None, "nothing to gain");
+    }
+
+    #[test]
+    fn service_that_is_read_in_part_is_the_agents() {
+        let client = workload("client", "node-1", &["10.0.1.9"]);
+        let here = workload("here", "node-1", &["10.0.1.1"]);
+        let asked = |unread: &[&str]| {
+            let parts = Parts {
+                workloads: vec![Arc::clone(&client), Arc::clone(&here)],
+                services: vec![service("web", &["10.96.0.1"], 80, vec![at(&here)])],
+                unread: unread.iter().map(|ip| ip.parse().unwrap()).collect(),
+                ..Parts::default()
+            };
+            let trust_domain = client.identity.trust_domain().clone();
+            let snapshot = Snapshot::new(1, "node-1".into(), trust_domain, parts);
+            let dst = OrigDst("10.96.0.1:80".parse().unwrap());
+            verdict(&snapshot, &client, dst, Policy::LeastLoaded, |_| false, nobody_asks)
+        };
+        assert_eq!(asked(&[]), Some(vec![direct(&here)]));
+        assert_eq!(asked(&["10.96.0.1"]), None);
     }
 
     #[test]

@@ -42,7 +42,11 @@ impl GenerationKey {
     pub fn of_destination(self, snapshot: &Snapshot, ip: IpAddr) -> Option<Generation> {
         // As `route` looks: a service's address before a pod's.
         if let Some(found) = snapshot.service_at(ip) {
-            return Some(self.hash(|hasher| service(snapshot, found, hasher)));
+            return Some(self.hash(|hasher| {
+                // Of one that is read in part there is no verdict, and none outlives that.
+                snapshot.is_unread(ip).hash(hasher);
+                service(snapshot, found, hasher);
+            }));
         }
         let workload = snapshot.workload_at(ip)?;
         Some(self.hash(|hasher| {
@@ -156,7 +160,7 @@ mod tests {
     use crate::addr::EndpointAddr;
     use crate::fixtures;
     use crate::settings::Mode;
-    use crate::snapshot::Enrolment;
+    use crate::snapshot::{Enrolment, Parts};
     use crate::spiffe::SpiffeId;
 
     const KEY: GenerationKey = GenerationKey([1, 2]);
@@ -223,6 +227,23 @@ mod tests {
         assert_ne!(KEY.of_pod(&pod, 7), KEY.of_pod(&pod, 8), "another namespace");
         assert_ne!(of_service(&[&pod]), of_service(&[&pod, &other]), "another endpoint");
         assert_ne!(KEY.of_pod(&pod, 7), GenerationKey([1, 3]).of_pod(&pod, 7), "another key");
+    }
+
+    #[test]
+    fn service_that_is_read_in_part_is_another_generation() {
+        let pod = fixtures::workload("a", "node-1", &["10.0.1.1"]);
+        let vip: IpAddr = "10.96.0.1".parse().unwrap();
+        let of = |unread: &[IpAddr]| {
+            let parts = Parts {
+                services: vec![service_of(&[&pod])],
+                unread: unread.iter().copied().collect(),
+                ..Parts::default()
+            };
+            let domain = pod.identity.trust_domain().clone();
+            let snapshot = Snapshot::new(1, "node-1".into(), domain, parts);
+            KEY.of_destination(&snapshot, vip).unwrap()
+        };
+        assert_ne!(of(&[vip]), of(&[]));
     }
 
     #[test]

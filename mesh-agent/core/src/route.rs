@@ -97,12 +97,11 @@ pub enum Way {
     NoNode,
 }
 
-/// What `dst` means in `snapshot`.
+/// What `dst` means in `snapshot`. A service of which some endpoints are not read yet is those that are:
+/// who can wait for the others asks [`Snapshot::is_unread`].
 pub fn route(snapshot: &Snapshot, dst: OrigDst) -> Route {
     let ip = dst.0.ip().to_canonical();
-    if snapshot.is_unread(ip) {
-        return Route::Refuse(RouteRefusal::Unread);
-    }
+    let is_unread = snapshot.is_unread(ip);
     if let Some(service) = snapshot.service_at(ip) {
         let Some(port) = service.port(dst.0.port()) else {
             return Route::Refuse(RouteRefusal::NoSuchPort);
@@ -110,11 +109,13 @@ pub fn route(snapshot: &Snapshot, dst: OrigDst) -> Route {
         let is_elsewhere = service.traffic == InternalTraffic::Local && !port.endpoints.is_empty();
         return match candidates(&port.in_reach, ip) {
             Some(candidates) => Route::Service { service: Arc::clone(service), candidates },
+            None if is_unread => Route::Refuse(RouteRefusal::Unread),
             None if is_elsewhere => Route::Refuse(RouteRefusal::NoLocalEndpoints),
             None => Route::Refuse(RouteRefusal::NoEndpoints),
         };
     }
     match snapshot.workload_at(ip) {
+        _ if is_unread => Route::Refuse(RouteRefusal::Unread),
         Some(workload) => Route::Workload {
             workload: Arc::clone(workload),
             addr: EndpointAddr(crate::addr::canonical(dst.0)),
@@ -156,7 +157,7 @@ mod tests {
     use super::*;
     use crate::fixtures::{endpoint, node, service, snapshot, workload};
     use crate::networks::Networks;
-    use crate::snapshot::Parts;
+    use crate::snapshot::{Parts, ServicePort};
 
     fn dst(text: &str) -> OrigDst {
         OrigDst(text.parse().unwrap())
@@ -255,6 +256,24 @@ mod tests {
             let found = route(&snapshot, dst(to));
             assert_eq!(found, Route::Refuse(RouteRefusal::Unread), "{to}");
         }
+    }
+
+    #[test]
+    fn service_that_is_read_in_part_means_what_is_read() {
+        let mut web =
+            Service::clone(&service("web", &["10.96.0.1"], 80, vec![endpoint("10.0.1.1:80")]));
+        let other = ServicePort { port: 81, in_reach: [].into(), ..web.ports[0].clone() };
+        web.ports.push(other);
+        let trust_domain = workload("any", "node-1", &[]).identity.trust_domain().clone();
+        let parts = Parts {
+            services: vec![Arc::new(web)],
+            unread: ["10.96.0.1".parse().unwrap()].into(),
+            ..Parts::default()
+        };
+        let snapshot = Snapshot::new(1, "node-1".into(), trust_domain, parts);
+        assert_eq!(addrs(&route(&snapshot, dst("10.96.0.1:80"))), ["10.0.1.1:80"]);
+        let unread = Route::Refuse(RouteRefusal::Unread);
+        assert_eq!(route(&snapshot, dst("10.96.0.1:81")), unread, "none of its endpoints is read");
     }
 
     #[test]

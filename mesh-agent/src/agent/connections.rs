@@ -203,7 +203,7 @@ impl Table {
         if self.open.contains_key(&facts.cookie) {
             return None;
         }
-        let snapshot = self.node.snapshot.load_full();
+        let snapshot = self.node.known.load_full();
         let mut open = self.record(&snapshot, facts);
         self.keep_to(&snapshot, &open);
         open.tracked.established(setup);
@@ -254,7 +254,7 @@ impl Table {
     fn ended(&mut self, facts: DirectFacts, ended: &Ended, failure: Option<Failure>) {
         let known = self.open.remove(&facts.cookie);
         let open = known.unwrap_or_else(|| {
-            let mut open = self.record(&self.node.snapshot.load_full(), facts);
+            let mut open = self.record(&self.node.known.load_full(), facts);
             if failure.is_none() {
                 open.tracked.established(Duration::ZERO);
             }
@@ -282,7 +282,7 @@ impl Table {
 
     /// Judges those of `cookies` that are still open.
     fn judge_some(&mut self, cookies: &[u64]) {
-        let snapshot = self.node.snapshot.load_full();
+        let snapshot = self.node.known.load_full();
         for cookie in cookies {
             if let Some(open) = self.open.get_mut(cookie) {
                 open.refuse_unless_allowed(&self.node, &snapshot);

@@ -73,7 +73,7 @@ impl Verdicts {
 
     /// Decides what the kernel may do by itself the next time, and tells it.
     pub(super) fn grant(&mut self, wish: &Wish) {
-        let snapshot = self.node.snapshot.load_full();
+        let snapshot = self.node.known.load_full();
         match self.write(&snapshot, wish) {
             Ok(Some(Written::Yes)) => {
                 self.failing = None;

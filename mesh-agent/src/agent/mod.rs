@@ -11,7 +11,9 @@
 
 mod connections;
 mod direct;
+mod drain;
 mod ending;
+mod heart;
 mod identities;
 mod kubelet;
 mod listeners;
@@ -31,7 +33,6 @@ use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::pin::pin;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -49,6 +50,7 @@ use tracing::{debug, error, info, warn};
 
 use self::connections::Connections;
 use self::direct::{Verdicts, WISHES};
+use self::heart::Heart;
 use self::listeners::{serve_http, serve_tunnels};
 use self::pods::Pods;
 pub use self::signer::run_ca;
@@ -62,6 +64,7 @@ use crate::cli::{Run, UnknownVariable, unknown_variables};
 use crate::discovery::owner::Owner;
 use crate::identity::store::Identities;
 use crate::identity::verify::verify_peer;
+use crate::known::Known;
 use crate::net;
 use crate::node::{Limits, Node, Wish, Worker};
 use crate::telemetry::{self, LogLevel, Telemetry};
@@ -69,41 +72,6 @@ use crate::tunnel::{
     Credentials, Credit, Steering, TicketKeys, TunnelConfig, TunnelStats, Tunnels,
 };
 use crate::workers::Workers;
-
-/// How long an agent that ends waits for what its pods are connecting: longer than a reachable node takes, also one
-/// that has to be asked about.
-const OPENING: Duration = Duration::from_secs(3);
-
-/// The programs take the agent for gone when its heartbeat is 5 s old.
-const HEARTBEAT: Duration = Duration::from_secs(1);
-
-/// Tells the programs that this agent lives, until dropped. A thread of its own: the control thread
-/// may be busy for seconds with manifests, and that must not open pods that fail open.
-struct Heart {
-    stop: Option<mpsc::Sender<()>>,
-    thread: Option<thread::JoinHandle<()>>,
-}
-
-impl Heart {
-    fn start(capture: Arc<Capture>) -> std::io::Result<Self> {
-        let (stop, stopped) = mpsc::channel::<()>();
-        let thread = thread::Builder::new().name("heartbeat".into()).spawn(move || {
-            while stopped.recv_timeout(HEARTBEAT) == Err(RecvTimeoutError::Timeout) {
-                capture.beat();
-            }
-        })?;
-        Ok(Self { stop: Some(stop), thread: Some(thread) })
-    }
-}
-
-impl Drop for Heart {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(Err(_panic)) = self.thread.take().map(thread::JoinHandle::join) {
-            error!("the heartbeat panicked");
-        }
-    }
-}
 
 /// Runs the agent until SIGTERM or SIGINT, then drains.
 ///
@@ -203,7 +171,7 @@ impl Agent {
         let (dismiss, dismissed) = watch::channel(false);
         let (wishes, wished) = queue::channel(WISHES);
         let node = Arc::new(Node {
-            snapshot: ArcSwap::new(Arc::clone(&snapshots.borrow())),
+            known: Known::new(Arc::clone(&snapshots.borrow()), source.demands()),
             pods: ArcSwap::new(Arc::new(HashMap::new())),
             loads: Mutex::new(Loads::default()),
             affinities: Mutex::default(),
@@ -218,8 +186,6 @@ impl Agent {
             opening: Arc::default(),
             draining,
             wishes,
-            demands: source.demands(),
-            stored: watch::Sender::new(0),
         });
 
         let count = options.workers.map_or_else(available_cores, NonZeroUsize::get);
@@ -348,8 +314,7 @@ impl Agent {
         if let Some(connections) = &self.connections {
             connections.hear();
         }
-        self.node.snapshot.store(Arc::clone(&snapshot));
-        self.node.stored.send_replace(snapshot.generation);
+        self.node.known.store(Arc::clone(&snapshot));
         if let Some(connections) = &self.connections {
             connections.judge(&snapshot);
         }
@@ -404,88 +369,6 @@ impl Agent {
         self.views.follow_direct(connections.clone());
         self.connections = Some(connections);
     }
-
-    /// Takes no new connection, lets those that are open end, and leaves the programs in the kernel:
-    /// what they capture is refused until a successor is there. Where none is to come they go too.
-    async fn end(mut self) {
-        let open = || {
-            let permits = self.node.connections.available_permits();
-            self.options.max_connections.get().saturating_sub(permits)
-        };
-        let is_last = match &self.owner {
-            Some(owner) => owner.is_gone().await,
-            None => false,
-        };
-        // A successor holds pods back by itself.
-        drop(self.unknown.take());
-        if is_last {
-            self.node.capture.let_all_go();
-            // What pods open from here on is theirs again; what they have open goes on meanwhile.
-            let nothing = Snapshot::empty(
-                self.options.node.as_str().into(),
-                self.options.trust_domain.clone(),
-            );
-            self.pods.follow(&nothing, || false).await;
-        } else if let Some(turn) = self.turn.take() {
-            // And two would tell the programs what only one of them means.
-            drop(self.heart.take());
-            self.shared.shutdown().await;
-            if let Some(connections) = self.connections.take() {
-                connections.let_go();
-            }
-            if let Err(error) = self.steering.make_room() {
-                warn!(%error, stage = "tunnel", "QUIC connections may be reset by the next agent");
-            }
-            let handing_over = turn.hand_over(&self.options.admin.socket);
-            tokio::select! {
-                () = handing_over => {}
-                () = keep_knowing(&self.node, &mut self.snapshots) => {}
-            }
-        }
-        // Peers whose flows it would deliver by what it knew have somebody else to go to.
-        self.dismiss.send_replace(true);
-        info!(open = open(), within_s = self.options.drain.as_secs(), is_last, "draining");
-        // Whoever has been accepted has seen its connection succeed: nothing is refused for the drain until it is
-        // established.
-        let mut pods = Box::pin(self.pods.close());
-        let have_ended = tokio::select! {
-            () = &mut pods => true,
-            _ = tokio::time::timeout(OPENING, self.node.opening.none()) => false,
-            () = keep_knowing(&self.node, &mut self.snapshots) => false,
-        };
-        self.drain.send_replace(true);
-        let contexts = self.contexts;
-        let mut tunnels = self.tunnels;
-        let all = async move {
-            // Together: what one connection still needs must not keep the idle tunnels of others.
-            let drained = contexts.iter().map(|context| {
-                let tunnels = Arc::clone(&context.tunnels);
-                async move { tunnels.drain().await }
-            });
-            let mut drains: JoinSet<()> = drained.collect();
-            if !have_ended {
-                pods.await;
-            }
-            while drains.join_next().await.is_some() {}
-            while tunnels.join_next().await.is_some() {}
-        };
-        if tokio::time::timeout(self.options.drain, all).await.is_err() {
-            warn!(cut = open(), "the time to drain is over");
-        }
-        self.control.shutdown().await;
-        self.shared.shutdown().await;
-        if let Some(connections) = &self.connections {
-            connections.let_go();
-        }
-        drop(self.workers);
-        drop(self.heart);
-        if is_last {
-            uninstall::remove(&self.options.bpffs, &self.options.admin.socket);
-        }
-        drop(self.turn);
-        self.node.telemetry.flush();
-        info!("ended");
-    }
 }
 
 fn available_cores() -> usize {
@@ -523,25 +406,13 @@ async fn start_tunnels(
     Ok(contexts)
 }
 
-/// Brings connections that wait for it what is read of pods of other nodes, and nothing to the programs: for an agent
-/// that takes in no state any more. For ever.
-async fn keep_knowing(node: &Node, snapshots: &mut watch::Receiver<Arc<Snapshot>>) {
-    while snapshots.changed().await.is_ok() {
-        let snapshot = Arc::clone(&snapshots.borrow_and_update());
-        let generation = snapshot.generation;
-        node.snapshot.store(snapshot);
-        node.stored.send_replace(generation);
-    }
-    std::future::pending().await
-}
-
 /// Lets go of series that nobody uses any more, also where no snapshot comes.
 async fn forget_series(node: Arc<Node>) {
     const EVERY: Duration = Duration::from_secs(60);
     let mut every = tokio::time::interval(EVERY);
     loop {
         every.tick().await;
-        node.telemetry.retain(&node.snapshot.load());
+        node.telemetry.retain(&node.known.load());
     }
 }
 

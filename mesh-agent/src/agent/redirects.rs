@@ -46,7 +46,7 @@ pub(super) async fn survey(
 }
 
 fn look(node: &Node) -> Redirected {
-    let snapshot = node.snapshot.load();
+    let snapshot = node.known.load();
     let shown = |uid: &str| match snapshot.workload(uid) {
         Some(pod) => format!("{}/{}", pod.namespace, pod.name),
         None => uid.to_owned(),

@@ -34,7 +34,7 @@ pub(super) struct Views {
     pub(super) confirmed: Option<watch::Receiver<Option<tokio::time::Instant>>>,
     pub(super) shortfall: watch::Receiver<Shortfall>,
     pub(super) redirected: watch::Receiver<Redirected>,
-    /// What kernel and listeners follow. `node.snapshot` is ahead of it while pods are being enrolled.
+    /// What kernel and listeners follow. `node.known` is ahead of it while pods are being enrolled.
     pub(super) applied: ArcSwap<Snapshot>,
     pub(super) is_applied: AtomicBool,
     pub(super) applied_at: Mutex<Instant>,
@@ -281,7 +281,7 @@ impl Views {
 
     /// The name of the node with this tunnel address, or the address.
     fn node_name(&self, peer: mesh_core::addr::PeerAddr) -> String {
-        let snapshot = self.node.snapshot.load();
+        let snapshot = self.node.known.load();
         let found = snapshot.nodes().find(|(_, node)| node.peers.contains(&peer));
         found.map_or_else(|| peer.to_string(), |(name, _)| name.to_string())
     }

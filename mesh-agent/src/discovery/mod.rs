@@ -106,6 +106,12 @@ pub enum Outcome {
 /// What became of the pods of this node that take part.
 pub type Outcomes = BTreeMap<WorkloadUid, Outcome>;
 
+/// Problems that are told of one object: an object with more has one mistake many times, or is to fill the memory
+/// of every agent.
+const MOST_OF_ONE: usize = 16;
+/// Problems that are told in all.
+const MOST_PROBLEMS: usize = 1000;
+
 /// Something in a manifest that does not mean what its author wanted.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
@@ -132,16 +138,17 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Collects the problems of one object.
+/// Collects the problems of one object: the first few of them, and how many more there are.
 #[derive(Debug)]
 struct Report<'a> {
     object: String,
     problems: &'a mut Vec<Problem>,
+    said: usize,
 }
 
 impl<'a> Report<'a> {
     fn of(object: String, problems: &'a mut Vec<Problem>) -> Self {
-        Self { object, problems }
+        Self { object, problems, said: 0 }
     }
 
     fn say(
@@ -150,6 +157,10 @@ impl<'a> Report<'a> {
         message: impl Into<String>,
         remedy: impl Into<String>,
     ) {
+        self.said += 1;
+        if self.said > MOST_OF_ONE {
+            return;
+        }
         self.problems.push(Problem {
             at: String::new(),
             object: self.object.clone(),
@@ -158,6 +169,38 @@ impl<'a> Report<'a> {
             remedy: remedy.into(),
         });
     }
+}
+
+impl Drop for Report<'_> {
+    fn drop(&mut self) {
+        let more = self.said.saturating_sub(MOST_OF_ONE);
+        if more > 0 {
+            self.problems.push(Problem {
+                at: String::new(),
+                object: std::mem::take(&mut self.object),
+                // Comes behind the others in every order.
+                field: "…".into(),
+                message: format!("and {more} more"),
+                remedy: "correct those that are told, and others are told in their place".into(),
+            });
+        }
+    }
+}
+
+/// The first of `problems`, which are sorted, and how many more there are.
+fn bounded(mut problems: Vec<Problem>) -> Vec<Problem> {
+    let more = problems.len().saturating_sub(MOST_PROBLEMS);
+    if more > 0 {
+        problems.truncate(MOST_PROBLEMS);
+        problems.push(Problem {
+            at: String::new(),
+            object: String::new(),
+            field: String::new(),
+            message: format!("and {more} more, of any objects"),
+            remedy: "correct those that are told, and others are told in their place".into(),
+        });
+    }
+    problems
 }
 
 /// At most the first 64 characters: what an annotation says may be 256 KiB long.

@@ -81,13 +81,17 @@ pub(super) fn translate<'a>(
     problems: &mut Vec<Problem>,
 ) -> Pods {
     let mut pods: Vec<_> = pods.collect();
-    // Who is first keeps a contested address: one that was told before one that was only seen, one that
-    // stays before one that is going, then the younger, since addresses are handed on; names only make
-    // it certain.
+    // Who is first keeps a contested address: one that was told before one that was only seen, a pod of this
+    // node before one of another, one that stays before one that is going, then the younger, since addresses
+    // are handed on; names only make it certain. Those of this node are told by its own kubelet, and followed;
+    // others are read now and then, and their kubelets could write the address of any pod of this node to have
+    // that one left alone.
     pods.sort_by_key(|(key, pod)| {
         let created = pod.metadata.creation_timestamp;
         let is_going = pod.metadata.deletion_timestamp.is_some();
-        (!has_address(pod), is_going, Reverse(created), *key)
+        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
+        let is_elsewhere = node != Some(&*context.node);
+        (!has_address(pod), is_elsewhere, is_going, Reverse(created), *key)
     });
     let mut this = Pods::default();
     let mut uids = HashMap::new();

@@ -448,7 +448,8 @@ struct Chosen {
 }
 
 /// Those that take connections, and of them those that clients here may use: in address order, each
-/// address once, since a pod may be in two slices while one is replaced.
+/// address once, since a pod may be in two slices while one is replaced. Who is not read yet counts for
+/// how far clients reach, and is not among those that they may use.
 fn choose(
     candidates: &[Candidate<'_>],
     not_ready_too: bool,
@@ -469,7 +470,8 @@ fn choose(
         }
     }
     let is_unread = in_reach.values().any(|(_, is_unread)| *is_unread);
-    let is_all = scopes.iter().all(|scope| *scope == Scope::All);
+    in_reach.retain(|_, (_, is_unread)| !*is_unread);
+    let is_all = !is_unread && scopes.iter().all(|scope| *scope == Scope::All);
     let endpoints: Arc<[Endpoint]> = endpoints(all);
     let in_reach = if is_all { Arc::clone(&endpoints) } else { self::endpoints(in_reach) };
     Chosen { endpoints, in_reach, scopes, is_unread }

@@ -14,7 +14,7 @@ use mesh_core::spiffe::TrustDomain;
 use super::enrol::{TUNNEL_PORT, Wishes, no_label, parsed, value};
 use super::kube::Node as KubeNode;
 use super::objects::{Object, ObjectKey, Objects};
-use super::{Problem, Report, networks, pods, services, shown};
+use super::{Problem, Report, bounded, networks, pods, services, shown};
 
 /// Says in which zone a node is.
 const ZONE: &str = "topology.kubernetes.io/zone";
@@ -116,7 +116,7 @@ pub fn translate(
     let read = networks::read(objects, &networks, &context.pod_cidrs);
     let parts = Parts { workloads, services, nodes, unread: unread_addresses, networks, read };
     let (node, trust_domain) = (Arc::clone(&context.node), context.trust_domain.clone());
-    (Snapshot::new(generation, node, trust_domain, parts), problems)
+    (Snapshot::new(generation, node, trust_domain, parts), bounded(problems))
 }
 
 /// Where a node's agent is: its `InternalIP` addresses, in the order of its status.

@@ -36,6 +36,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 pub use self::error::{InboundError, connect_reason};
 use crate::capture::Role;
+use crate::known::{READ_LIMIT, Says};
 use crate::net;
 use crate::node::{LocalPod, Worker};
 use crate::opening::Opens;
@@ -90,13 +91,17 @@ async fn admit_request(
 ) -> Option<(TcpStream, Flow, Tracked, Option<OwnedSemaphorePermit>)> {
     let has_place = place.is_some();
     let client = canonical(request.open.source);
-    let is_known = |snapshot: &Snapshot| snapshot.workload_at(client.ip()).is_some();
+    // Who is not found is let in by its certificate: its address is not shown then, and that is all.
+    let says = |snapshot: &Snapshot| match snapshot.workload_at(client.ip()) {
+        Some(_) => Says::All,
+        None => Says::Enough,
+    };
     let caller = request.caller.clone();
     // Nothing is asked for one that is refused anyway.
     let snapshot = if has_place {
-        worker.node.knowing(client.ip(), Some(&caller), is_known).await
+        worker.node.known.knowing(client.ip(), Some(&caller), READ_LIMIT, says).await
     } else {
-        worker.node.snapshot.load_full()
+        worker.node.known.load_full()
     };
     let served_as = request.served_as.clone();
     // The workload is shown beside the caller only where the certificate agrees with the address.
@@ -178,7 +183,7 @@ pub async fn serve_plain(
     from: SocketAddr,
     opens: Opens,
 ) {
-    let snapshot = worker.node.snapshot.load_full();
+    let snapshot = worker.node.known.load_full();
     let client = canonical(from);
     let Ok(to) = peer.local_addr().map(canonical) else {
         return; // Reset before it was accepted: there is nobody left to tell.

@@ -46,6 +46,7 @@ pub use self::error::OutboundError;
 use self::targets::{Picker, Targets};
 use crate::capture::Role;
 use crate::inbound::{self, Arrival};
+use crate::known::{PATIENCE, Says};
 use crate::net;
 use crate::node::{LocalPod, Node, Wish, Worker};
 use crate::relay;
@@ -122,7 +123,7 @@ async fn reach(
 ) -> Option<(TcpStream, Carried, Tracked)> {
     let node = &worker.node;
     let client = mesh_core::addr::canonical(client);
-    let snapshot = node.snapshot.load_full();
+    let snapshot = node.known.load_full();
     let source = snapshot.workload(&pod.uid).cloned();
     let party = match &source {
         Some(workload) => Party::proven(client, workload),
@@ -166,8 +167,15 @@ impl Connection<'_> {
         let source = source.ok_or(OutboundError::UnknownSource)?;
         let ip = dst.0.ip();
         if self.snapshot.is_unread(ip) {
-            let node = &self.worker.node;
-            self.snapshot = node.knowing(ip, None, |snapshot| !snapshot.is_unread(ip)).await;
+            let says = |snapshot: &Snapshot| match route::route(snapshot, dst) {
+                _ if !snapshot.is_unread(ip) => Says::All,
+                // A service of which some endpoints are known: better one of these than none. Not so where the
+                // client may keep to one of the others.
+                Route::Service { service, .. } if service.affinity.is_none() => Says::Enough,
+                _ => Says::TooLittle,
+            };
+            let known = &self.worker.node.known;
+            self.snapshot = known.knowing(ip, None, PATIENCE, says).await;
         }
         let targets = self.route(dst, tracked)?;
         tracked.lap(Stage::Route);
@@ -264,9 +272,9 @@ impl Connection<'_> {
             tracked.update(|facts| facts.protocol = targets.protocol(dst, endpoint));
             tracked.lap(Stage::Balance);
 
-            let picked =
+            let mut picked =
                 Picked { node: Arc::clone(node), endpoint: endpoint.addr, asked, failed: false };
-            match self.attempt(source, endpoint, held, tracked).await {
+            match self.attempt(source, endpoint, held, tracked, &mut picked).await {
                 Ok((flow, arrival)) => {
                     picked.accepted();
                     return Ok((flow, picked, arrival));
@@ -333,8 +341,10 @@ impl Connection<'_> {
         endpoint: &Endpoint,
         held: &mut Held,
         tracked: &mut Tracked,
+        picked: &mut Picked,
     ) -> Result<(Flow, Option<Tracked>), OutboundError> {
         let to = endpoint.addr;
+        tracked.update(ConnectionFacts::begin_attempt);
         match route::way(&self.snapshot, endpoint.workload.as_ref()) {
             route::Way::Tunnel { workload, peers } => {
                 self.worker.uses(&workload);
@@ -345,6 +355,9 @@ impl Connection<'_> {
                     facts.peer_node = Some(Arc::clone(&workload.node));
                     facts.trace_id = trace;
                 });
+                self.certificate(&source.identity).await;
+                // What this pod itself waits for is none of the endpoint's doing.
+                picked.asked = Instant::now();
                 let flow = self.tunnel(source, &workload, &peers, to, trace, held, tracked).await?;
                 let carrier = carrier_of(&flow);
                 tracked.update(|facts| {
@@ -391,6 +404,9 @@ impl Connection<'_> {
                 Ok((Flow::Local(stream), None))
             }
             route::Way::NoNode => {
+                tracked.update(|facts| {
+                    facts.destination = Party::unproven(to.0, endpoint.workload.as_ref());
+                });
                 let node = endpoint.workload.as_ref().map(|w| w.node.to_string());
                 Err(OutboundError::UnknownNode { endpoint: to, node: node.unwrap_or_default() })
             }
@@ -414,7 +430,6 @@ impl Connection<'_> {
             destination: to,
             source: self.client,
         };
-        self.certificate(&source.identity).await;
         let mut last = None;
         // A node with an address of each family is tried at the second if the first is unreachable.
         for peer in peers {
@@ -480,7 +495,7 @@ impl Picked {
 
     fn failed(mut self) {
         self.failed = true;
-        self.node.loads().failed(self.endpoint, Instant::now());
+        self.node.loads().failed(self.endpoint, self.asked, Instant::now());
     }
 }
 

@@ -40,17 +40,23 @@ pub(super) async fn run(app: &mut TcpStream, flow: &mut LaneFlow, live: &Live) -
     super::run(app, far, pending(), cut, Buf::default(), live).await
 }
 
-/// Completes when the peer's node has vanished with bytes on their way to it. The kernel would go on
+/// Completes when the peer's node has vanished with bytes on their way to it, 15 to 20 s after the first of them. The kernel would go on
 /// sending them for a quarter of an hour, and without bytes its keepalive notices. `TCP_USER_TIMEOUT`
 /// cannot tell: it counts also while the other side acknowledges and has no room (`tcp_probe_timer` in
 /// Linux), which an application that does not read may make last for ever.
 async fn gone(fd: RawFd) {
     const GONE: Duration = Duration::from_secs(15);
     const LOOK: Duration = Duration::from_secs(5);
+    // So many looks in a row after the first one that finds it owing make that time too: an idle lane has heard
+    // nothing for long when it begins to owe, and that counts for nothing.
+    const LOOKS: u32 = 3;
 
+    let mut owing = 0;
     loop {
         sleep(LOOK).await;
-        if net::silence(fd).is_ok_and(|silence| silence.is_some_and(|time| time >= GONE)) {
+        let silence = net::silence(fd).ok().flatten();
+        owing = if silence.is_some() { owing + 1 } else { 0 };
+        if owing > LOOKS && silence.is_some_and(|time| time >= GONE) {
             return;
         }
     }

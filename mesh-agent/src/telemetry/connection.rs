@@ -237,6 +237,16 @@ impl ConnectionFacts {
             path: None,
         }
     }
+
+    /// Forgets what an attempt that failed has said: the next one goes to somebody else, its own way.
+    pub fn begin_attempt(&mut self) {
+        self.destination = Party::default();
+        self.peer_node = None;
+        self.carrier = None;
+        self.way = None;
+        self.security = SecurityPolicy::Unknown;
+        self.trace_id = 0;
+    }
 }
 
 /// Byte counters of a connection while it is open. The relay adds; anyone may read.

@@ -31,8 +31,10 @@ const BETWEEN_RESETS: Duration = Duration::from_millis(1);
 /// Who was not heard for this long may be gone: the next flow asks before it sends payload.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// How long after its last flow a connection is kept for what was sent last: several round trips.
+/// How long after its last flow a connection is kept for what was sent last, and how long nothing may have come
+/// before it is closed: while bytes are on their way, acknowledgements come. [`ROUND_TRIPS`] if that is longer.
 const SETTLED: Duration = Duration::from_millis(300);
+const ROUND_TRIPS: u32 = 4;
 
 /// Ids of a server's connections: the agent's tag and 48 random bits. quinn's own have 24, and a check by a
 /// key of the process: the next agent would take none of them for a connection's, or, knowing that key,
@@ -181,7 +183,11 @@ impl QuicLink {
 
     /// Closes a retired connection once its last bytes had time to arrive. Returns whether it has.
     pub(super) fn close_if_settled(&self, now: Instant) -> bool {
-        let settled = self.idle_for(now).is_some_and(|idle| idle >= SETTLED);
+        self.listen(now);
+        let heard = self.0.heard.lock().unwrap_or_else(PoisonError::into_inner).at;
+        let quiet = SETTLED.max(ROUND_TRIPS * self.0.connection.rtt());
+        let settled = self.idle_for(now).is_some_and(|idle| idle >= quiet)
+            && now.saturating_duration_since(heard) >= quiet;
         if settled {
             self.close(Reason::Draining);
         }

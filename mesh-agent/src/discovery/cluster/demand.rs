@@ -23,6 +23,9 @@ const UNUSED: Duration = Duration::from_secs(600);
 const REFRESH: Duration = Duration::from_secs(300);
 /// What was not there may come, or its address be another pod's.
 const ABSENT: Duration = Duration::from_secs(60);
+/// The same of an address from which somebody has called, who is there and whom the API is about to tell of:
+/// for so long at first, and twice as long each time, since a peer may make addresses up.
+const CALLER_ABSENT: Duration = Duration::from_secs(2);
 /// So many that do not exist are remembered; past it nothing more is looked for by address, since who
 /// sends many addresses is up to no good.
 const MOST_ABSENT: usize = 4096;
@@ -64,6 +67,11 @@ impl Wanted {
             Self::Address { .. } => self,
         }
     }
+
+    /// Whether it is an address from which somebody says to have called.
+    fn is_callers(&self) -> bool {
+        matches!(self, Self::Address { account: Some(_), .. })
+    }
 }
 
 /// What came of it.
@@ -80,7 +88,7 @@ pub(super) enum Found {
 pub(super) struct Remote {
     kept: BTreeMap<ObjectKey, Kept>,
     pending: BTreeSet<Wanted>,
-    absent: BTreeMap<Wanted, Instant>,
+    absent: BTreeMap<Wanted, Absent>,
     failed: BTreeMap<Wanted, Instant>,
     waiting: HashMap<IpAddr, Waiting>,
 }
@@ -90,6 +98,20 @@ struct Kept {
     wanted: Wanted,
     used: Instant,
     read: Instant,
+}
+
+/// It was looked for in vain.
+#[derive(Clone, Copy, Debug)]
+struct Absent {
+    since: Instant,
+    /// How long it is not looked for again.
+    lasts: Duration,
+}
+
+impl Absent {
+    fn is_over(&self, now: Instant) -> bool {
+        now.duration_since(self.since) >= self.lasts
+    }
 }
 
 /// Who waits to know what is at an address.
@@ -124,7 +146,7 @@ impl Remote {
         }
         let mut wanted: Vec<Wanted> = behind(objects, node, ip);
         // A pod that is gone says nothing of who has its address now.
-        wanted.retain(|wanted| !self.absent.contains_key(wanted));
+        wanted.retain(|wanted| self.absent.get(wanted).is_none_or(|absent| absent.is_over(now)));
         if wanted.is_empty() && self.has_place(caller.is_some()) && !knows(objects, ip) {
             let account = |id: &SpiffeId| (id.namespace().into(), id.service_account().into());
             let node = node_of(objects, ip).map(str::to_owned);
@@ -141,9 +163,7 @@ impl Remote {
     /// Whether another address may be looked for, for a caller or for a pod of this node.
     fn has_place(&self, for_caller: bool) -> bool {
         let all = self.absent.keys().chain(&self.pending);
-        let is_callers =
-            |wanted: &&Wanted| matches!(wanted, Wanted::Address { account: Some(_), .. });
-        let callers = all.filter(is_callers).count();
+        let callers = all.filter(|wanted| wanted.is_callers()).count();
         match for_caller {
             true => callers < MOST_CALLERS,
             false => self.absent.len() + self.pending.len() - callers < MOST_ABSENT,
@@ -155,7 +175,7 @@ impl Remote {
         self.failed.retain(|_, since| now.duration_since(*since) < FAILED);
         wanted
             .filter(|wanted| {
-                !self.absent.contains_key(wanted)
+                self.absent.get(wanted).is_none_or(|absent| absent.is_over(now))
                     && !self.failed.contains_key(wanted)
                     && self.pending.insert(wanted.clone())
             })
@@ -179,7 +199,7 @@ impl Remote {
             }
             Found::None => {
                 let wanted = wanted.anywhere();
-                self.absent.insert(wanted.clone(), now);
+                self.missed(wanted.clone(), now);
                 let key = self.kept.iter().find(|(_, kept)| kept.wanted == wanted);
                 let key = key.map(|(key, _)| key.clone());
                 let was_there = key.is_some_and(|key| {
@@ -192,7 +212,7 @@ impl Remote {
                 if let Wanted::Pod { at: Some(ip), .. } = &wanted
                     && !pods.iter().any(|pod| has(pod, *ip))
                 {
-                    self.absent.insert(wanted.clone(), now);
+                    self.missed(wanted.clone(), now);
                 }
                 let wanted = wanted.anywhere();
                 let mut changed = self.absent.remove(&wanted).is_some();
@@ -210,6 +230,16 @@ impl Remote {
                 changed | self.tell_absent(objects)
             }
         }
+    }
+
+    /// It was looked for in vain.
+    fn missed(&mut self, wanted: Wanted, now: Instant) {
+        let lasts = match self.absent.get(&wanted) {
+            _ if !wanted.is_callers() => ABSENT,
+            Some(before) => (before.lasts * 2).min(ABSENT),
+            None => CALLER_ABSENT,
+        };
+        self.absent.insert(wanted, Absent { since: now, lasts });
     }
 
     /// Drops whoever had what was looked for, if somebody else has it now.
@@ -231,7 +261,9 @@ impl Remote {
             .filter_map(|wanted| match wanted {
                 Wanted::Pod { uid, at: None, .. } => uid.clone(),
                 Wanted::Pod { uid, at: Some(ip), .. } => Some(absent_at(uid.as_deref()?, *ip)),
-                Wanted::Address { ip, .. } => Some(ip.to_string()),
+                // Who has called from there has proven to be somebody.
+                Wanted::Address { account: Some(_), .. } => None,
+                Wanted::Address { ip, account: None, .. } => Some(ip.to_string()),
             })
             .collect();
         let Some(before) = objects.absent_mut() else { return false };
@@ -277,7 +309,7 @@ impl Remote {
             changed |= objects.remove(&key).is_some();
         }
         let before = self.absent.len();
-        self.absent.retain(|_, since| now.duration_since(*since) < ABSENT);
+        self.absent.retain(|_, absent| now.duration_since(absent.since) < ABSENT);
         if self.absent.len() != before {
             changed |= self.tell_absent(objects);
         }

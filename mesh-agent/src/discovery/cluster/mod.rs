@@ -60,6 +60,8 @@ const BURST: Duration = Duration::from_millis(20);
 const DEMANDS: usize = 1024;
 /// Reads at once: a first connection to a large service must not take the API server for itself.
 const READS: usize = 32;
+/// Writes at once. They have places of their own: no connection waits for what is only told.
+const WRITES: usize = 4;
 /// Nobody waits for what is written.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// How often what is kept is looked through.
@@ -151,7 +153,8 @@ impl ClusterSource {
             feeds.spawn(policies::count(client.clone(), network_policies));
         }
         let (_kept, mut demands) = demands;
-        let places = Arc::new(Semaphore::new(READS));
+        let read_places = Arc::new(Semaphore::new(READS));
+        let write_places = Arc::new(Semaphore::new(WRITES));
         let (mut reads, mut writes) = (JoinSet::new(), JoinSet::new());
         let mut tidy = interval(TIDY);
         loop {
@@ -197,7 +200,7 @@ impl ClusterSource {
             }
             state.answer();
             for write in state.reports(&outcomes.borrow(), Instant::now()) {
-                let (client, places) = (client.clone(), Arc::clone(&places));
+                let (client, places) = (client.clone(), Arc::clone(&write_places));
                 writes.spawn(async move {
                     let _place = places.acquire_owned().await;
                     let key = write.key.clone();
@@ -205,7 +208,7 @@ impl ClusterSource {
                 });
             }
             for wanted in to_read {
-                let (client, places) = (client.clone(), Arc::clone(&places));
+                let (client, places) = (client.clone(), Arc::clone(&read_places));
                 reads.spawn(async move {
                     let _place = places.acquire_owned().await;
                     let found = find(&client, &wanted).await;

@@ -7,7 +7,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::discovery::enrol::left_alone;
+use crate::discovery::kube::{ObjectMeta, Service};
 use crate::discovery::manifest::{self, Format};
+use crate::discovery::{MOST_OF_ONE, MOST_PROBLEMS};
 use crate::identity::testing::cluster_local;
 
 /// Two nodes, an enrolled namespace, and in it the pods `one` (here) and `two` (there).
@@ -189,6 +191,34 @@ fn setting_that_is_given_as_a_label_is_reported_wherever_it_is_read_as_an_annota
     assert!(found.same_state(&snapshot(CLUSTER)), "they have no effect");
 }
 
+/// Whoever may edit one Service could otherwise fill the memory of every agent.
+#[test]
+fn object_with_thousands_of_mistakes_has_a_few_told_and_the_others_counted() {
+    let labels = (0..30_000).map(|n| (format!("malla.dev/a{n:05}"), "x".to_owned())).collect();
+    let metadata =
+        ObjectMeta { name: Some("web".into()), labels: Some(labels), ..Default::default() };
+    let service = Service { metadata, ..Default::default() };
+    let objects = [Object::Service(Arc::new(service))].into_iter().collect();
+    let (_, problems) = translate(&objects, &context(), 1);
+    assert_eq!(problems.len(), MOST_OF_ONE + 1);
+    assert_eq!(problems[0].field, "metadata.labels[\"malla.dev/a00000\"]");
+    let last = &problems[MOST_OF_ONE];
+    assert_eq!((&*last.object, &*last.message), ("Service default/web", "and 29984 more"));
+}
+
+#[test]
+fn thousands_of_objects_with_a_mistake_have_some_told_and_the_others_counted() {
+    let node = |n: usize| {
+        let metadata = ObjectMeta { name: Some(format!("n{n:05}")), ..Default::default() };
+        Object::Node(Arc::new(KubeNode { metadata, ..Default::default() }))
+    };
+    let objects = (0..3 * MOST_PROBLEMS).map(node).collect();
+    let (_, problems) = translate(&objects, &context(), 1);
+    assert_eq!(problems.len(), MOST_PROBLEMS + 1);
+    assert_eq!(problems[MOST_PROBLEMS - 1].object, "Node n00999");
+    assert_eq!(problems[MOST_PROBLEMS].message, "and 2000 more, of any objects");
+}
+
 #[test]
 fn service_has_its_tcp_ports_with_the_slices_port_numbers() {
     let snapshot = snapshot(&with(&[SLICE]));
@@ -354,6 +384,44 @@ fn address_of_two_pods_is_one_pods_and_reported() {
     let loser = snapshot.workload("shop/aaa").unwrap();
     assert_eq!(loser.enrolment, Enrolment::LeftAlone(left_alone::ADDRESS_TAKEN));
     assert!(loser.ips.is_empty());
+}
+
+const OLD: &str = "creationTimestamp: \"2026-01-01T00:00:00Z\"";
+const YOUNG: &str = "creationTimestamp: \"2026-01-02T00:00:00Z\"";
+const LEAVING: &str =
+    "creationTimestamp: \"2026-01-03T00:00:00Z\", deletionTimestamp: \"2026-01-04T00:00:00Z\"";
+
+/// Which of the pods `x` and `y`, each on that node and with that metadata, keeps the address of both.
+fn keeper(x: (&str, &str), y: (&str, &str)) -> String {
+    let pod = |name: &str, (node, meta): (&str, &str)| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, {meta}}}\n\
+             spec: {{nodeName: {node}}}\nstatus: {{podIPs: [{{ip: 10.0.0.9}}]}}\n"
+        )
+    };
+    let (snapshot, _problems) = read(&with(&[&pod("x", x), &pod("y", y)]));
+    workload(&snapshot, "10.0.0.9").name.to_string()
+}
+
+/// The kubelet of another node could otherwise take any pod of this one out of the mesh.
+#[test]
+fn address_of_a_pod_of_this_node_stays_its_own_whatever_another_node_says() {
+    assert_eq!(keeper(("a", OLD), ("b", YOUNG)), "x");
+    assert_eq!(keeper(("b", YOUNG), ("a", OLD)), "y");
+    assert_eq!(keeper(("a", LEAVING), ("b", YOUNG)), "x");
+}
+
+#[test]
+fn address_of_two_pods_of_other_nodes_goes_to_one_that_stays_and_then_to_the_younger() {
+    assert_eq!(keeper(("b", OLD), ("b", YOUNG)), "y");
+    assert_eq!(keeper(("b", YOUNG), ("c", OLD)), "x");
+    assert_eq!(keeper(("c", LEAVING), ("b", OLD)), "y");
+}
+
+#[test]
+fn address_of_two_pods_of_this_node_goes_to_one_that_stays_and_then_to_the_younger() {
+    assert_eq!(keeper(("a", LEAVING), ("a", OLD)), "y");
+    assert_eq!(keeper(("a", OLD), ("a", YOUNG)), "y");
 }
 
 #[test]

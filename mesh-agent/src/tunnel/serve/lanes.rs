@@ -10,6 +10,7 @@ use mesh_core::stage::Stage;
 use mesh_core::wire::{Reason, Refusal, Role, encode_answer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::handshakes::{Handshakes, Handshaking};
@@ -53,6 +54,11 @@ impl Tunnels {
             Some(Arc::clone(&server).lane(tcp, peer, handshaking))
         })
         .await;
+        // Whoever is in the queue has seen its connection succeed, and is told to go elsewhere: a close would reset
+        // it. The queue is no longer than the backlog.
+        while let Ok(Some((place, tcp, peer))) = timeout(Duration::ZERO, listening.next()).await {
+            lanes.spawn(Arc::clone(&server).lane(tcp, peer, place));
+        }
         drop(listening);
         while lanes.join_next().await.is_some() {}
         Ok(())

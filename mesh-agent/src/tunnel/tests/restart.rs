@@ -8,9 +8,10 @@ use std::time::Duration;
 use mesh_core::addr::PeerAddr;
 use mesh_core::wire::Reason;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::UdpSocket;
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::pool::{cleanly, exchange};
 use super::world::*;
@@ -24,6 +25,8 @@ struct Wire {
     now: Arc<Mutex<SocketAddr>>,
     /// After so many datagrams of the agent the next one is in its place.
     next: Arc<Mutex<Option<(usize, SocketAddr)>>>,
+    /// For so long each datagram of the agent occupies it.
+    pace: Arc<Mutex<Duration>>,
     _passing: JoinSet<()>,
 }
 
@@ -48,9 +51,15 @@ impl Wire {
         let agent = Arc::clone(&now);
         let next = Arc::new(Mutex::new(None::<(usize, SocketAddr)>));
         let becomes = Arc::clone(&next);
+        let pace = Arc::new(Mutex::new(Duration::ZERO));
+        let occupied = Arc::clone(&pace);
         passing.spawn(async move {
             let mut datagram = [0; 65_536];
             while let Ok((len, source)) = far.recv_from(&mut datagram).await {
+                let occupied = *occupied.lock().unwrap();
+                if !occupied.is_zero() {
+                    sleep(occupied).await;
+                }
                 let caller = *client.lock().unwrap();
                 if source == *agent.lock().unwrap()
                     && let Some(caller) = caller
@@ -67,7 +76,7 @@ impl Wire {
                 }
             }
         });
-        Self { node, now, next, _passing: passing }
+        Self { node, now, next, pace, _passing: passing }
     }
 
     /// The agent in its place is another one as soon as so many more of its datagrams have passed.
@@ -238,4 +247,48 @@ async fn agent_that_dies_in_a_handshake_is_followed_by_the_next_one_soon() {
         timeout(Duration::from_secs(4), served).await.expect("it hangs");
         assert!(datagrams > 1 || before.seen().is_empty(), "the handshake was over");
     }
+}
+
+/// It has seen its connection succeed: an alert or an end tells it to go elsewhere, a reset tells it nothing.
+#[tokio::test]
+async fn who_waits_to_be_accepted_when_the_drain_begins_is_not_reset() {
+    let (_, theirs) = holdings(&Ca::new());
+    let (address, lanes) = closed_port();
+    let listener = lanes.listen(BACKLOG).unwrap();
+    let mut early = TcpStream::connect(address).await.unwrap();
+    let (stats, tickets) = (Arc::default(), TicketKeys::new().unwrap());
+    let config = config(CarrierChoice::Lane);
+    let tunnels = Tunnels::new(config, tickets, theirs.credentials(), stats).unwrap();
+    let (_drain, draining) = watch::channel(true);
+    let serving = tokio::spawn(tunnels.serve_lanes(listener, draining, |_request| async {}));
+    early.write_all(b"not a handshake").await.unwrap();
+    let mut said = Vec::new();
+    early.read_to_end(&mut said).await.unwrap();
+    assert!(!said.is_empty(), "an alert");
+    serving.await.unwrap().unwrap();
+}
+
+/// Both applications have ended, and the wire is slower than they were.
+#[tokio::test]
+async fn what_a_flow_has_still_to_deliver_when_it_has_ended_survives_the_drain() {
+    const ALL: usize = 512 * 1024;
+    let (ours, theirs) = holdings(&Ca::new());
+    let agent = Agent::start_with(&theirs, silent(), Serves::OnlyQuic).await;
+    let wire = Wire::to(&agent).await;
+    let client = Client::new(&ours, silent(), wire.node);
+    let (address, mut apps) = application().await;
+    let (mut user, _relaying) = client.connect(address).await;
+    user.write_u8(1).await.unwrap();
+    user.shutdown().await.unwrap();
+    let mut service = apps.recv().await.unwrap();
+    let mut asked = Vec::new();
+    service.read_to_end(&mut asked).await.unwrap();
+    *wire.pace.lock().unwrap() = Duration::from_millis(10);
+    service.write_all(&vec![7; ALL]).await.unwrap();
+    drop(service);
+    agent.drain.send_replace(true);
+    let mut answer = Vec::new();
+    let read = timeout(Duration::from_secs(60), user.read_to_end(&mut answer));
+    read.await.expect("it hangs").unwrap();
+    assert_eq!((asked.len(), answer.len()), (1, ALL));
 }

@@ -169,6 +169,31 @@ async fn flood_of_callers_addresses_keeps_no_pod_of_this_node_from_asking() {
     assert_eq!(world.need("192.0.2.77").0, [at("192.0.2.77")]);
 }
 
+/// It is there, and the API is about to tell of it.
+#[tokio::test]
+async fn callers_address_is_never_said_to_be_nobodys_and_soon_looked_for_again() {
+    let caller = SpiffeId::parse("spiffe://cluster.local/ns/a/sa/caller").unwrap();
+    let mut world = World::with(&[]);
+    let look = |world: &mut World| {
+        let asked = world.need_for("10.0.1.77", Some(&caller)).0;
+        for wanted in &asked {
+            assert!(!world.take(wanted, Found::None), "there is nothing to tell");
+        }
+        world.remote.answer(world.generation);
+        asked.len()
+    };
+    assert_eq!((look(&mut world), look(&mut world)), (1, 0), "not again at once");
+    world.now += CALLER_ABSENT;
+    assert_eq!((look(&mut world), look(&mut world)), (1, 0));
+    // Somebody may make it up.
+    world.now += CALLER_ABSENT;
+    assert_eq!(look(&mut world), 0);
+    world.now += CALLER_ABSENT;
+    assert_eq!(look(&mut world), 1);
+    assert!(world.objects.absent().unwrap().is_empty());
+    assert_eq!(world.need("10.0.1.77").0, [at("10.0.1.77")], "a pod of this node may ask");
+}
+
 #[tokio::test]
 async fn pod_that_is_left_alone_is_kept_while_somebody_connects_to_it() {
     let mut world = World::with(&[]);

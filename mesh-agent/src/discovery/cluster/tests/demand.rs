@@ -3,7 +3,9 @@
 use std::net::IpAddr;
 
 use hyper::StatusCode;
+use mesh_core::addr::OrigDst;
 use mesh_core::networks::Block;
+use mesh_core::route::{Route, route};
 use mesh_core::snapshot::Snapshot;
 use serde_json::json;
 
@@ -57,6 +59,16 @@ fn shop(api: &Api) {
     bare["spec"]["serviceAccountName"] = json!("lonely");
     bare["status"]["podIPs"].as_array_mut().unwrap().push(json!({"ip": "fd00::9"}));
     held.elsewhere.insert("elsewhere".into(), bare);
+}
+
+/// Where connections to the service go.
+fn behind_service(snapshot: &Snapshot) -> Vec<String> {
+    match route(snapshot, OrigDst((ip(VIP), 80).into())) {
+        Route::Service { candidates, .. } => {
+            candidates.as_slice().iter().map(|one| one.addr.to_string()).collect()
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 #[tokio::test]
@@ -168,6 +180,18 @@ async fn address_that_is_nobodys_or_outside_the_mesh_is_left_alone_when_it_was_r
     assert!(after.workload_at(ip("10.0.1.7")).is_none(), "it has that address no more");
 }
 
+/// What goes back there must not leave in plain text.
+#[tokio::test]
+async fn address_from_which_somebody_has_called_stays_captured_though_nobody_is_found_there() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    let known = followed.know_caller("10.0.1.77", Some("lonely")).await;
+    assert!(known.workload_at(ip("10.0.1.77")).is_none());
+    assert!(known.is_unread(ip("10.0.1.77")) && is_captured(&known, "10.0.1.77"));
+}
+
 #[tokio::test]
 async fn address_that_cannot_be_read_is_answered_at_once_and_stays_captured() {
     let api = Api::start().await;
@@ -185,6 +209,25 @@ async fn address_that_cannot_be_read_is_answered_at_once_and_stays_captured() {
     followed.until_problems(|all| all.is_empty()).await;
     let back = followed.know("10.0.1.9").await;
     assert!(back.workload_at(ip("10.0.1.9")).unwrap().is_enrolled());
+}
+
+/// More is to be written than could be, by as many as read at once, in the time that this waits.
+#[tokio::test]
+async fn who_needs_to_know_does_not_wait_for_what_is_written() {
+    let api = Api::start().await;
+    shop(&api);
+    let confused = |n: u32| {
+        let mut confused = pod(&format!("p{n}"), &format!("10.0.0.{}", n + 2));
+        confused["metadata"]["annotations"] = json!({"malla.dev/mode": "hard"});
+        confused
+    };
+    let here = pod("here", "10.0.0.1");
+    api.has(PODS, std::iter::once(here).chain((0..100).map(confused)).collect());
+    api.held.lock().unwrap().ignores_writes = true;
+    let mut followed = api.follow();
+    followed.until(|snapshot| snapshot.generation > 0).await;
+    until("a write", || !api.written("POST").is_empty()).await;
+    assert!(!followed.know(VIP).await.is_unread(ip(VIP)));
 }
 
 #[tokio::test]
@@ -209,7 +252,10 @@ async fn what_cannot_be_read_is_answered_at_once_and_stays_unread() {
     until("a watch", || api.asked("watch pods") == 1).await;
     api.set_down(Some(StatusCode::SERVICE_UNAVAILABLE));
     followed.until_problems(|all| all.len() == PATHS.len()).await;
-    assert!(followed.know(VIP).await.is_unread(ip(VIP)));
+    let known = followed.know(VIP).await;
+    assert!(known.is_unread(ip(VIP)));
+    // Nobody is refused for the sake of those that cannot be read.
+    assert_eq!(behind_service(&known), ["10.0.0.1:8080", "192.0.2.2:8080"]);
     assert_eq!(api.asked("list there"), 0, "a server that is down is not asked by connections too");
     api.set_down(None);
     followed.until_problems(|all| all.is_empty()).await;
@@ -244,12 +290,9 @@ async fn pod_that_has_another_address_is_read_again_before_anybody_talks_to_it()
     // Until it is read, it is no place outside the mesh.
     api.held.lock().unwrap().silent.push("there".into());
     moves("10.0.1.6");
-    let has_moved = |snapshot: &Snapshot| {
-        let service = snapshot.service("default", "web").unwrap();
-        service.ports[0].endpoints.iter().any(|one| one.addr.0.ip() == ip("10.0.1.6"))
-    };
-    let moved = followed.until(has_moved).await;
-    assert!(moved.is_unread(ip(VIP)) && is_captured(&moved, "10.0.1.6"));
+    let moved = followed.until(|snapshot| snapshot.is_unread(ip(VIP))).await;
+    assert!(is_captured(&moved, "10.0.1.6"));
+    assert_eq!(behind_service(&moved), ["10.0.0.1:8080", "192.0.2.2:8080"]);
 }
 
 /// A kubelet writes what its node says: who has taken one over must not have others' pods left alone.
