@@ -1,11 +1,12 @@
 //! What the agent's books say of direct connections that it could not follow.
 
+use std::fs;
 use std::io::Read as _;
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Mesh, Serve, Server, exchange, is_reset, wait};
+use harness::{Mesh, Pod, Serve, Server, exchange, is_reset, wait};
 
 use super::{connect, until_direct};
 
@@ -35,6 +36,22 @@ fn fill_ring(mesh: &Mesh) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// Whether the pod has no socket with this port at either end, but for one that waits in TIME_WAIT.
+fn is_closed(pod: &Pod, port: u16) -> Result<bool> {
+    const TIME_WAIT: &str = "06";
+    let tables = pod.run(|| {
+        let read = |name| fs::read_to_string(format!("/proc/thread-self/net/{name}"));
+        Ok([read("tcp")?, read("tcp6")?])
+    })?;
+    let port = format!(":{port:04X}");
+    let has = |line: &str| {
+        // Number, local and remote ADDRESS:PORT, state (proc_pid_net(5)).
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields[1..3].iter().any(|addr| addr.ends_with(&port)) && fields[3] != TIME_WAIT
+    };
+    Ok(!tables.iter().any(|table| table.lines().skip(1).any(has)))
 }
 
 fn is_listed(mesh: &Mesh, client: SocketAddr) -> bool {
@@ -87,7 +104,12 @@ fn end_that_was_not_told_is_recorded_as_such_and_with_its_time() -> Result<()> {
     let filled = fill_ring(&mesh);
     let lasted = began.elapsed();
     drop(held);
+    // What ends only when the agent runs again it is told.
+    let gone = wait::until(wait::SOON, "both ends to be closed", || {
+        ["a1", "a2"].iter().all(|pod| is_closed(mesh.pod(pod), client.port()).unwrap_or(false))
+    });
     mesh.agent_mut("a").signal(libc::SIGCONT)?;
+    gone?;
     filled?;
     // One of the many may have had the same port.
     let (client, to) = (client.to_string(), mesh.pod("a2").v4(8081).to_string());
