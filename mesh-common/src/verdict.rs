@@ -224,11 +224,12 @@ pub fn decide_elsewhere(
 /// Whether a pod connects to itself.
 ///
 /// The interface cannot tell: for a pod that dials its own address the kernel reports `eth0` (Linux 6.18).
-/// A socket may be bound to loopback, from where nothing comes that is not the pod's: on any other interface
-/// such a source is a martian (`ip_route_input_slow()`, `ip6_rcv_core()`), and the answer would not leave.
+/// A socket may be bound to loopback, or come there from the pod's address (so does what its own rules send
+/// there): nothing of that is not the pod's, since on any other interface such an address is a martian
+/// (`ip_route_input_slow()`, `ip6_rcv_core()`).
 #[inline(always)]
 fn is_itself(local: &WireAddr, remote: &WireAddr) -> bool {
-    remote.ip == local.ip || is_loopback(&remote.ip)
+    remote.ip == local.ip || is_loopback(&remote.ip) || is_loopback(&local.ip)
 }
 
 /// 127.0.0.0/8 and `::1`.
@@ -455,7 +456,7 @@ mod tests {
     /// Whether a pod can only have sent it to itself.
     fn is_own(local: SocketAddr, remote: SocketAddr) -> bool {
         let [local, remote] = [local, remote].map(|addr| addr.ip().to_canonical());
-        local == remote || remote.is_loopback()
+        local == remote || remote.is_loopback() || local.is_loopback()
     }
 
     /// The rules of `sk_lookup`.
@@ -613,6 +614,8 @@ mod tests {
             ("10.1.0.2:80", "10.1.0.2:4000"),
             ("10.1.0.2:80", "127.0.0.1:4000"),
             ("[fd00::2]:80", "[::1]:4000"),
+            ("127.0.0.1:80", "10.1.0.2:4000"),
+            ("[::1]:80", "[fd00::2]:4000"),
         ] {
             assert_eq!(to_a_strict_pod(local, remote, Agent::Alive), itself, "{remote}");
         }

@@ -110,7 +110,9 @@ impl Loads {
         load.outstanding = load.outstanding.saturating_sub(1);
         // What was under way together fails together and is one failure, and so is what came after it for want of
         // anybody else: a burst would keep an endpoint out for a minute that was away for a moment.
-        if load.avoid_until.is_some_and(|until| asked < until) {
+        if let Some(until) = load.avoid_until.filter(|until| asked < *until) {
+            // Who hears of it late has waited: nobody is sent to wait there at once.
+            load.avoid_until = Some(until.max(now + AVOID_FIRST));
             return;
         }
         let avoid = AVOID_FIRST.saturating_mul(1 << load.failures.min(10)).min(AVOID_MAX);
@@ -345,9 +347,10 @@ mod tests {
             loads.failed(addr, now, now + i * MS);
         }
         assert_eq!(loads.outstanding(addr), 0);
-        assert_eq!(loads.avoided_for(addr, now), Some(AVOID_FIRST));
+        assert_eq!(loads.avoided_for(addr, now), Some(AVOID_FIRST + 99 * MS));
         // Tried all the same, since all are avoided.
-        loads.failed(addr, now + MS, now + 2 * MS);
+        let now = now + 100 * MS;
+        loads.failed(addr, now, now);
         assert_eq!(loads.avoided_for(addr, now), Some(AVOID_FIRST));
         let mut later = now + AVOID_FIRST;
         for doubled in [2, 4, 8, 16] {

@@ -382,13 +382,14 @@ impl Capture {
         let captured = linked.iter().map(|(uid, _path)| uid.as_str());
         let nameless = Nameless::of(&pods.maps, captured.filter(|uid| uids.contains(*uid)))?;
         self.refuse_nameless(&mut pods, nameless, namespaces);
-        pods.retain(uids, namespaces, nameless)?;
-        redirect::retain(&mut pods.maps, &self.pins, &keep)?;
+        // Before their entries, as in `leave`.
         for (uid, path) in &linked {
             if !keep.contains(uid) {
                 attach::remove_lookup(path)?;
             }
         }
+        pods.retain(uids, namespaces, nameless)?;
+        redirect::retain(&mut pods.maps, &self.pins, &keep)?;
         let permissive = pods.permissive();
         let inherit = |layout: &Path| events::inherit(&mut pods.maps, layout);
         self.programs.take_over(&self.pins, &permissive, inherit)

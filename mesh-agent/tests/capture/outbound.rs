@@ -275,8 +275,14 @@ fn pod_reaches_itself_without_the_agent() {
         let _client = world.dial(on).unwrap();
         accept(&app);
     }
-    // An application that binds to loopback and dials the pod's address.
-    for (from, to) in [("127.0.0.1:0", "10.90.0.2:8082"), ("[::1]:0", "[fd90::2]:8082")] {
+    // An application that binds to loopback and dials the pod's address, and the other way round, as does what
+    // a pod's own rules redirect.
+    for (from, to) in [
+        ("127.0.0.1:0", "10.90.0.2:8082"),
+        ("[::1]:0", "[fd90::2]:8082"),
+        ("10.90.0.2:0", "127.0.0.1:8083"),
+        ("[fd90::2]:0", "[::1]:8083"),
+    ] {
         let app = world.listen(to);
         let client = world.app(Domain::for_address(addr(to)));
         client.bind(&sock_addr(from)).unwrap();
