@@ -5,8 +5,9 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
@@ -47,6 +48,9 @@ pub struct Agent {
     /// What starts it: a program and its arguments, or nothing.
     through: Vec<String>,
     child: Option<Child>,
+    /// Until then `/metrics` may be what it was: an agent answers from one text for up to ten times as long as
+    /// that took to make.
+    metrics_kept: Mutex<Option<Instant>>,
     _bpffs: BpfMount,
 }
 
@@ -86,6 +90,7 @@ impl Agent {
             flags,
             through: Vec::new(),
             child: None,
+            metrics_kept: Mutex::default(),
             _bpffs: bpffs,
         };
         this.spawn()?;
@@ -206,7 +211,17 @@ impl Agent {
     ///
     /// Fails if nothing answers.
     pub fn metrics(&self) -> Result<Metrics> {
+        let mut kept = self.metrics_kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(until) = *kept {
+            thread::sleep(until.saturating_duration_since(Instant::now()));
+        }
+        let began = Instant::now();
         let (status, text) = self.http(METRICS_PORT, "/metrics")?;
+        // As the agent reckons, of which the time until the answer is more than it took.
+        let took = began.elapsed();
+        let times = u32::try_from(took.as_millis() / 5).unwrap_or(u32::MAX).clamp(1, 10);
+        *kept = Some(Instant::now() + took * times);
+        drop(kept);
         ensure!(status == 200, "/metrics: {status}");
         Ok(Metrics::parse(&text))
     }
@@ -398,7 +413,7 @@ impl Drop for Agent {
             self.kill().ok();
         }
         // Captured by a test runner, shown when the test failed.
-        if std::thread::panicking() {
+        if thread::panicking() {
             #[expect(clippy::print_stderr, reason = "a test runner's output")]
             {
                 eprintln!("--- the agent of node {} logged:\n{}", self.node, self.log_tail());
