@@ -63,6 +63,11 @@ impl ApiError {
         self.code() == Some(409)
     }
 
+    /// The version that was to be gone on from is not kept any more.
+    pub(super) fn is_expired(&self) -> bool {
+        self.code() == Some(410)
+    }
+
     fn is_not_found(&self) -> bool {
         self.code() == Some(404)
     }
@@ -150,7 +155,7 @@ impl Api {
     }
 }
 
-fn refused(verb: &'static str, path: &str, error: kube::Error) -> ApiError {
+pub(super) fn refused(verb: &'static str, path: &str, error: kube::Error) -> ApiError {
     ApiError::Refused { verb, path: path.to_owned(), source: Box::new(error) }
 }
 
@@ -183,6 +188,11 @@ pub(super) struct SigningRequest {
     pub(super) status: SigningRequestStatus,
 }
 
+/// Where the request of that name is, which may be of any characters but `/` and `%`.
+pub(super) fn request_path(name: &str) -> String {
+    format!("{REQUESTS}/{}", escaped(name))
+}
+
 /// `spec` of a request.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -213,9 +223,9 @@ impl SigningRequest {
         self.metadata.name.as_deref().unwrap_or_default()
     }
 
-    /// Where it is. Its name may be of any characters but `/` and `%`.
+    /// Where it is.
     pub(super) fn path(&self) -> String {
-        format!("{REQUESTS}/{}", escaped(self.name()))
+        request_path(self.name())
     }
 
     /// The condition of a kind: `Approved`, `Denied` or `Failed`.

@@ -19,6 +19,7 @@
 
 mod api;
 pub mod election;
+mod published;
 pub mod requests;
 mod roots;
 pub mod signer;

@@ -12,31 +12,30 @@
 //!   take to read it.
 //! - A root stays published for as long as what was signed below it may live, also when the Secret
 //!   does not name it any more.
+//! - What has a successor signs no more, whichever signer has seen that, unless the Secret holds it again.
 //! - A Secret that cannot be used changes nothing: what could sign before still does.
-//! - A ConfigMap that is deleted or emptied is put back as it was. Only who starts without one takes
-//!   what the Secret names for all there is.
-//!
-//! When each root was published is kept beside it, in an annotation: another signer that takes over
-//! knows as much.
+//! - A ConfigMap that is deleted, emptied or changed is put back as it was. Only who starts without one
+//!   takes what the Secret names for all there is.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use k8s_openapi::ByteString;
-use mesh_core::sign::MAX_LIFETIME;
 use mesh_core::spiffe::{SpiffeId, TrustDomain};
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
-use rustls::pki_types::{CertificateDer, UnixTime};
-use serde::{Deserialize, Serialize};
+use rustls::pki_types::UnixTime;
 use serde_json::json;
-use tracing::info;
+use tracing::{info, warn};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::api::{Api, ConfigMap, Named, Secret};
+use super::published::{
+    BUNDLE, Certs, Held, Published, SINCE, follow, has, mark, recount, signs_on,
+};
 use super::{CONFIG_MAP, SECRET, pem};
 use crate::identity::authority::{Authority, make_root};
-use crate::identity::bundle::{Root, TrustBundles, parse_roots};
+use crate::identity::bundle::{TrustBundles, parse_roots};
 use crate::identity::ca::CaError;
 use crate::identity::verify::{PeerRole, verify_peer};
 
@@ -46,60 +45,9 @@ const CERT: &str = "tls.crt";
 const KEY: &str = "tls.key";
 /// More roots to trust.
 const ROOTS: &str = "ca.crt";
-/// The file that agents have mounted.
-const BUNDLE: &str = "bundle.pem";
-/// Where the ConfigMap says since when each root is in it.
-const SINCE: &str = "malla.dev/roots";
 
-/// How long a root that is named no more is published: the longest life of a certificate, and an hour
-/// for those that were being made.
-const RETIREMENT: Duration = MAX_LIFETIME.saturating_add(Duration::from_secs(3600));
-
-/// A published root.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Published {
-    fingerprint: String,
-    /// Unix seconds; `None` if it was there from the beginning, before any agent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    since: Option<u64>,
-    /// Until when it stays though the Secret does not name it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    until: Option<u64>,
-}
-
-/// What is to be published when `named` are the roots in use and `before` was published; `None` before
-/// the first time.
-fn follow(before: Option<&[Published]>, named: &[String], now_s: u64) -> Vec<Published> {
-    let known = before.unwrap_or_default();
-    let mut roots: Vec<Published> = Vec::new();
-    for fingerprint in named {
-        let new = Published {
-            fingerprint: fingerprint.clone(),
-            since: before.map(|_| now_s),
-            until: None,
-        };
-        let found = known.iter().find(|root| root.fingerprint == *fingerprint);
-        let root = found.map_or(new, |root| Published { until: None, ..root.clone() });
-        if !roots.contains(&root) {
-            roots.push(root);
-        }
-    }
-    for root in known.iter().filter(|root| !named.contains(&root.fingerprint)) {
-        let until = *root.until.as_ref().unwrap_or(&(now_s + RETIREMENT.as_secs()));
-        if now_s < until {
-            roots.push(Published { until: Some(until), ..root.clone() });
-        }
-    }
-    roots
-}
-
-impl Published {
-    /// Whether every reader has it.
-    fn is_spread(&self, spread: Duration, now_s: u64) -> bool {
-        self.since.is_none_or(|since| since.saturating_add(spread.as_secs()) <= now_s)
-    }
-}
+/// What somebody changes again and again is put back no more often: with a look's interval, within a minute.
+const PUT_BACK: Duration = Duration::from_secs(50);
 
 /// How it stands.
 #[derive(Clone, Debug)]
@@ -113,20 +61,46 @@ pub(super) struct Standing {
 /// Keeps Secret and ConfigMap in step.
 #[derive(Debug)]
 pub(super) struct Roots {
-    pub(super) api: Api,
-    pub(super) namespace: String,
-    pub(super) trust_domain: TrustDomain,
+    api: Api,
+    namespace: String,
+    trust_domain: TrustDomain,
     /// How long readers of the ConfigMap may take.
-    pub(super) spread: Duration,
+    spread: Duration,
     /// What has signed last.
-    pub(super) current: Option<Arc<Authority>>,
-    /// What was published last.
-    pub(super) last: Option<(Vec<Published>, Certs)>,
+    current: Option<Arc<Authority>>,
+    /// What was published last, and the certificate of each.
+    last: Option<(Vec<Published>, Certs)>,
+    /// Whether `last` is of this term, so that no other signer has published since.
+    is_sure: bool,
+    /// When a change was put back last.
+    put_back: Option<SystemTime>,
 }
 
-pub(super) type Certs = Vec<(CertificateDer<'static>, Root)>;
-
 impl Roots {
+    /// Has seen nothing yet.
+    pub(super) fn new(
+        api: Api,
+        namespace: String,
+        trust_domain: TrustDomain,
+        spread: Duration,
+    ) -> Self {
+        Self {
+            api,
+            namespace,
+            trust_domain,
+            spread,
+            current: None,
+            last: None,
+            is_sure: false,
+            put_back: None,
+        }
+    }
+
+    /// A term begins: another signer may have led since the last one.
+    pub(super) fn begin_term(&mut self) {
+        self.is_sure = false;
+    }
+
     /// Looks at the Secret, publishes what is to be trusted, and says what signs.
     ///
     /// # Errors
@@ -134,56 +108,134 @@ impl Roots {
     /// If the API does not answer, or what the Secret holds cannot be used. What could sign before
     /// may still.
     pub(super) async fn look(&mut self, now: SystemTime) -> Result<Standing, CaError> {
+        let now_s = unix_s(now);
         let secret = self.secret(now).await?;
         let (candidate, mut certs) = self.read(&secret)?;
         let candidate = Arc::new(candidate);
-        let (map, old) = self.published().await?;
-        let is_lost = old.is_empty();
-        let (before, old) = match &self.last {
-            Some((roots, certs)) if is_lost => (Some(roots.clone()), certs.clone()),
-            _ => (before(map.as_ref(), &old)?, old),
+        let map = self.map().await?;
+        let held = match Held::of(map.as_ref(), &self.namespace) {
+            Ok(held) => Some(held),
+            // It is put back. Agents go on with what they have read.
+            Err(_malformed) if self.is_sure => None,
+            Err(error) => return Err(error),
         };
-        certs.extend(old);
+        let is_lost = held.as_ref().is_some_and(|held| held.certs.is_empty());
+        if is_lost && !self.is_sure {
+            // With it is lost whether another signer has made something else sign meanwhile.
+            self.current = None;
+        }
+        let mut before = match &held {
+            Some(held) if self.last.is_none() || !(self.is_sure || is_lost) => held.before(),
+            _ => self.last.as_ref().map(|(roots, _)| roots.clone()),
+        };
+        let is_changed = !is_lost && self.is_changed(held.as_ref(), before.as_deref());
+        if is_changed && let (Some(roots), Some(held)) = (&mut before, &held) {
+            recount(roots, &held.certs, now_s);
+        }
+        self.gather(&mut certs, held.as_ref(), before.as_deref().unwrap_or_default());
 
-        let mut vouching = self.vouching(&candidate, &certs, now)?;
+        let vouching = self.vouching(&candidate, &certs, now)?;
         if vouching.is_empty() {
             return Err(CaError::NoRoot { place: self.place(CERT).display().to_string() });
         }
-        let now_s = unix_s(now);
-        let is_spread = |root: &Published| {
-            vouching.contains(&root.fingerprint) && root.is_spread(self.spread, now_s)
+        // Those that vouch, and those in `ca.crt`: more than one may.
+        let named = named(&secret, &self.place(ROOTS))?;
+        let unnamed = vouching.iter().filter(|fingerprint| !named.contains(fingerprint));
+        let mut in_use: Vec<String> = unnamed.chain(&named).cloned().collect();
+        let known = before.as_deref();
+        let waits = !follow(known, &in_use, now_s)
+            .iter()
+            .any(|root| vouching.contains(&root.fingerprint) && root.is_spread(self.spread, now_s));
+        let signing = if waits {
+            self.signing_on(known.unwrap_or_default(), &certs, now)
+        } else {
+            Some((candidate, vouching))
         };
-        let may_sign = before.as_deref().is_none_or(|roots| roots.iter().any(is_spread));
-        // Those in `ca.crt` and those that vouch: more than one may.
-        let named: Vec<_> = named(&secret, &self.place(ROOTS))?;
-        vouching.retain(|fingerprint| !named.contains(fingerprint));
-        let mut in_use = [vouching, named].concat();
-        // Not once the Secret's may sign: another signer may have let the old one retire meanwhile.
-        if let Some(current) = self.current.as_ref().filter(|_| !may_sign) {
-            // One that has expired needs nobody any more.
-            in_use.extend(self.vouching(current, &certs, now).unwrap_or_default());
+        if let Some((_, trusted)) = &signing {
+            in_use.extend(trusted.iter().cloned());
         }
-        let roots = follow(before.as_deref(), &in_use, now_s);
-        if is_lost || before.as_deref() != Some(&roots) {
+        let mut roots = follow(known, &in_use, now_s);
+        roots.retain(|root| self.is_at_hand(root, &certs));
+        if let Some((_, trusted)) = &signing {
+            mark(&mut roots, trusted);
+        }
+        let is_due = is_lost || known != Some(&roots);
+        if is_due || (is_changed && !self.was_put_back(now)) {
             self.publish(map.as_ref(), &roots, &certs).await?;
+            if is_changed {
+                self.put_back = Some(now);
+                warn!(
+                    config_map = format!("{}/{CONFIG_MAP}", self.namespace),
+                    key = BUNDLE,
+                    annotation = SINCE,
+                    "somebody had changed which roots are trusted, and it was put back: list \
+                     further ones in ca.crt of Secret malla-ca; to distrust one, end all signers, \
+                     delete that Secret and the ConfigMap, and start them again"
+                );
+            }
         }
-        self.last = Some((roots.clone(), certs.clone()));
-        let spread = roots.iter().filter(|root| root.is_spread(self.spread, now_s));
-        let spread: Vec<_> = spread.map(|root| root.fingerprint.as_str()).collect();
-        certs.retain(|(_, root)| spread.contains(&root.fingerprint.as_str()));
-        let waits = self.vouching(&candidate, &certs, now)?.is_empty();
-        // What has signed in an earlier term may be trusted by nobody any more.
-        let current = self.current.as_ref().filter(|current| {
-            let trusted = self.vouching(current, &certs, now).unwrap_or_default();
-            waits && !trusted.is_empty()
-        });
-        let authority = match current {
-            Some(current) => Arc::clone(current),
-            None if waits => return Err(CaError::NotSpread),
-            None => candidate,
-        };
+        certs.retain(|(_, cert)| roots.iter().any(|root| root.fingerprint == cert.fingerprint));
+        self.last = Some((roots, certs));
+        self.is_sure = true;
+        let Some((authority, _)) = signing else { return Err(CaError::NotSpread) };
         self.current = Some(Arc::clone(&authority));
         Ok(Standing { authority, waits })
+    }
+
+    /// Whether what the ConfigMap holds, `None` if that cannot be read, is not what a signer has
+    /// published: `before`.
+    fn is_changed(&self, held: Option<&Held>, before: Option<&[Published]>) -> bool {
+        let Some(before) = before else { return false };
+        // Without an annotation it is of somebody who was there before any signer.
+        let is_of_signer = |held: &Held| self.is_sure || held.annotated.is_some();
+        held.is_none_or(|held| is_of_signer(held) && !held.says(before))
+    }
+
+    /// Adds to `certs` those that were published: of what is in the ConfigMap, and of what this one has
+    /// put there, only what a signer has written beside it.
+    fn gather(&self, certs: &mut Certs, held: Option<&Held>, before: &[Published]) {
+        let found = held.iter().flat_map(|held| &held.certs);
+        for (der, root) in found.chain(self.last.iter().flat_map(|(_, certs)| certs)) {
+            if before.iter().any(|known| known.fingerprint == root.fingerprint)
+                && !has(certs, &root.fingerprint)
+            {
+                certs.push((der.clone(), root.clone()));
+            }
+        }
+    }
+
+    /// What has signed before and signs on while what the Secret holds has to wait, and the roots that
+    /// vouch for it.
+    fn signing_on(
+        &self,
+        before: &[Published],
+        certs: &Certs,
+        now: SystemTime,
+    ) -> Option<(Arc<Authority>, Vec<String>)> {
+        let current = self.current.as_ref()?;
+        // One that has expired signs nothing any more.
+        let trusted = self.vouching(current, certs, now).ok()?;
+        signs_on(before, &trusted, self.spread, unix_s(now)).then(|| (Arc::clone(current), trusted))
+    }
+
+    /// Whether its certificate is known, without which it cannot be published.
+    fn is_at_hand(&self, root: &Published, certs: &Certs) -> bool {
+        let is_at_hand = has(certs, &root.fingerprint);
+        if !is_at_hand {
+            warn!(
+                config_map = format!("{}/{CONFIG_MAP}", self.namespace),
+                key = BUNDLE,
+                fingerprint = root.fingerprint,
+                "a root was taken out and cannot be put back: what it has signed is not trusted, \
+                 unless it is listed in ca.crt of Secret malla-ca"
+            );
+        }
+        is_at_hand
+    }
+
+    /// Whether that was a moment ago.
+    fn was_put_back(&self, now: SystemTime) -> bool {
+        self.put_back.is_some_and(|at| now.duration_since(at).is_ok_and(|ago| ago < PUT_BACK))
     }
 
     /// The Secret, which is made if there is none.
@@ -227,17 +279,9 @@ impl Roots {
         Ok((authority, certs))
     }
 
-    async fn published(&self) -> Result<(Option<ConfigMap>, Certs), CaError> {
+    async fn map(&self) -> Result<Option<ConfigMap>, CaError> {
         let path = format!("/api/v1/namespaces/{}/configmaps/{CONFIG_MAP}", self.namespace);
-        let map = self.api.get::<ConfigMap>(&path).await?;
-        let pem = map.as_ref().and_then(|map| map.data.get(BUNDLE));
-        let place = format!("ConfigMap {}/{CONFIG_MAP}", self.namespace);
-        let certs = match pem.filter(|pem| !pem.is_empty()) {
-            Some(pem) => parse_roots(Path::new(&place), pem.as_bytes())?,
-            None => Vec::new(),
-        };
-        // Somebody may have made it without anything in it.
-        Ok((map, certs))
+        Ok(self.api.get::<ConfigMap>(&path).await?)
     }
 
     /// The fingerprints of those among `certs` that vouch for what `authority` signs: asked of the
@@ -322,136 +366,9 @@ fn named(secret: &Secret, place: &Path) -> Result<Vec<String>, CaError> {
     Ok(parse_roots(place, pem)?.into_iter().map(|(_, root)| root.fingerprint).collect())
 }
 
-/// What the ConfigMap, with the roots `certs` in it, says of them; `None` before the first time.
-fn before(map: Option<&ConfigMap>, certs: &Certs) -> Result<Option<Vec<Published>>, CaError> {
-    let annotations = map.and_then(|map| map.metadata.annotations.as_ref());
-    if let Some(text) = annotations.and_then(|map| map.get(SINCE)) {
-        let roots = serde_json::from_str(text);
-        return roots.map(Some).map_err(|source| CaError::Annotation { source });
-    }
-    // Somebody else has put them there.
-    let published = |(_, root): &(_, Root)| Published {
-        fingerprint: root.fingerprint.clone(),
-        since: None,
-        until: None,
-    };
-    Ok((!certs.is_empty()).then(|| certs.iter().map(published).collect()))
-}
-
 fn unix_s(at: SystemTime) -> u64 {
     at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 #[cfg(test)]
-mod tests {
-    use kube::Client;
-
-    use super::*;
-    use crate::identity::kubernetes::testing::{SECRET as AT, Server, new_root};
-    use crate::identity::testing::cluster_local;
-
-    const SPREAD: Duration = Duration::from_secs(180);
-    const MAP: &str = "/api/v1/namespaces/malla-system/configmaps/malla-trust";
-
-    fn names(names: &[&str]) -> Vec<String> {
-        names.iter().map(|name| (*name).to_owned()).collect()
-    }
-
-    fn root(name: &str, since: Option<u64>, until: Option<u64>) -> Published {
-        Published { fingerprint: name.to_owned(), since, until }
-    }
-
-    #[test]
-    fn first_root_signs_at_once() {
-        let roots = follow(None, &names(&["a", "a"]), 1000);
-        assert_eq!(roots, [root("a", None, None)]);
-        assert!(roots[0].is_spread(SPREAD, 1000));
-    }
-
-    #[test]
-    fn new_root_signs_when_its_readers_have_it() {
-        let roots = follow(Some(&[root("a", None, None)]), &names(&["b", "a"]), 1000);
-        assert_eq!(roots, [root("b", Some(1000), None), root("a", None, None)]);
-        assert!(!roots[0].is_spread(SPREAD, 1179));
-        assert!(roots[0].is_spread(SPREAD, 1180));
-        // And nothing is counted anew by looking again, also not by another signer.
-        assert_eq!(follow(Some(&roots), &names(&["b", "a"]), 1100), roots);
-    }
-
-    #[test]
-    fn root_that_is_named_no_more_stays_for_what_it_has_signed() {
-        let day = MAX_LIFETIME.as_secs();
-        let both = [root("b", Some(1000), None), root("a", None, None)];
-        let roots = follow(Some(&both), &names(&["b"]), 2000);
-        let until = roots[1].until.unwrap();
-        assert_eq!(roots, [both[0].clone(), root("a", None, Some(until))]);
-        assert!(until > 2000 + day, "what was signed a moment ago lives for a day");
-        assert_eq!(follow(Some(&roots), &names(&["b"]), until - 1), roots);
-        assert_eq!(follow(Some(&roots), &names(&["b"]), until), both[..1]);
-        // Named again, it stays, and is as old as it was.
-        assert_eq!(follow(Some(&roots), &names(&["b", "a"]), until - 1), both);
-    }
-
-    /// Those of a signer.
-    fn roots_of(client: &Client) -> Roots {
-        Roots {
-            api: Api::new(client.clone()),
-            namespace: "malla-system".into(),
-            trust_domain: cluster_local(),
-            spread: SPREAD,
-            current: None,
-            last: None,
-        }
-    }
-
-    /// Two signers: the first one has seen the first root, and the second one has replaced it by another.
-    /// Also returns when that is done, and the fingerprint of the root that signs then.
-    async fn replaced() -> (Server, Roots, Roots, SystemTime, String) {
-        let (server, client) = Server::start().await;
-        let (mut one, mut other) = (roots_of(&client), roots_of(&client));
-        let begin = SystemTime::now();
-        server.put(AT, new_root().1);
-        let first = one.look(begin).await.unwrap().authority.root().fingerprint.clone();
-        server.put(AT, new_root().1);
-        assert_eq!(other.look(begin).await.unwrap_err().reason(), "not_spread");
-        let now = begin + SPREAD;
-        let second = other.look(now).await.unwrap();
-        let signs = second.authority.root().fingerprint.clone();
-        assert!(!second.waits && signs != first);
-        (server, one, other, now, signs)
-    }
-
-    #[tokio::test]
-    async fn signer_that_leads_again_lets_a_root_retire_that_another_one_has_replaced() {
-        let (server, mut one, _, now, second) = replaced().await;
-        let published = server.get(MAP);
-        let again = one.look(now + Duration::from_secs(60)).await.unwrap();
-        assert_eq!(again.authority.root().fingerprint, second);
-        assert_eq!(server.get(MAP), published, "for no longer than before");
-    }
-
-    #[tokio::test]
-    async fn root_that_nobody_trusts_any_more_signs_for_no_signer_that_leads_again() {
-        let (server, mut one, mut other, now, second) = replaced().await;
-        let later = now + RETIREMENT + Duration::from_secs(1);
-        other.look(later).await.unwrap();
-        server.put(AT, new_root().1);
-        assert_eq!(one.look(later).await.unwrap_err().reason(), "not_spread");
-        let standing = other.look(later).await.unwrap();
-        assert!(standing.waits && standing.authority.root().fingerprint == second);
-    }
-
-    #[test]
-    fn what_is_published_is_read_again_as_it_was() {
-        let roots = [root("b", Some(1000), Some(2000)), root("a", None, None)];
-        let map =
-            json!({"metadata": {"annotations": {SINCE: serde_json::to_string(&roots).unwrap()}}});
-        let map = serde_json::from_value(map).unwrap();
-        assert_eq!(before(Some(&map), &Vec::new()).unwrap().unwrap(), roots);
-        assert_eq!(before(None, &Vec::new()).unwrap(), None);
-        assert_eq!(before(Some(&ConfigMap::default()), &Vec::new()).unwrap(), None);
-        let wrong = json!({"metadata": {"annotations": {SINCE: "yesterday"}}});
-        let wrong = serde_json::from_value(wrong).unwrap();
-        assert_eq!(before(Some(&wrong), &Vec::new()).unwrap_err().reason(), "annotation");
-    }
-}
+mod tests;

@@ -9,26 +9,22 @@
 //! remembered: a cache would say yes for a pod that has moved. Somebody else's approval makes no
 //! difference: a request that should not be signed is then marked as failed.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use futures_util::StreamExt as _;
 use kube::Client;
-use kube::core::WatchEvent;
 use mesh_core::sign::{Claim, Denied, Facts, Grant, Placed, Request, Requester, Rules};
 use mesh_core::spiffe::TrustDomain;
 use rcgen::SubjectPublicKeyInfo;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, watch};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
-use super::api::{Api, List, Named, Pods, REQUESTS, SigningRequest};
+use self::desk::Desk;
+use super::api::{Api, Named, Pods, SigningRequest, request_path};
 use super::roots::{Roots, Standing};
 use super::{ApiError, pem};
-use crate::discovery::client::escaped;
 use crate::discovery::enrol;
 use crate::discovery::kube::{Namespace, Pod, Time};
 use crate::identity::authority::Authority;
@@ -36,22 +32,14 @@ use crate::identity::ca::CaError;
 use crate::identity::request::{self, Read};
 use crate::telemetry::{self, CaTelemetry, Verdict};
 
-/// Requests that are answered at the same time: each asks the API server a handful of questions.
-const AT_ONCE: usize = 16;
+mod desk;
+
 /// Between looks at the Secret.
 const LOOK: Duration = Duration::from_secs(5);
-/// The server ends a watch after so long, and then everything is looked at again: what could not be
-/// answered in between is.
-const WATCH_S: u64 = 60;
-/// What a watch may be silent for: it is asked to end before.
-const SILENCE: Duration = Duration::from_secs(WATCH_S + 30);
 /// After a failure.
 const RETRY: Duration = Duration::from_secs(1);
 /// At one request, before it waits for its turn to come again.
 const ATTEMPTS: u32 = 3;
-/// Requests in one answer. Whoever may make them may make each as large as the API lets an object be, 1.5 MB,
-/// and an answer is in memory as text and read, beside those that are being answered.
-const PAGE: usize = 8;
 /// A pod that should have been gone for so long is none: Kubernetes takes no token that is bound to it any more
 /// (the leeway in `pkg/serviceaccount/claims.go`).
 const GONE: Duration = Duration::from_secs(60);
@@ -94,14 +82,8 @@ impl Signer {
         let rules = Rules { trust_domain: settings.trust_domain.clone(), agent };
         let problem = watch::Sender::new(None);
         let api = Api::new(client);
-        let roots = Mutex::new(Roots {
-            api: api.clone(),
-            namespace: settings.namespace.clone(),
-            trust_domain: settings.trust_domain.clone(),
-            spread: settings.spread,
-            current: None,
-            last: None,
-        });
+        let (namespace, trust_domain) = (settings.namespace.clone(), settings.trust_domain.clone());
+        let roots = Mutex::new(Roots::new(api.clone(), namespace, trust_domain, settings.spread));
         Self { api, settings, rules, telemetry, problem, roots }
     }
 
@@ -136,6 +118,7 @@ impl Signer {
     async fn look(&self, standing: &watch::Sender<Option<Standing>>) {
         // One term ends before the next one begins.
         let mut roots = self.roots.lock().await;
+        roots.begin_term();
         loop {
             match roots.look(SystemTime::now()).await {
                 Ok(now) => {
@@ -168,69 +151,15 @@ impl Signer {
         if standing.wait_for(Option::is_some).await.is_err() {
             return;
         }
-        loop {
-            let began = Instant::now();
-            let followed = self.follow_once(&standing).await;
-            if let Err(error) = &followed {
-                warn!(error = telemetry::chain(error), "requests are not seen; trying again");
-            }
-            // Whatever a server does, it is not asked in a circle.
-            if followed.is_err() || began.elapsed() < RETRY {
-                sleep(RETRY.mul_f32(1.0 + fastrand::f32())).await;
-            }
-        }
+        Desk::new(self, &standing).follow().await;
     }
 
-    /// Everything once, and then what comes, until the server ends it.
-    async fn follow_once(
-        self: &Arc<Self>,
-        standing: &watch::Receiver<Option<Standing>>,
-    ) -> Result<(), ApiError> {
-        let mut desk =
-            Desk { signer: self, standing, answering: JoinSet::new(), names: HashSet::new() };
-        let query = format!(
-            "{REQUESTS}?fieldSelector=spec.signerName%3D{}",
-            escaped(&self.settings.signer)
-        );
-        let mut next = String::new();
-        let version = loop {
-            let path = format!("{query}&limit={PAGE}&continue={}", escaped(&next));
-            let list = self.api.get::<List<SigningRequest>>(&path).await?;
-            let Some(list) = list else { return Ok(()) };
-            for request in list.items {
-                desk.take(request).await;
-            }
-            next = list.metadata.next;
-            if next.is_empty() {
-                break list.metadata.resource_version;
-            }
-        };
-        let path = format!("{query}&watch=1&resourceVersion={version}&timeoutSeconds={WATCH_S}");
-        let mut events = std::pin::pin!(self.api.watch::<SigningRequest>(&path).await?);
-        loop {
-            tokio::select! {
-                event = timeout(SILENCE, events.next()) => match event {
-                    Ok(Some(Ok(WatchEvent::Added(request) | WatchEvent::Modified(request)))) => {
-                        desk.take(request).await;
-                    }
-                    Ok(Some(Ok(_))) => {}
-                    Ok(Some(Err(error))) => return Err(error),
-                    Ok(None) | Err(_) => break,
-                },
-                Some(answered) = desk.answering.join_next() => desk.done(answered),
-            }
-        }
-        while let Some(answered) = desk.answering.join_next().await {
-            desk.done(answered);
-        }
-        Ok(())
-    }
-
-    /// Answers a request that waits for it, or leaves it until everything is looked at again.
-    async fn answer_one(&self, mut request: SigningRequest, authority: &Authority) {
+    /// Answers a request that waits for it. Says whether nobody waits for it any more: if not, its turn
+    /// is to come again.
+    async fn answer_one(&self, mut request: SigningRequest, authority: &Authority) -> bool {
         for _ in 0..ATTEMPTS {
             match self.decide(&request, authority).await {
-                Ok(()) => return,
+                Ok(()) => return true,
                 Err(CaError::Api(error)) if error.is_conflict() => {
                     debug!(request = request.name(), "somebody else was there");
                 }
@@ -244,8 +173,21 @@ impl Signer {
             // As it is now: it may have been answered, or approved and no more.
             match self.api.get::<SigningRequest>(&request.path()).await {
                 Ok(Some(now)) if !now.is_answered() => request = now,
-                Ok(_) => return,
+                Ok(_) => return true,
                 Err(error) => debug!(error = telemetry::chain(&error), "not read again"),
+            }
+        }
+        false
+    }
+
+    /// The same for one that could not be answered before: it may have been answered since, or be gone.
+    async fn answer_again(&self, name: &str, authority: &Authority) -> bool {
+        match self.api.get::<SigningRequest>(&request_path(name)).await {
+            Ok(Some(now)) if !now.is_answered() => self.answer_one(now, authority).await,
+            Ok(_) => true,
+            Err(error) => {
+                debug!(request = name, error = telemetry::chain(&error), "not read again");
+                false
             }
         }
     }
@@ -391,46 +333,6 @@ fn condition(kind: &str, reason: &str, message: &str) -> Value {
 fn is_gone(pod: &Pod, now: SystemTime) -> bool {
     let due = pod.metadata.deletion_timestamp.map(|Time(due)| SystemTime::from(due));
     due.is_some_and(|due| now.duration_since(due).is_ok_and(|since| since > GONE))
-}
-
-/// The requests that are being answered.
-struct Desk<'a> {
-    signer: &'a Arc<Signer>,
-    standing: &'a watch::Receiver<Option<Standing>>,
-    answering: JoinSet<String>,
-    names: HashSet<String>,
-}
-
-impl Desk<'_> {
-    async fn take(&mut self, request: SigningRequest) {
-        // The field selector has said so already, if the server honours it.
-        let is_ours = request.spec.signer_name == self.signer.settings.signer;
-        if request.is_answered() || !is_ours || self.names.contains(request.name()) {
-            return;
-        }
-        while self.answering.len() >= AT_ONCE {
-            if let Some(answered) = self.answering.join_next().await {
-                self.done(answered);
-            }
-        }
-        let Some(Standing { authority, .. }) = self.standing.borrow().clone() else { return };
-        self.names.insert(request.name().to_owned());
-        let signer = Arc::clone(self.signer);
-        self.answering.spawn(async move {
-            let name = request.name().to_owned();
-            signer.answer_one(request, &authority).await;
-            name
-        });
-    }
-
-    fn done(&mut self, answered: Result<String, tokio::task::JoinError>) {
-        match answered {
-            Ok(name) => {
-                self.names.remove(&name);
-            }
-            Err(error) => warn!(%error, "an answer panicked"),
-        }
-    }
 }
 
 #[cfg(test)]

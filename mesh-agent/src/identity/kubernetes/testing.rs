@@ -1,6 +1,6 @@
 //! An API server for tests: objects by their path, which are read, listed, made and patched.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
@@ -37,6 +37,8 @@ struct Held {
     objects: BTreeMap<String, Value>,
     /// What was read, by path and query.
     asked: Vec<String>,
+    /// What the next watches are told before they end; the one after these is told nothing, for ever.
+    watches: VecDeque<String>,
 }
 
 impl Server {
@@ -76,6 +78,12 @@ impl Server {
         self.0.lock().unwrap().asked.clone()
     }
 
+    /// The next watch is told of these events, and ends.
+    pub(super) fn tell(&self, events: &[Value]) {
+        let lines = events.iter().map(|event| format!("{event}\n")).collect();
+        self.0.lock().unwrap().watches.push_back(lines);
+    }
+
     pub(super) async fn until(&self, what: &str, is_so: impl Fn(&Self) -> bool) {
         let waiting = async {
             while !is_so(self) {
@@ -96,6 +104,9 @@ impl Server {
                 held.asked.push(uri.to_string());
                 let query = uri.query().unwrap_or_default();
                 if query.contains("watch=1") {
+                    if let Some(lines) = held.watches.pop_front() {
+                        return http::Response::new(BodyExt::boxed(Full::from(lines)));
+                    }
                     let never = stream::pending::<Result<Frame<Bytes>, Infallible>>();
                     return http::Response::new(BodyExt::boxed(StreamBody::new(never)));
                 }

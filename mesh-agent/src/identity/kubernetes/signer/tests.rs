@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::identity::bundle::{TrustBundles, parse_roots};
+use crate::identity::kubernetes::api::REQUESTS;
 use crate::identity::kubernetes::testing::{SECRET, Server, new_root};
 use crate::identity::testing::{cluster_local, id};
 use crate::identity::verify::{PeerRole, verify_peer};
@@ -115,6 +116,68 @@ async fn requests_are_listed_a_few_at_a_time() {
     world.server.until("a list", |server| listed(server).is_some()).await;
     let listed = listed(&world.server).unwrap();
     assert!(listed.contains("&limit=8&"), "{listed}");
+}
+
+/// The lists and the watches of requests that were asked for.
+fn followed(server: &Server) -> (Vec<String>, Vec<String>) {
+    let all = format!("{REQUESTS}?");
+    let asked = server.asked().into_iter().filter(|asked| asked.starts_with(&all));
+    asked.partition(|asked| !asked.contains("watch=1"))
+}
+
+/// With 20,000 requests that are answered, whoever asks while they are listed waits for 20 s.
+#[tokio::test]
+async fn watch_goes_on_from_where_the_last_one_has_ended() {
+    let world = World::new().await;
+    world.server.put(SECRET, new_root().1);
+    let kind = ("certificates.k8s.io/v1", "CertificateSigningRequest");
+    let metadata = json!({"resourceVersion": "7"});
+    let mark = json!({"apiVersion": kind.0, "kind": kind.1, "metadata": metadata});
+    world.server.tell(&[json!({"type": "BOOKMARK", "object": mark})]);
+    world.server.tell(&[]);
+    world.leads.send_replace(true);
+    world.server.until("three watches", |server| followed(server).1.len() == 3).await;
+    let (lists, watches) = followed(&world.server);
+    assert_eq!(lists.len(), 1, "{lists:?}");
+    for (watch, version) in watches.iter().zip([1, 7, 7]) {
+        assert!(watch.contains(&format!("&resourceVersion={version}&")), "{watches:?}");
+        assert!(watch.contains("&allowWatchBookmarks=true&"), "{watch}");
+    }
+}
+
+#[tokio::test]
+async fn requests_are_listed_again_when_the_server_has_forgotten_their_version() {
+    let world = World::new().await;
+    world.server.put(SECRET, new_root().1);
+    let gone = json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "metadata": {},
+        "message": "too old resource version", "reason": "Expired", "code": 410,
+    });
+    world.server.tell(&[json!({"type": "ERROR", "object": gone})]);
+    world.leads.send_replace(true);
+    world.server.until("two watches", |server| followed(server).1.len() == 2).await;
+    assert_eq!(followed(&world.server).0.len(), 2);
+}
+
+#[tokio::test]
+async fn request_that_could_not_be_answered_is_answered_later_without_a_list() {
+    let world = World::new().await;
+    world.server.put(SECRET, new_root().1);
+    // The API says something that is none.
+    let pods = "/api/v1/namespaces/default/pods";
+    let pod = json!({"metadata": {"name": "web-1", "namespace": "default"}, "spec": 5});
+    world.server.put(&format!("{pods}/web-1"), pod);
+    world.ask("one");
+    (0..10).for_each(|_| world.server.tell(&[]));
+    world.leads.send_replace(true);
+    let list = format!("{pods}?");
+    let attempts =
+        |server: &Server| server.asked().iter().filter(|asked| asked.starts_with(&list)).count();
+    world.server.until("all attempts", |server| attempts(server) == 3).await;
+    world.pod(json!({"name": "web-1"}));
+    let status = world.answer("one").await;
+    assert!(status["certificate"].is_string(), "{status}");
+    assert_eq!(followed(&world.server).0.len(), 1);
 }
 
 #[tokio::test]
