@@ -134,7 +134,7 @@ fn balance_among(bencher: Bencher<'_, '_>, endpoints: u16) {
         };
         let index = loads.pick(Policy::LeastLoaded, &endpoints, &[], now, draw);
         let addr = endpoints[index.expect("an endpoint")].addr;
-        loads.accepted(addr, now, Duration::from_micros(300));
+        loads.accepted(addr, &endpoints, now, Duration::from_micros(300));
         loads.finished(addr);
     });
 }

@@ -3,7 +3,8 @@
 //! A client is a pod and what it dials, and it is bound to an endpoint by being sent there. It stays so
 //! until it has not connected for the service's `timeoutSeconds`, as with kube-proxy, or until a
 //! connection of its own could not be made there: then it moves, and stays where it moved to. What
-//! other clients meet at an endpoint moves nobody.
+//! other clients meet at an endpoint moves nobody, and neither does that nobody can say at the moment
+//! whether the endpoint is in the mesh: others serve the client meanwhile.
 //!
 //! Only a memory: without an entry a client is sent where balance sends it.
 
@@ -72,6 +73,24 @@ impl Affinities {
         let index = candidates.iter().position(|endpoint| endpoint.addr == to)?;
         self.bind(client, to, now);
         Some(index)
+    }
+
+    /// Whether `client` keeps to an endpoint that cannot be a candidate now, was not tried in vain, and
+    /// `may_return`: it is to be sent elsewhere without being bound there. Counts as a connection.
+    pub fn waits(
+        &mut self,
+        client: &Client,
+        timeout: Duration,
+        tried: &[EndpointAddr],
+        now: Instant,
+        may_return: impl FnOnce(EndpointAddr) -> bool,
+    ) -> bool {
+        let Some((to, _)) = self.bound(client, timeout, now) else { return false };
+        let waits = !tried.contains(&to) && may_return(to);
+        if waits {
+            self.bind(client, to, now);
+        }
+        waits
     }
 
     /// `client` is sent to `to`. Returns where it was sent before, if that was somewhere else.
@@ -230,6 +249,26 @@ mod tests {
             affinities.bind(&Client { pod: "one".into(), dst }, all[0].addr, now);
         }
         assert!(affinities.by_client.len() <= MAX_CLIENTS);
+    }
+
+    #[test]
+    fn client_keeps_to_an_endpoint_that_only_has_to_be_read_first() {
+        let (mut affinities, all, mut now) = (Affinities::default(), endpoints(), epoch());
+        let one = client("one");
+        let is_unread = |to: EndpointAddr| to == all[0].addr;
+        assert!(!affinities.waits(&one, TIMEOUT, &[], now, is_unread), "it keeps to none");
+        affinities.bind(&one, all[0].addr, now);
+        for _ in 0..3 {
+            now += TIMEOUT - Duration::from_millis(1);
+            assert_eq!(affinities.keep(&one, TIMEOUT, &all[1..], &[], now), None);
+            assert!(affinities.waits(&one, TIMEOUT, &[], now, is_unread));
+        }
+        assert_eq!(affinities.keep(&one, TIMEOUT, &all, &[], now), Some(0), "it is read");
+        let tried = [all[0].addr];
+        assert!(!affinities.waits(&one, TIMEOUT, &tried, now, is_unread), "tried in vain");
+        assert!(!affinities.waits(&one, TIMEOUT, &[], now, |_gone| false));
+        now += TIMEOUT;
+        assert!(!affinities.waits(&one, TIMEOUT, &[], now, is_unread), "it was away for so long");
     }
 
     #[test]

@@ -8,7 +8,9 @@
 //! distrust costs user latency.
 //!
 //! An endpoint that refused or timed out is *tried last* for a while: still there when nobody else
-//! is, because a wrong guess must never make a service unreachable.
+//! is, because a wrong guess must never make a service unreachable. Where all endpoints of a service had
+//! failed, the first of them that is back does not keep all connections: the others follow within
+//! [`AVOID_FIRST`].
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -93,8 +95,15 @@ impl Loads {
         load.picked = picks;
     }
 
-    /// The endpoint accepted the connection `rtt` after it was asked.
-    pub fn accepted(&mut self, addr: EndpointAddr, now: Instant, rtt: Duration) {
+    /// The endpoint, one of `candidates`, accepted the connection `rtt` after it was asked.
+    pub fn accepted(
+        &mut self,
+        addr: EndpointAddr,
+        candidates: &[Endpoint],
+        now: Instant,
+        rtt: Duration,
+    ) {
+        self.recovered(addr, candidates, now);
         let load = self.load_mut(addr, now);
         let sample_s = rtt.as_secs_f64();
         let keep = load.keep(now);
@@ -102,6 +111,27 @@ impl Loads {
         load.updated = now;
         load.failures = 0;
         load.avoid_until = None;
+    }
+
+    /// If every one of `candidates` had failed and `addr` is the first that serves again, what they had in
+    /// common is over, and how long it has lasted says nothing of the others: each is soon tried, and those that
+    /// fail again begin anew. Otherwise `addr` would have all connections for up to [`AVOID_MAX`].
+    fn recovered(&mut self, addr: EndpointAddr, candidates: &[Endpoint], now: Instant) {
+        // Its own first: nearly always it has not failed, and the others need not be looked at.
+        if !self.has_failed(addr) || !candidates.iter().all(|one| self.has_failed(one.addr)) {
+            return;
+        }
+        for one in candidates {
+            if let Some(load) = self.by_addr.get_mut(&one.addr) {
+                load.failures = 1;
+                load.avoid_until = load.avoid_until.map(|until| until.min(now + AVOID_FIRST));
+            }
+        }
+    }
+
+    /// Whether the last that was heard of it is a failure.
+    fn has_failed(&self, addr: EndpointAddr) -> bool {
+        self.by_addr.get(&addr).is_some_and(|load| load.failures > 0)
     }
 
     /// The endpoint refused what was `asked` of it then, or did not answer in time.
@@ -266,7 +296,7 @@ mod tests {
             let i = loads.pick(Policy::LeastLoaded, &all, &[], now, &mut draw).unwrap();
             picked[i] += 1;
             now += MS;
-            loads.accepted(all[i].addr, now, rtt[i]);
+            loads.accepted(all[i].addr, &all, now, rtt[i]);
             loads.finished(all[i].addr);
         }
         assert!(picked[2] < 100, "1% of 10,000 at most, got {picked:?}");
@@ -283,7 +313,7 @@ mod tests {
             let i = loads.pick(Policy::LeastLoaded, &all, &[], now, &mut draw).unwrap();
             picked[i] += 1;
             now += MS;
-            loads.accepted(all[i].addr, now, rtt[i]);
+            loads.accepted(all[i].addr, &all, now, rtt[i]);
             loads.finished(all[i].addr);
         }
         assert!(picked.iter().all(|n| n.abs_diff(1_000) < 150), "{picked:?}");
@@ -304,12 +334,12 @@ mod tests {
     fn slow_endpoint_is_tried_again_once_its_sample_is_old() {
         let (mut loads, all) = (Loads::default(), endpoints(2));
         let now = epoch();
-        loads.accepted(all[1].addr, now, 50 * MS);
-        loads.accepted(all[0].addr, now, 2 * MS);
+        loads.accepted(all[1].addr, &all, now, 50 * MS);
+        loads.accepted(all[0].addr, &all, now, 2 * MS);
         assert_eq!(loads.pick(Policy::LeastLoaded, &all, &[], now, |_| 0), Some(0));
         loads.finished(all[0].addr);
         let later = now + 10 * DECAY;
-        loads.accepted(all[0].addr, later, 20 * MS);
+        loads.accepted(all[0].addr, &all, later, 20 * MS);
         assert_eq!(loads.pick(Policy::LeastLoaded, &all, &[], later, |_| 0), Some(1));
     }
 
@@ -358,9 +388,55 @@ mod tests {
             assert_eq!(loads.avoided_for(addr, later), Some(doubled * AVOID_FIRST));
             later += doubled * AVOID_FIRST;
         }
-        loads.accepted(addr, later, MS);
+        loads.accepted(addr, &all, later, MS);
         loads.failed(addr, later, later);
         assert_eq!(loads.avoided_for(addr, later), Some(AVOID_FIRST));
+    }
+
+    #[test]
+    fn who_is_back_first_after_an_outage_of_all_does_not_keep_all_connections() {
+        let (mut loads, all, mut draw) = (Loads::default(), endpoints(3), fixed_draws());
+        let mut now = epoch();
+        // So long that each is avoided for as long as any is.
+        for _ in 0..6 {
+            for one in &all {
+                loads.failed(one.addr, now, now);
+            }
+            now += AVOID_MAX;
+        }
+        // The first one's turn comes before the others'.
+        loads.failed(all[0].addr, now, now);
+        for one in &all[1..] {
+            loads.failed(one.addr, now, now + AVOID_MAX / 2);
+        }
+        now += AVOID_MAX;
+        assert_eq!(loads.avoided_for(all[1].addr, now), Some(AVOID_MAX / 2));
+        loads.accepted(all[0].addr, &all, now, MS);
+        assert_eq!(loads.avoided_for(all[0].addr, now), None);
+        for one in &all[1..] {
+            assert_eq!(loads.avoided_for(one.addr, now), Some(AVOID_FIRST));
+        }
+        now += AVOID_FIRST;
+        let mut picked = [false; 3];
+        for _ in 0..50 {
+            picked[loads.pick(Policy::Random, &all, &[], now, &mut draw).unwrap()] = true;
+        }
+        assert_eq!(picked, [true; 3]);
+        loads.failed(all[1].addr, now, now);
+        let again = loads.avoided_for(all[1].addr, now);
+        assert_eq!(again, Some(2 * AVOID_FIRST), "it begins anew");
+    }
+
+    #[test]
+    fn who_is_back_beside_one_that_served_meanwhile_says_nothing_of_others() {
+        let (mut loads, all, now) = (Loads::default(), endpoints(3), epoch());
+        for failing in [0, 1] {
+            loads.failed(all[failing].addr, now, now);
+            loads.failed(all[failing].addr, now + AVOID_FIRST, now + AVOID_FIRST);
+        }
+        let now = now + AVOID_FIRST;
+        loads.accepted(all[0].addr, &all, now, MS);
+        assert_eq!(loads.avoided_for(all[1].addr, now), Some(2 * AVOID_FIRST));
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! leaves keeps its listeners for [`LINGER`], since a connection may be between the kernel's decision
 //! and our accept.
 
+mod listening;
+
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
@@ -12,22 +14,20 @@ use std::time::Duration;
 
 use mesh_core::settings::Settings;
 use mesh_core::snapshot::{Enrolment, Snapshot, Workload, WorkloadUid};
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use super::namespaces::Namespaces;
 use super::shortfall::{EnrolError, NotEnrolled, Shortfall};
 use super::uncertified::Uncertified;
-use crate::capture::{Capture, CaptureError, Destinations, Listeners, PodCapture};
+use crate::capture::{Capture, CaptureError, Destinations, PodCapture};
 use crate::discovery::enrol::left_alone;
 use crate::discovery::{Outcome, Outcomes};
 use crate::identity::store::Identities;
 use crate::node::{LocalPod, Worker};
 use crate::workers::Workers;
-use crate::{inbound, outbound, serve};
 
 /// How long listeners outlive their pod's enrolment.
 const LINGER: Duration = Duration::from_secs(1);
@@ -39,11 +39,6 @@ const RETIRE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_sec
 /// How long the connections of a pod that has just started wait for its certificate: it is asked for when
 /// the pod's object comes, and in a busy cluster may take longer than the sandbox.
 const STARTING: Duration = Duration::from_secs(10);
-
-/// What the kernel's configuration of a pod has room for.
-const MAX_LISTENERS: usize = 16;
-/// So many that the source ports of one address (28,000 by default) are not the limit of a busy pod.
-const MIN_OUTBOUND_LISTENERS: usize = 4;
 
 /// The pods that are enrolled on this node.
 #[derive(Debug)]
@@ -366,8 +361,8 @@ impl Pods {
             netns: &pod.netns,
             settings: &workload.settings,
             predecessor: predecessors.get(&pod.netns.inode()).map(|(uid, _)| &**uid),
-            outbound_listeners: listeners_per_address(self.workers.len()),
-            inbound_listeners: self.workers.len().min(MAX_LISTENERS),
+            outbound_listeners: listening::outbound_per_address(self.workers.len()),
+            inbound_listeners: listening::inbound_per_address(self.workers.len()),
         })?;
         if let Some((uid, predecessor)) = predecessors.remove(&pod.netns.inode()) {
             self.linger(&uid, &predecessor);
@@ -435,66 +430,6 @@ impl Pods {
         (self.everything, self.uncaptured) = (everything, uncaptured);
     }
 
-    /// Spreads the pod's listeners over the workers.
-    fn serve(
-        &mut self,
-        pod: &Arc<LocalPod>,
-        listeners: Listeners,
-        addresses: usize,
-    ) -> watch::Sender<bool> {
-        let (stop, stopped) = watch::channel(false);
-        // The list has all addresses with their first listener, then all with their second.
-        let workers = self.contexts.len();
-        let worker_of = |index: usize| (index / addresses) % workers;
-        for (index, listener) in listeners.outbound.into_iter().enumerate() {
-            let worker = worker_of(index);
-            let (context, pod) = (Arc::clone(&self.contexts[worker]), Arc::clone(pod));
-            // A socket that is bound has an address; at port 0 nothing was captured.
-            let port = listener.local_addr().map_or(0, |own| own.port());
-            self.listen(worker, listener, &stopped, move |app, from| {
-                outbound::carry(Arc::clone(&context), Arc::clone(&pod), app, from, port)
-            });
-        }
-        for (index, listener) in listeners.inbound.into_iter().enumerate() {
-            let worker = worker_of(index);
-            let (context, pod) = (Arc::clone(&self.contexts[worker]), Arc::clone(pod));
-            self.listen(worker, listener, &stopped, move |peer, from| {
-                let (context, pod) = (Arc::clone(&context), Arc::clone(&pod));
-                let opens = context.node.opening.begin();
-                async move { inbound::serve_plain(&context, &pod, peer, from, opens).await }
-            });
-        }
-        stop
-    }
-
-    fn listen<H, F>(
-        &mut self,
-        worker: usize,
-        listener: std::net::TcpListener,
-        stopped: &watch::Receiver<bool>,
-        handle: H,
-    ) where
-        H: Fn(tokio::net::TcpStream, std::net::SocketAddr) -> F + Send + Sync + 'static,
-        F: Future<Output = ()> + Send + 'static,
-    {
-        let permits = Arc::clone(&self.contexts[worker].node.connections);
-        let stopped = stopped.clone();
-        // What waits to be accepted is on its way too.
-        let opens = self.contexts[worker].node.opening.begin();
-        // Registered with the worker's own runtime, whose thread alone then wakes for it.
-        let serving = self.workers.spawn(worker, async move {
-            match TcpListener::from_std(listener) {
-                Ok(listener) => serve::serve(listener, permits, stopped, opens, handle).await,
-                Err(error) => error!(%error, stage = "capture", "a pod's listener is lost"),
-            }
-        });
-        self.serving.spawn(async move {
-            if let Err(error) = serving.await {
-                error!(%error, "a pod's listener ended early");
-            }
-        });
-    }
-
     /// Keeps why a pod is not enrolled, and logs it once for each reason.
     fn report(&mut self, workload: &Arc<Workload>, error: &EnrolError) {
         let now = Instant::now();
@@ -518,10 +453,4 @@ impl Pods {
             );
         }
     }
-}
-
-/// The same number for every worker, since connections take turns over them.
-fn listeners_per_address(workers: usize) -> usize {
-    let each = MIN_OUTBOUND_LISTENERS.div_ceil(workers);
-    (workers * each).min(MAX_LISTENERS)
 }

@@ -153,7 +153,7 @@ impl Directory {
             self.files.values().filter_map(|file| file.problem.clone()).collect();
         for (name, file) in &self.files {
             if file.problem.is_some() {
-                objects.add_unread(shown(name));
+                objects.add_unread(shown(name).to_string());
             }
             for (document, object) in &file.objects {
                 let at = format!("{}, document {document}", shown(name));

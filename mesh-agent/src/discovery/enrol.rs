@@ -5,6 +5,7 @@
 //! through more than another it counts as not given.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::str::FromStr;
 
 use mesh_core::addr::Cidr;
@@ -12,7 +13,9 @@ use mesh_core::settings::{Mode, Outbound, PortList, Settings, UnknownPods};
 use mesh_core::snapshot::Enrolment;
 
 use super::kube::{Namespace, ObjectMeta, Pod};
-use super::{Report, shown};
+use super::objects::{Kind, ObjectKey};
+use super::problems::Shown;
+use super::{Problems, Report, shown};
 
 /// `enabled` or `disabled`; the only key that also counts as a label.
 pub const MESH: &str = "malla.dev/mesh";
@@ -265,7 +268,7 @@ fn foreign(meta: &ObjectMeta, settings: &[&str], also: &[&str], report: &mut Rep
     for (key, _) in ours(meta.annotations.as_ref()) {
         // What the agent itself writes to say how enrolling went is no wish.
         if key != REDIRECTION && !is_setting(key) {
-            no_setting(annotation(&shown(key)), settings, report);
+            no_setting(annotation(key), settings, report);
         }
     }
     for (key, text) in ours(meta.labels.as_ref()) {
@@ -276,7 +279,7 @@ fn foreign(meta: &ObjectMeta, settings: &[&str], also: &[&str], report: &mut Rep
         if is_setting(key) {
             no_label(key, text, report);
         } else {
-            no_setting(label(&shown(key)), settings, report);
+            no_setting(label(key), settings, report);
         }
     }
 }
@@ -287,11 +290,11 @@ fn ours(map: Option<&BTreeMap<String, String>>) -> impl Iterator<Item = (&str, &
     all.filter(|(key, _)| key.starts_with(PREFIX))
 }
 
-fn no_setting(field: String, settings: &[&str], report: &mut Report<'_>) {
+fn no_setting(field: Place<'_>, settings: &[&str], report: &mut Report<'_>) {
     report.say(
         field,
         "is no setting of this version here, and has no effect",
-        format!("the settings are {}", settings.join(", ")),
+        format_args!("the settings are {}", Listed(settings)),
     );
 }
 
@@ -301,15 +304,16 @@ pub(super) fn no_label(key: &str, text: &str, report: &mut Report<'_>) {
     report.say(
         label(key),
         "counts only as an annotation; as a label it has no effect",
-        format!("annotate with {key}={} instead, and remove the label", shown(text)),
+        format_args!("annotate with {key}={} instead, and remove the label", shown(text)),
     );
 }
 
 /// Whether `pod`, in `namespace`, takes part in the mesh: what its agent goes by, for who decides
 /// whether that agent may act for it.
 pub fn takes_part(namespace: &Namespace, pod: &Pod) -> bool {
-    let mut unread = Vec::new();
-    let mut report = Report::of(String::new(), &mut unread);
+    let mut unread = Problems::default();
+    let nobody = ObjectKey { kind: Kind::Pod, namespace: String::new(), name: String::new() };
+    let mut report = Report::of(&nobody, &mut unread);
     let wishes = Wishes::of_namespace(&namespace.metadata, &mut report);
     let name = namespace.metadata.name.as_deref().unwrap_or_default();
     let enrolment = Wishes::of_pod(&pod.metadata, &mut report).enrolment(&wishes, name, pod);
@@ -420,22 +424,51 @@ pub(super) fn value<T>(
 }
 
 fn not_understood(
-    field: String,
+    field: Place<'_>,
     text: &str,
     instead: &str,
     expected: &str,
     report: &mut Report<'_>,
 ) {
-    let message = format!("`{}` is not understood and counts as {instead}", shown(text));
-    report.say(field, message, format!("write {expected}"));
+    report.say(
+        field,
+        format_args!("`{}` is not understood and counts as {instead}", shown(text)),
+        format_args!("write {expected}"),
+    );
 }
 
-pub(super) fn annotation(key: &str) -> String {
-    format!("metadata.annotations[\"{key}\"]")
+/// Where among the metadata a key stands. Written out where it is told: an object can have thousands.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place<'a> {
+    map: &'static str,
+    key: Shown<'a>,
 }
 
-fn label(key: &str) -> String {
-    format!("metadata.labels[\"{key}\"]")
+impl fmt::Display for Place<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "metadata.{}[\"{}\"]", self.map, self.key)
+    }
+}
+
+pub(super) fn annotation(key: &str) -> Place<'_> {
+    Place { map: "annotations", key: shown(key) }
+}
+
+fn label(key: &str) -> Place<'_> {
+    Place { map: "labels", key: shown(key) }
+}
+
+/// With commas between.
+struct Listed<'a>(&'a [&'a str]);
+
+impl fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, one) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            write!(f, "{comma}{one}")?;
+        }
+        Ok(())
+    }
 }
 
 pub(super) fn parsed<T: FromStr>(text: &str) -> Option<T> {

@@ -14,7 +14,7 @@ use super::enrol::{
 use super::kube::{Pod, PodStatus};
 use super::objects::{ObjectKey, Objects};
 use super::translate::{Context, NetnsFrom};
-use super::{Problem, Report, shown};
+use super::{Problems, Report, shown};
 
 /// Every pod, found by name, UID or address.
 #[derive(Debug, Default)]
@@ -59,7 +59,7 @@ impl Pods {
                 let (namespace, name) = (&other.workload.namespace, &other.workload.name);
                 report.say(
                     "status.podIPs",
-                    format!("{ip} is also Pod {namespace}/{name}'s, which keeps it"),
+                    format_args!("{ip} is also Pod {namespace}/{name}'s, which keeps it"),
                     "remove the pod that has gone, or correct the address",
                 );
             } else {
@@ -78,7 +78,7 @@ pub(super) fn translate<'a>(
     namespaces: &BTreeMap<&str, Wishes>,
     accounts: &BTreeSet<(&str, &str)>,
     context: &Context,
-    problems: &mut Vec<Problem>,
+    problems: &mut Problems,
 ) -> Pods {
     let mut pods: Vec<_> = pods.collect();
     // Who is first keeps a contested address: one that was told before one that was only seen, a pod of this
@@ -96,7 +96,7 @@ pub(super) fn translate<'a>(
     let mut this = Pods::default();
     let mut uids = HashMap::new();
     for (key, pod) in pods {
-        let mut report = Report::of(key.to_string(), problems);
+        let mut report = Report::of(key, problems);
         let namespace = namespaces.get(key.namespace.as_str());
         let Some(mut found) = workload(key, pod, namespace, accounts, context, &mut report) else {
             continue;
@@ -211,7 +211,7 @@ fn addresses(pod: &Pod, report: &mut Report<'_>) -> Vec<IpAddr> {
             Ok(ip) => addresses.push(ip.to_canonical()),
             Err(_not_ip) => report.say(
                 "status.podIPs",
-                format!("`{}` is no address and is left out", shown(text)),
+                format_args!("`{}` is no address and is left out", shown(text)),
                 "write an IPv4 or IPv6 address without prefix length",
             ),
         }

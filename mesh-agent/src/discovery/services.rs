@@ -1,5 +1,7 @@
 //! Services and their EndpointSlices into services with endpoints.
 
+mod slices;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -8,43 +10,22 @@ use mesh_core::addr::EndpointAddr;
 use mesh_core::locality::{self, Facts, Here, InternalTraffic, Scope, State};
 use mesh_core::networks::Networks;
 use mesh_core::protocol::Protocol;
-use mesh_core::snapshot::{Distribution, Endpoint, Enrolment, Service, ServicePort, Workload};
+use mesh_core::snapshot::{Endpoint, Service, ServicePort, Workload};
 
-use super::enrol::{Wishes, left_alone};
-use super::kube::{Endpoint as KubeEndpoint, EndpointSlice, Service as KubeService, ServiceSpec};
+pub(super) use self::slices::absent_at;
+use self::slices::{Candidate, Ports, Reader};
+use super::enrol::Wishes;
+use super::kube::{EndpointSlice, Service as KubeService, ServiceSpec};
 use super::objects::{NodeIps, ObjectKey};
 use super::pods::Pods;
 use super::policies::Policies;
 use super::translate::missing;
-use super::{Problem, Report, shown};
+use super::{Problems, Report, shown};
 
 /// Says which service a slice is of.
 pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 const WRITE_THE_NAME: &str = "write the name of the Service that these endpoints are of";
-
-/// One address of one slice, resolved.
-#[derive(Debug)]
-struct Candidate<'a> {
-    addr: EndpointAddr,
-    workload: Option<Arc<Workload>>,
-    is_unread: bool,
-    state: State,
-    node: Option<&'a str>,
-    for_nodes: Vec<String>,
-    for_zones: Vec<String>,
-}
-
-/// What the slices say of a port.
-#[derive(Debug, Default)]
-struct Port<'a> {
-    candidates: Vec<Candidate<'a>>,
-    /// `appProtocol` of the first slice that has one.
-    app_protocol: Option<&'a str>,
-}
-
-/// Ports by namespace, service and port name.
-type Ports<'a> = BTreeMap<(&'a str, &'a str, &'a str), Port<'a>>;
 
 /// Where the clients are, and what is around.
 #[derive(Clone, Copy, Debug)]
@@ -80,17 +61,6 @@ pub(super) struct Unread<'a> {
     pub(super) networks: &'a Networks,
 }
 
-/// What is behind an endpoint.
-enum Behind {
-    Pod(Arc<Workload>),
-    /// No pod, or not the one that is meant.
-    Outside,
-    /// A pod that is to be read first.
-    Unread,
-    /// A pod that does not exist any more.
-    Gone,
-}
-
 /// Makes services of `services`, with the endpoints of `slices` behind them.
 pub(super) fn translate<'a>(
     services: impl Iterator<Item = (&'a ObjectKey, &'a KubeService)>,
@@ -98,12 +68,12 @@ pub(super) fn translate<'a>(
     pods: &Pods,
     unread: &Unread<'_>,
     around: &'a Around<'a>,
-    problems: &mut Vec<Problem>,
+    problems: &mut Problems,
 ) -> Services {
     let mut unread_addresses = HashSet::new();
     let services: BTreeMap<_, _> = services
         .map(|(key, service)| {
-            let mut report = Report::of(key.to_string(), problems);
+            let mut report = Report::of(key, problems);
             let namespace = around.namespaces.get(&*key.namespace);
             let policies = Policies::read(service, namespace, &mut report);
             ((&*key.namespace, &*key.name), (key, service, policies))
@@ -111,12 +81,12 @@ pub(super) fn translate<'a>(
         .collect();
     let mut ports_of_slices = Ports::new();
     for (key, slice) in slices {
-        let mut report = Report::of(key.to_string(), problems);
+        let mut report = Report::of(key, problems);
         let label = slice.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME));
         let of = label.and_then(|name| services.get_key_value(&(&*key.namespace, name.as_str())));
         let Some(((namespace, name), (_, _, policies))) = of else {
             report.say(
-                format!("metadata.labels[\"{SERVICE_NAME}\"]"),
+                format_args!("metadata.labels[\"{SERVICE_NAME}\"]"),
                 match label {
                     Some(name) => format!("no Service `{}` in this namespace", shown(name)),
                     None => "is missing, so the slice belongs to no Service".into(),
@@ -144,7 +114,7 @@ pub(super) fn translate<'a>(
         if spec.type_.as_deref() == Some("ExternalName") {
             return None;
         }
-        let mut report = Report::of(key.to_string(), problems);
+        let mut report = Report::of(key, problems);
         let mut vips = vips(spec, &mut report);
         vips.retain(|vip| claim(*vip, key, &mut owners, pods, &mut report));
         let found = (policies, &ports_of_slices, around);
@@ -168,184 +138,6 @@ pub(super) fn translate<'a>(
     Services { services, unread: unread_addresses }
 }
 
-/// Reads the slices of a service.
-struct Reader<'a, 'b> {
-    /// Namespace and name of the service.
-    of: (&'a str, &'a str),
-    /// What hints are made from that a slice does not have.
-    hints: Option<Distribution>,
-    around: &'a Around<'a>,
-    pods: (&'b Pods, &'b Unread<'b>),
-    ports: &'b mut Ports<'a>,
-}
-
-impl<'a> Reader<'a, '_> {
-    /// Returns the addresses whose pods are not read yet.
-    fn read(&mut self, slice: &'a EndpointSlice, report: &mut Report<'_>) -> Vec<IpAddr> {
-        let mut unread = Vec::new();
-        if slice.address_type == "FQDN" {
-            return unread; // Names of elsewhere: nothing to carry.
-        }
-        for port in slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref())) {
-            let found = self.port(port.name.as_deref());
-            let said = port.app_protocol.as_deref().filter(|text| !text.is_empty());
-            found.app_protocol = found.app_protocol.or(said);
-        }
-        for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
-            // The API says of more than the first: "consumers should only use the first".
-            let Some(text) = endpoint.addresses.first() else { continue };
-            let field = format!("endpoints[{index}]");
-            let Ok(ip) = text.parse::<IpAddr>() else {
-                report.say(
-                    format!("{field}.addresses[0]"),
-                    format!("`{}` is no address; the endpoint is left out", shown(text)),
-                    "write an IPv4 or IPv6 address without port",
-                );
-                continue;
-            };
-            let ip = ip.to_canonical();
-            let (workload, is_unread) =
-                match behind(endpoint, ip, self.of.0, &field, self.pods, report) {
-                    Behind::Pod(workload) => (Some(workload), false),
-                    Behind::Outside => (None, false),
-                    Behind::Unread => (None, true),
-                    Behind::Gone => continue,
-                };
-            if is_unread {
-                unread.push(ip);
-            }
-            let (for_nodes, for_zones) = self.hints(endpoint, workload.as_deref());
-            for port in slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref()))
-            {
-                let Some(number) = port.port.and_then(port_number) else { continue };
-                self.port(port.name.as_deref()).candidates.push(Candidate {
-                    addr: EndpointAddr((ip, number).into()),
-                    workload: workload.clone(),
-                    is_unread,
-                    state: state(endpoint),
-                    node: endpoint.node_name.as_deref(),
-                    for_nodes: for_nodes.clone(),
-                    for_zones: for_zones.clone(),
-                });
-            }
-        }
-        unread
-    }
-
-    fn port(&mut self, name: Option<&'a str>) -> &mut Port<'a> {
-        let (of_namespace, of_name) = self.of;
-        self.ports.entry((of_namespace, of_name, name.unwrap_or_default())).or_default()
-    }
-
-    /// Whom an endpoint is meant for: as the slice says, or else as the controller of slices would
-    /// (`staging/src/k8s.io/endpointslice/trafficdist` in Kubernetes 1.36).
-    fn hints(
-        &self,
-        endpoint: &KubeEndpoint,
-        workload: Option<&Workload>,
-    ) -> (Vec<String>, Vec<String>) {
-        if let Some(hints) = &endpoint.hints {
-            let names =
-                |hints: &[super::kube::Hint]| hints.iter().map(|h| h.name.clone()).collect();
-            return (names(&hints.for_nodes), names(&hints.for_zones));
-        }
-        let Some(wanted) = self.hints else { return Default::default() };
-        let node = endpoint.node_name.as_deref().or_else(|| workload.map(|pod| &*pod.node));
-        let of_node = node.and_then(|node| self.around.zones.get(node).copied());
-        let zone = endpoint.zone.as_deref().or(of_node);
-        let owned = |name: Option<&str>| name.map(str::to_owned).into_iter().collect();
-        (owned(node.filter(|_| wanted == Distribution::SameNode)), owned(zone))
-    }
-}
-
-fn state(endpoint: &KubeEndpoint) -> State {
-    let conditions = endpoint.conditions.as_ref();
-    let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
-    let serving = conditions.and_then(|c| c.serving).unwrap_or(ready);
-    let terminating = conditions.and_then(|c| c.terminating).unwrap_or(false);
-    match (ready, serving && terminating) {
-        (true, _) => State::Ready,
-        (false, true) => State::Leaving,
-        (false, false) => State::Unready,
-    }
-}
-
-/// Says that the pod with this UID was read and does not have this address.
-pub(super) fn absent_at(uid: &str, ip: IpAddr) -> String {
-    format!("{uid} {ip}")
-}
-
-/// The pod behind an endpoint: the one that it names, if that one has the address, and otherwise the
-/// one that has the address if it names none. A pod is never joined by name alone: its certificate
-/// would be demanded from whoever has the address.
-fn behind(
-    endpoint: &KubeEndpoint,
-    ip: IpAddr,
-    namespace: &str,
-    field: &str,
-    (pods, not_read): (&Pods, &Unread<'_>),
-    report: &mut Report<'_>,
-) -> Behind {
-    let absent = not_read.absent;
-    let target =
-        endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
-    // What shares its node's network is never in the mesh.
-    let is_nodes = match target {
-        Some(_) => endpoint.node_name.as_deref().is_some_and(|node| not_read.nodes.is_of(node, ip)),
-        None => not_read.nodes.has(ip) && !not_read.networks.has(ip),
-    };
-    let unless_absent = |what: &str| match absent {
-        None => Behind::Outside,
-        Some(_) if is_nodes => Behind::Outside,
-        Some(absent) if absent.contains(what) => Behind::Gone,
-        Some(_) => Behind::Unread,
-    };
-    let Some(target) = target else {
-        return match (pods.at(ip), unless_absent(&ip.to_string())) {
-            (Some(found), _) => Behind::Pod(Arc::clone(&found.workload)),
-            // Nothing says that it is a pod, and it is none.
-            (None, Behind::Gone) => Behind::Outside,
-            (None, other) => other,
-        };
-    };
-    let target_namespace = target.namespace.as_deref().unwrap_or(namespace);
-    let uid = target.uid.as_deref().filter(|uid| !uid.is_empty());
-    let Some(found) = pods.named(target_namespace, target.name.as_deref().unwrap_or_default())
-    else {
-        return unless_absent(uid.unwrap_or_default());
-    };
-    if absent.is_some() && uid.is_some_and(|uid| uid != &*found.workload.uid) {
-        return unless_absent(uid.unwrap_or_default());
-    }
-    if uid.is_some_and(|uid| uid != &*found.workload.uid) {
-        report.say(
-            format!("{field}.targetRef.uid"),
-            "is not the UID of the pod of that name; the endpoint counts as outside the mesh",
-            "the slice or the pod is out of date: read both again",
-        );
-        return Behind::Outside;
-    }
-    if absent.is_some() && !found.addresses.contains(&ip) {
-        // The pod or the slice is the older one: whose sandbox was made anew has another address.
-        return match &found.workload.enrolment {
-            Enrolment::LeftAlone(reason) if !left_alone::is_passing(reason) => Behind::Outside,
-            _ => unless_absent(&absent_at(&found.workload.uid, ip)),
-        };
-    }
-    if !found.addresses.contains(&ip) {
-        report.say(
-            format!("{field}.targetRef"),
-            format!(
-                "the pod {}/{} does not have the address {ip}; the endpoint counts as outside the mesh",
-                found.workload.namespace, found.workload.name
-            ),
-            "correct the endpoint's address or the pod's status.podIPs",
-        );
-        return Behind::Outside;
-    }
-    Behind::Pod(Arc::clone(&found.workload))
-}
-
 fn vips(spec: &ServiceSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
     let texts: Vec<_> = addresses(spec).collect();
     if texts.is_empty() {
@@ -362,7 +154,7 @@ fn vips(spec: &ServiceSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
             Ok(ip) => vips.push(ip.to_canonical()),
             Err(_not_ip) => report.say(
                 "spec.clusterIPs",
-                format!("`{}` is no address and is left out", shown(text)),
+                format_args!("`{}` is no address and is left out", shown(text)),
                 "write an IPv4 or IPv6 address, or None",
             ),
         }
@@ -387,13 +179,19 @@ fn claim<'a>(
     let remedy = "correct the address: it must mean one thing";
     if let Some(pod) = pods.at(vip) {
         let (namespace, name) = (&pod.workload.namespace, &pod.workload.name);
-        let message = format!("{vip} is also Pod {namespace}/{name}'s, which is not reached by it");
-        report.say("spec.clusterIPs", message, remedy);
+        report.say(
+            "spec.clusterIPs",
+            format_args!("{vip} is also Pod {namespace}/{name}'s, which is not reached by it"),
+            remedy,
+        );
     }
     let owner = *owners.entry(vip).or_insert(key);
     if owner != key {
-        let message = format!("{vip} is also {owner}'s, which keeps it");
-        report.say("spec.clusterIPs", message, remedy);
+        report.say(
+            "spec.clusterIPs",
+            format_args!("{vip} is also {owner}'s, which keeps it"),
+            remedy,
+        );
     }
     owner == key
 }
@@ -413,8 +211,8 @@ fn ports(
         }
         let Some(number) = port_number(port.port) else {
             report.say(
-                format!("spec.ports[{index}].port"),
-                format!("{} is no port and is left out", port.port),
+                format_args!("spec.ports[{index}].port"),
+                format_args!("{} is no port and is left out", port.port),
                 "write a number from 1 to 65535",
             );
             continue;

@@ -13,8 +13,8 @@ use mesh_core::spiffe::TrustDomain;
 
 use super::enrol::{TUNNEL_PORT, Wishes, no_label, parsed, value};
 use super::kube::Node as KubeNode;
-use super::objects::{Object, ObjectKey, Objects};
-use super::{Problem, Report, bounded, networks, pods, services, shown};
+use super::objects::{Kind, Object, ObjectKey, Objects};
+use super::{Problem, Problems, Report, networks, pods, services, shown};
 
 /// Says in which zone a node is.
 const ZONE: &str = "topology.kubernetes.io/zone";
@@ -49,7 +49,7 @@ pub fn translate(
     context: &Context,
     generation: u64,
 ) -> (Snapshot, Vec<Problem>) {
-    let mut problems = Vec::new();
+    let mut problems = Problems::default();
     let mut namespaces = BTreeMap::new();
     let mut accounts = BTreeSet::new();
     let mut nodes = HashMap::new();
@@ -58,7 +58,7 @@ pub fn translate(
     for (key, object) in objects.iter() {
         match object {
             Object::Namespace(namespace) => {
-                let mut report = Report::of(key.to_string(), &mut problems);
+                let mut report = Report::of(key, &mut problems);
                 let wishes = Wishes::of_namespace(&namespace.metadata, &mut report);
                 namespaces.insert(key.name.as_str(), wishes);
             }
@@ -112,16 +112,15 @@ pub fn translate(
     );
     let workloads = pods.workloads();
     unreachable_pods(&workloads, &nodes, context, unread, &mut problems);
-    problems.sort();
     let read = networks::read(objects, &networks, &context.pod_cidrs);
     let parts = Parts { workloads, services, nodes, unread: unread_addresses, networks, read };
     let (node, trust_domain) = (Arc::clone(&context.node), context.trust_domain.clone());
-    (Snapshot::new(generation, node, trust_domain, parts), bounded(problems))
+    (Snapshot::new(generation, node, trust_domain, parts), problems.told())
 }
 
 /// Where a node's agent is: its `InternalIP` addresses, in the order of its status.
-fn node(key: &ObjectKey, node: &KubeNode, context: &Context, problems: &mut Vec<Problem>) -> Node {
-    let mut report = Report::of(key.to_string(), problems);
+fn node(key: &ObjectKey, node: &KubeNode, context: &Context, problems: &mut Problems) -> Node {
+    let mut report = Report::of(key, problems);
     let own = value(&node.metadata, TUNNEL_PORT, "a port from 1 to 65535", &mut report, |text| {
         parsed(text).filter(|port| *port != 0)
     });
@@ -138,7 +137,7 @@ fn node(key: &ObjectKey, node: &KubeNode, context: &Context, problems: &mut Vec<
             Ok(ip) => peers.push(PeerAddr((ip.to_canonical(), port).into())),
             Err(_not_ip) => report.say(
                 "status.addresses",
-                format!("`{}` is no address and is left out", shown(&address.address)),
+                format_args!("`{}` is no address and is left out", shown(&address.address)),
                 "write an IPv4 or IPv6 address without prefix length",
             ),
         }
@@ -159,15 +158,16 @@ fn unreachable_pods(
     nodes: &HashMap<Arc<str>, Node>,
     context: &Context,
     unread: &[String],
-    problems: &mut Vec<Problem>,
+    problems: &mut Problems,
 ) {
     for workload in workloads {
         let here = workload.node == context.node;
         if workload.is_enrolled() && !here && !nodes.contains_key(&workload.node) {
-            let object = format!("Pod {}/{}", workload.namespace, workload.name);
-            Report::of(object, problems).say(
+            let (namespace, name) = (workload.namespace.to_string(), workload.name.to_string());
+            let key = ObjectKey { kind: Kind::Pod, namespace, name };
+            Report::of(&key, problems).say(
                 "spec.nodeName",
-                format!("no Node `{}`, so no tunnel leads to this pod", shown(&workload.node)),
+                format_args!("no Node `{}`, so no tunnel leads to this pod", shown(&workload.node)),
                 missing(unread, "add the Node, with an address of type InternalIP"),
             );
         }
@@ -185,5 +185,7 @@ pub(super) fn missing(unread: &[String], remedy: &str) -> String {
 
 #[cfg(test)]
 mod policy_tests;
+#[cfg(test)]
+mod property_tests;
 #[cfg(test)]
 mod tests;

@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::inbound::InboundError;
 use crate::telemetry::{Failure, ResponseFlags};
-use crate::tunnel::OpenError;
+use crate::tunnel::{DialError, OpenError};
 
 /// Why an outbound connection was not carried to its destination. In the order in which a
 /// connection meets the stages; fields are what an operator needs to find the cause.
@@ -112,10 +112,11 @@ impl OutboundError {
     }
 
     /// Whether the same endpoint may answer differently in a moment, because this agent has heard of a
-    /// pod before another part of the mesh has: its agent, the CA, or our own enrolling of it.
+    /// pod before another part of the mesh has: its agent, the CA, or our own enrolling of it. Or because
+    /// its agent is just being followed by another one, and a dial came between the two.
     pub fn may_settle(&self) -> bool {
         match self {
-            Self::Tunnel { source, .. } => source.may_settle(),
+            Self::Tunnel { source, .. } => source.may_settle() || was_reset(source),
             Self::Local(error) => matches!(error, InboundError::NoNamespace { .. }),
             _ => false,
         }
@@ -150,6 +151,45 @@ impl OutboundError {
                 failure.with_flags(ResponseFlags::IdentityError)
             }
             _ => failure,
+        }
+    }
+}
+
+/// Whether a dial was reset. The kernel does that to who waits to be accepted when an agent's listener closes,
+/// and whose listener is there by then takes the next dial. No carrier came about, so nothing of the flow has
+/// left this agent.
+fn was_reset(error: &OpenError) -> bool {
+    let (OpenError::Dial(error) | OpenError::BackingOff(error)) = error else { return false };
+    matches!(&**error, DialError::Network(why) if why.kind() == io::ErrorKind::ConnectionReset)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    fn tunnel(source: OpenError) -> OutboundError {
+        OutboundError::Tunnel { endpoint: EndpointAddr(([10, 0, 0, 1], 80).into()), source }
+    }
+
+    #[test]
+    fn dial_that_is_reset_is_made_again_and_a_flow_that_may_have_left_is_not() {
+        let reset = || Arc::new(DialError::Network(io::ErrorKind::ConnectionReset.into()));
+        assert!(tunnel(OpenError::Dial(reset())).may_settle());
+        assert!(tunnel(OpenError::BackingOff(reset())).may_settle());
+        let source = || io::Error::from(io::ErrorKind::ConnectionReset);
+        for payload_sent in [false, true] {
+            let lost = tunnel(OpenError::Lost { source: source(), payload_sent });
+            assert!(!lost.may_settle(), "{payload_sent}");
+        }
+        for error in [
+            DialError::Network(io::ErrorKind::HostUnreachable.into()),
+            DialError::ConnectionRefused,
+            DialError::TimedOut,
+        ] {
+            let told = format!("{error:?}");
+            assert!(!tunnel(OpenError::Dial(Arc::new(error))).may_settle(), "{told}");
         }
     }
 }

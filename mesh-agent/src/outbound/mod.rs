@@ -16,8 +16,8 @@
 //! - *At once.* What cannot be carried is reset: the application sees an error, not a time-out.
 //! - *Half-close survives*, a crash is an error: see [`crate::relay`].
 //! - *Bounded.* At most [`Limits::attempts`](crate::node::Limits::attempts) endpoints, each within
-//!   its connect timeout; where the last one only seems not to know its pod *yet*, all of that again
-//!   after each of [`SETTLE`].
+//!   its connect timeout; where the last one only seems not to know its pod *yet*, or its agent to be followed
+//!   by another one just now, all of that again after each of [`SETTLE`].
 //!
 //! # Not here
 //!
@@ -25,6 +25,7 @@
 //! and what the destination's agent allows ([`crate::inbound`]): this module puts them in order.
 
 mod error;
+mod picked;
 mod targets;
 
 use std::net::SocketAddr;
@@ -43,12 +44,13 @@ use mesh_core::wire;
 use tokio::net::TcpStream;
 
 pub use self::error::OutboundError;
+use self::picked::Picked;
 use self::targets::{Picker, Targets};
 use crate::capture::Role;
 use crate::inbound::{self, Arrival};
 use crate::known::{PATIENCE, Says};
 use crate::net;
-use crate::node::{LocalPod, Node, Wish, Worker};
+use crate::node::{LocalPod, Wish, Worker};
 use crate::relay;
 use crate::telemetry::{
     Carrier, ConnectionFacts, Direction, Outcome, Party, SecurityPolicy, Tracked, Way,
@@ -255,6 +257,7 @@ impl Connection<'_> {
         let mut tried = Vec::new();
         let picker = Picker {
             node,
+            snapshot: &self.snapshot,
             netns: self.pod.netns.cookie(),
             endpoints: targets.as_slice(),
             drawn: chosen,
@@ -272,11 +275,10 @@ impl Connection<'_> {
             tracked.update(|facts| facts.protocol = targets.protocol(dst, endpoint));
             tracked.lap(Stage::Balance);
 
-            let mut picked =
-                Picked { node: Arc::clone(node), endpoint: endpoint.addr, asked, failed: false };
+            let mut picked = Picked::new(node, endpoint.addr, asked);
             match self.attempt(source, endpoint, held, tracked, &mut picked).await {
                 Ok((flow, arrival)) => {
-                    picked.accepted();
+                    picked.accepted(targets.as_slice());
                     return Ok((flow, picked, arrival));
                 }
                 Err(error) => {
@@ -476,33 +478,5 @@ fn carrier_of(flow: &Flow) -> Carrier {
         tunnel::Carrier::Lane => Carrier::Lane,
         tunnel::Carrier::Quic => Carrier::Quic,
         tunnel::Carrier::Local => Carrier::Local,
-    }
-}
-
-/// An endpoint that was picked: until this is dropped it counts as one connection more.
-struct Picked {
-    node: Arc<Node>,
-    endpoint: EndpointAddr,
-    asked: Instant,
-    failed: bool,
-}
-
-impl Picked {
-    fn accepted(&self) {
-        let now = Instant::now();
-        self.node.loads().accepted(self.endpoint, now, now.saturating_duration_since(self.asked));
-    }
-
-    fn failed(mut self) {
-        self.failed = true;
-        self.node.loads().failed(self.endpoint, self.asked, Instant::now());
-    }
-}
-
-impl Drop for Picked {
-    fn drop(&mut self) {
-        if !self.failed {
-            self.node.loads().finished(self.endpoint);
-        }
     }
 }

@@ -8,7 +8,7 @@ use mesh_core::addr::{EndpointAddr, OrigDst};
 use mesh_core::affinity::Client;
 use mesh_core::protocol::Protocol;
 use mesh_core::route::Candidates;
-use mesh_core::snapshot::{Endpoint, Service, Workload};
+use mesh_core::snapshot::{Endpoint, Service, Snapshot, Workload};
 
 use crate::node::Node;
 
@@ -50,6 +50,8 @@ impl Targets {
 /// Finds the endpoints that one connection tries.
 pub(super) struct Picker<'a> {
     pub(super) node: &'a Node,
+    /// What `endpoints` are of.
+    pub(super) snapshot: &'a Snapshot,
     /// Cookie of the client's namespace.
     pub(super) netns: u64,
     pub(super) endpoints: &'a [Endpoint],
@@ -81,7 +83,7 @@ impl Picker<'_> {
     }
 
     /// First the one that the client keeps to. From then on it keeps to the one that is returned, unless
-    /// that fails.
+    /// that fails, or only stands in for one that is not read.
     fn kept(&self, sticky: &Sticky, tried: &[EndpointAddr], now: Instant) -> Option<usize> {
         let Sticky { client, timeout } = sticky;
         // Held until it is decided: of two first connections the second one follows the first.
@@ -90,7 +92,12 @@ impl Picker<'_> {
             self.node.loads().take(self.endpoints[index].addr, now);
             return Some(index);
         }
+        let may_return = |to| self.snapshot.has_unread_endpoint(client.dst, to);
+        let waits = affinities.waits(client, *timeout, tried, now, may_return);
         let index = self.balanced(tried, now)?;
+        if waits {
+            return Some(index);
+        }
         let has_moved = affinities.bind(client, self.endpoints[index].addr, now).is_some();
         drop(affinities);
         if has_moved {

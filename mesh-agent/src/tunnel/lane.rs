@@ -4,15 +4,16 @@
 //! lane decides when to read and to write: `open` and `serve` wait for one thing at a time, the relay
 //! watches both sockets of a connection in one task.
 
+mod handshake;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use mesh_core::wire::{
-    ALPN, Answer, Decoder, Event, FIN, HEADER_LEN, MAX_DATA, Open, ResetReason, Role, WireError,
+    Answer, Decoder, Event, FIN, HEADER_LEN, MAX_DATA, Open, ResetReason, Role, WireError,
     data_header, encode_reset,
 };
-use rustls::HandshakeKind;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -20,10 +21,11 @@ use super::buffers::{Buf, sealable};
 use super::error::DialError;
 use super::proof::Proof;
 use super::records::{MAX_OPENED, MAX_PLAIN, OVERHEAD, Record, Records};
-use super::session::Session;
-use super::stats::{Gauged, SessionKind, TunnelStats};
+use super::stats::Gauged;
 use super::tls;
 use crate::polling;
+
+pub(super) use self::handshake::Handshake;
 
 /// A TLS connection between two agents, for two workloads.
 #[derive(Debug)]
@@ -280,97 +282,6 @@ impl Codec {
     #[cfg(test)]
     pub(crate) fn holds_memory(&self) -> bool {
         self.inbox.holds_memory() || self.plain.holds_memory() || self.outbox.holds_memory()
-    }
-}
-
-/// A handshake that is under way.
-#[derive(Debug)]
-pub(super) struct Handshake {
-    tcp: TcpStream,
-    session: Session,
-    role: Role,
-    inbox: Buf,
-    outbox: Buf,
-}
-
-impl Handshake {
-    pub(super) fn new(tcp: TcpStream, session: Session, role: Role) -> Self {
-        Self { tcp, session, role, inbox: Buf::default(), outbox: Buf::default() }
-    }
-
-    /// Drives the handshake to its end. What our end thinks of it goes to the peer also when it
-    /// fails: then an alert, and a moment for the peer to read it.
-    pub(super) async fn complete(&mut self) -> Result<(), DialError> {
-        loop {
-            let done = self.session.handshake(&mut self.inbox, &mut self.outbox);
-            if let Err(error) = flush(&self.tcp, &mut self.outbox).await {
-                // Also the peer's own failure looks like this; its alert says more.
-                return Err(match done {
-                    Err(error) => tls::cause(error),
-                    Ok(_) => self.alert_or(error).await,
-                });
-            }
-            match done {
-                Ok(true) => break,
-                Ok(false) => {}
-                Err(error) => return Err(tls::cause(error)),
-            }
-            if receive(&self.tcp, &mut self.inbox).await.map_err(DialError::Network)? == 0 {
-                return Err(DialError::Network(io::ErrorKind::UnexpectedEof.into()));
-            }
-        }
-        if self.session.state().alpn_protocol() != Some(ALPN) {
-            return Err(DialError::Tls(rustls::Error::NoApplicationProtocol));
-        }
-        Ok(())
-    }
-
-    /// The alert that came before the connection broke, or how it broke.
-    async fn alert_or(&mut self, error: io::Error) -> DialError {
-        while let Ok(1..) = receive(&self.tcp, &mut self.inbox).await {
-            match self.session.handshake(&mut self.inbox, &mut self.outbox) {
-                Err(error @ rustls::Error::AlertReceived(_)) => return tls::cause(error),
-                Ok(false) => {}
-                _ => break,
-            }
-        }
-        DialError::Network(error)
-    }
-
-    pub(super) fn session(&self) -> &Session {
-        &self.session
-    }
-
-    /// Whether the session was resumed: then no certificate was verified.
-    pub(super) fn kind(&self) -> SessionKind {
-        match self.session().state().handshake_kind() {
-            Some(HandshakeKind::Resumed) => SessionKind::Resumed,
-            _ => SessionKind::Full,
-        }
-    }
-
-    /// The lane, once its peer is known.
-    pub(super) fn into_lane(
-        self,
-        proof: Arc<Proof>,
-        expires: Instant,
-        stats: &Arc<TunnelStats>,
-    ) -> Result<Lane, DialError> {
-        let records = self.session.into_records().map_err(DialError::Tls)?;
-        Ok(Lane {
-            tcp: self.tcp,
-            codec: Codec::new(records, self.role, self.inbox),
-            proof,
-            expires,
-            used: false,
-            _open: Gauged::new(stats, |stats| &stats.lanes_open),
-        })
-    }
-
-    /// Gives the peer time to read the alert: closing with unread bytes would send RST, which may
-    /// overtake it.
-    pub(super) async fn linger(self) {
-        linger(self.tcp).await;
     }
 }
 

@@ -12,9 +12,10 @@ fn meta(annotations: &[(&str, &str)], labels: &[(&str, &str)]) -> ObjectMeta {
 }
 
 fn wishes(meta: &ObjectMeta) -> (Wishes, Vec<Problem>) {
-    let mut problems = Vec::new();
-    let wishes = Wishes::of_pod(meta, &mut Report::of("Pod default/web".into(), &mut problems));
-    (wishes, problems)
+    let mut problems = Problems::default();
+    let web = ObjectKey { kind: Kind::Pod, namespace: "default".into(), name: "web".into() };
+    let wishes = Wishes::of_pod(meta, &mut Report::of(&web, &mut problems));
+    (wishes, problems.told())
 }
 
 fn enrolment(pod: &Pod) -> Enrolment {
@@ -148,11 +149,14 @@ const WRONG: [(&str, &str); 11] = [
 fn value_that_is_not_understood_is_reported() {
     let (_, problems) = wishes(&meta(&WRONG, &[]));
     let mut fields: Vec<_> = problems.iter().map(|problem| problem.field.clone()).collect();
-    let mut expected: Vec<_> = WRONG.iter().map(|(key, _)| annotation(key)).collect();
+    let mut expected: Vec<_> = WRONG.iter().map(|(key, _)| annotation(key).to_string()).collect();
     fields.sort();
     expected.sort();
     assert_eq!(fields, expected);
-    let of = |key: &str| problems.iter().find(|problem| problem.field == annotation(key)).unwrap();
+    let of = |key: &str| {
+        let field = annotation(key).to_string();
+        problems.iter().find(|problem| problem.field == field).unwrap()
+    };
     for (key, counts_as) in [
         (MODE, "`Strict` is not understood and counts as `strict`"),
         (SKIP_INBOUND_PORTS, "`0` is not understood and counts as an empty list"),

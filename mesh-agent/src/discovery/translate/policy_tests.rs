@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use mesh_core::addr::{EndpointAddr, OrigDst};
 use mesh_core::locality::Scope;
 use mesh_core::protocol::Protocol;
 use mesh_core::snapshot::{Service, ServicePort};
@@ -232,4 +233,27 @@ fn what_is_out_of_reach_need_not_be_read() {
     };
     assert!(unread(&asking("")));
     assert!(!unread(&asking("  internalTrafficPolicy: Local\n")));
+}
+
+/// Whether a client that keeps to it may wait for it.
+#[test]
+fn endpoint_whose_pod_has_to_be_read_is_told_from_one_whose_pod_is_gone() {
+    let is_two = |object: &Object| match object {
+        Object::Pod(pod) => pod.metadata.name.as_deref() == Some("two"),
+        _ => false,
+    };
+    let mut known = Objects::on_demand();
+    for object in objects(&with(&[SLICE])) {
+        if !is_two(&object) {
+            known.insert(object);
+        }
+    }
+    let is_unread = |known: &Objects, to: &str| {
+        let (found, _) = translate(known, &context(), 1);
+        let to = EndpointAddr(to.parse().unwrap());
+        found.has_unread_endpoint(OrigDst("10.1.0.1:80".parse().unwrap()), to)
+    };
+    assert!(is_unread(&known, TWO) && !is_unread(&known, ONE));
+    known.absent_mut().unwrap().insert("u2".into());
+    assert!(!is_unread(&known, TWO));
 }

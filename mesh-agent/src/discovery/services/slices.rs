@@ -1,0 +1,228 @@
+//! EndpointSlices into what a service's ports have behind them, each endpoint joined to its pod.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use mesh_core::addr::EndpointAddr;
+use mesh_core::locality::State;
+use mesh_core::snapshot::{Distribution, Enrolment, Workload};
+
+use super::{Around, Unread, is_tcp, port_number};
+use crate::discovery::enrol::left_alone;
+use crate::discovery::kube::{Endpoint as KubeEndpoint, EndpointSlice, Hint};
+use crate::discovery::pods::Pods;
+use crate::discovery::{Report, shown};
+
+/// One address of one slice, resolved.
+#[derive(Debug)]
+pub(super) struct Candidate<'a> {
+    pub(super) addr: EndpointAddr,
+    pub(super) workload: Option<Arc<Workload>>,
+    pub(super) is_unread: bool,
+    pub(super) state: State,
+    pub(super) node: Option<&'a str>,
+    pub(super) for_nodes: Vec<String>,
+    pub(super) for_zones: Vec<String>,
+}
+
+/// What the slices say of a port.
+#[derive(Debug, Default)]
+pub(super) struct Port<'a> {
+    pub(super) candidates: Vec<Candidate<'a>>,
+    /// `appProtocol` of the first slice that has one.
+    pub(super) app_protocol: Option<&'a str>,
+}
+
+/// Ports by namespace, service and port name.
+pub(super) type Ports<'a> = BTreeMap<(&'a str, &'a str, &'a str), Port<'a>>;
+
+/// What is behind an endpoint.
+enum Behind {
+    Pod(Arc<Workload>),
+    /// No pod, or not the one that is meant.
+    Outside,
+    /// A pod that is to be read first.
+    Unread,
+    /// A pod that does not exist any more.
+    Gone,
+}
+
+/// Reads the slices of a service.
+pub(super) struct Reader<'a, 'b> {
+    /// Namespace and name of the service.
+    pub(super) of: (&'a str, &'a str),
+    /// What hints are made from that a slice does not have.
+    pub(super) hints: Option<Distribution>,
+    pub(super) around: &'a Around<'a>,
+    pub(super) pods: (&'b Pods, &'b Unread<'b>),
+    pub(super) ports: &'b mut Ports<'a>,
+}
+
+impl<'a> Reader<'a, '_> {
+    /// Returns the addresses whose pods are not read yet.
+    pub(super) fn read(
+        &mut self,
+        slice: &'a EndpointSlice,
+        report: &mut Report<'_>,
+    ) -> Vec<IpAddr> {
+        let mut unread = Vec::new();
+        if slice.address_type == "FQDN" {
+            return unread; // Names of elsewhere: nothing to carry.
+        }
+        for port in slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref())) {
+            let found = self.port(port.name.as_deref());
+            let said = port.app_protocol.as_deref().filter(|text| !text.is_empty());
+            found.app_protocol = found.app_protocol.or(said);
+        }
+        for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+            // The API says of more than the first: "consumers should only use the first".
+            let Some(text) = endpoint.addresses.first() else { continue };
+            let Ok(ip) = text.parse::<IpAddr>() else {
+                report.say(
+                    format_args!("endpoints[{index}].addresses[0]"),
+                    format_args!("`{}` is no address; the endpoint is left out", shown(text)),
+                    "write an IPv4 or IPv6 address without port",
+                );
+                continue;
+            };
+            let ip = ip.to_canonical();
+            let found = behind((index, endpoint), ip, self.of.0, self.pods, report);
+            let (workload, is_unread) = match found {
+                Behind::Pod(workload) => (Some(workload), false),
+                Behind::Outside => (None, false),
+                Behind::Unread => (None, true),
+                Behind::Gone => continue,
+            };
+            if is_unread {
+                unread.push(ip);
+            }
+            let (for_nodes, for_zones) = self.hints(endpoint, workload.as_deref());
+            for port in slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref()))
+            {
+                let Some(number) = port.port.and_then(port_number) else { continue };
+                self.port(port.name.as_deref()).candidates.push(Candidate {
+                    addr: EndpointAddr((ip, number).into()),
+                    workload: workload.clone(),
+                    is_unread,
+                    state: state(endpoint),
+                    node: endpoint.node_name.as_deref(),
+                    for_nodes: for_nodes.clone(),
+                    for_zones: for_zones.clone(),
+                });
+            }
+        }
+        unread
+    }
+
+    fn port(&mut self, name: Option<&'a str>) -> &mut Port<'a> {
+        let (of_namespace, of_name) = self.of;
+        self.ports.entry((of_namespace, of_name, name.unwrap_or_default())).or_default()
+    }
+
+    /// Whom an endpoint is meant for: as the slice says, or else as the controller of slices would
+    /// (`staging/src/k8s.io/endpointslice/trafficdist` in Kubernetes 1.36).
+    fn hints(
+        &self,
+        endpoint: &KubeEndpoint,
+        workload: Option<&Workload>,
+    ) -> (Vec<String>, Vec<String>) {
+        if let Some(hints) = &endpoint.hints {
+            let names = |hints: &[Hint]| hints.iter().map(|h| h.name.clone()).collect();
+            return (names(&hints.for_nodes), names(&hints.for_zones));
+        }
+        let Some(wanted) = self.hints else { return Default::default() };
+        let node = endpoint.node_name.as_deref().or_else(|| workload.map(|pod| &*pod.node));
+        let of_node = node.and_then(|node| self.around.zones.get(node).copied());
+        let zone = endpoint.zone.as_deref().or(of_node);
+        let owned = |name: Option<&str>| name.map(str::to_owned).into_iter().collect();
+        (owned(node.filter(|_| wanted == Distribution::SameNode)), owned(zone))
+    }
+}
+
+fn state(endpoint: &KubeEndpoint) -> State {
+    let conditions = endpoint.conditions.as_ref();
+    let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
+    let serving = conditions.and_then(|c| c.serving).unwrap_or(ready);
+    let terminating = conditions.and_then(|c| c.terminating).unwrap_or(false);
+    match (ready, serving && terminating) {
+        (true, _) => State::Ready,
+        (false, true) => State::Leaving,
+        (false, false) => State::Unready,
+    }
+}
+
+/// Says that the pod with this UID was read and does not have this address.
+pub(in crate::discovery) fn absent_at(uid: &str, ip: IpAddr) -> String {
+    format!("{uid} {ip}")
+}
+
+/// The pod behind an endpoint: the one that it names, if that one has the address, and otherwise the
+/// one that has the address if it names none. A pod is never joined by name alone: its certificate
+/// would be demanded from whoever has the address.
+fn behind(
+    (index, endpoint): (usize, &KubeEndpoint),
+    ip: IpAddr,
+    namespace: &str,
+    (pods, not_read): (&Pods, &Unread<'_>),
+    report: &mut Report<'_>,
+) -> Behind {
+    let absent = not_read.absent;
+    let target =
+        endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
+    // What shares its node's network is never in the mesh.
+    let is_nodes = match target {
+        Some(_) => endpoint.node_name.as_deref().is_some_and(|node| not_read.nodes.is_of(node, ip)),
+        None => not_read.nodes.has(ip) && !not_read.networks.has(ip),
+    };
+    let unless_absent = |what: &str| match absent {
+        None => Behind::Outside,
+        Some(_) if is_nodes => Behind::Outside,
+        Some(absent) if absent.contains(what) => Behind::Gone,
+        Some(_) => Behind::Unread,
+    };
+    let Some(target) = target else {
+        return match (pods.at(ip), unless_absent(&ip.to_string())) {
+            (Some(found), _) => Behind::Pod(Arc::clone(&found.workload)),
+            // Nothing says that it is a pod, and it is none.
+            (None, Behind::Gone) => Behind::Outside,
+            (None, other) => other,
+        };
+    };
+    let target_namespace = target.namespace.as_deref().unwrap_or(namespace);
+    let uid = target.uid.as_deref().filter(|uid| !uid.is_empty());
+    let Some(found) = pods.named(target_namespace, target.name.as_deref().unwrap_or_default())
+    else {
+        return unless_absent(uid.unwrap_or_default());
+    };
+    if absent.is_some() && uid.is_some_and(|uid| uid != &*found.workload.uid) {
+        return unless_absent(uid.unwrap_or_default());
+    }
+    if uid.is_some_and(|uid| uid != &*found.workload.uid) {
+        report.say(
+            format_args!("endpoints[{index}].targetRef.uid"),
+            "is not the UID of the pod of that name; the endpoint counts as outside the mesh",
+            "the slice or the pod is out of date: read both again",
+        );
+        return Behind::Outside;
+    }
+    if absent.is_some() && !found.addresses.contains(&ip) {
+        // The pod or the slice is the older one: whose sandbox was made anew has another address.
+        return match &found.workload.enrolment {
+            Enrolment::LeftAlone(reason) if !left_alone::is_passing(reason) => Behind::Outside,
+            _ => unless_absent(&absent_at(&found.workload.uid, ip)),
+        };
+    }
+    if !found.addresses.contains(&ip) {
+        report.say(
+            format_args!("endpoints[{index}].targetRef"),
+            format_args!(
+                "the pod {}/{} does not have the address {ip}; the endpoint counts as outside the mesh",
+                found.workload.namespace, found.workload.name
+            ),
+            "correct the endpoint's address or the pod's status.podIPs",
+        );
+        return Behind::Outside;
+    }
+    Behind::Pod(Arc::clone(&found.workload))
+}
