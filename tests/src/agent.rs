@@ -1,32 +1,25 @@
 //! The real agent, on one node: started, asked, stopped.
 
+mod answers;
+
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::Value;
 
-use crate::access_log::Record;
-use crate::metrics::Metrics;
+pub use self::answers::Cli;
+pub(crate) use self::answers::http_get;
 use crate::netns::Netns;
-use crate::pod::Pod;
 use crate::sys;
 use crate::topology::Builder;
 use crate::wait;
 
-/// `--metrics-addr` and `--ready-addr` as they are if nothing is said.
-const METRICS_PORT: u16 = 15020;
-const READY_PORT: u16 = 15021;
-
 /// Loading the programs takes a second on a busy machine.
 const READY_LIMIT: Duration = Duration::from_secs(30);
-const HTTP_LIMIT: Duration = Duration::from_secs(5);
 
 /// Where an agent finds its things.
 #[derive(Debug)]
@@ -48,21 +41,9 @@ pub struct Agent {
     /// What starts it: a program and its arguments, or nothing.
     through: Vec<String>,
     child: Option<Child>,
-    /// Until then `/metrics` may be what it was: an agent answers from one text for up to ten times as long as
-    /// that took to make.
-    metrics_kept: Mutex<Option<Instant>>,
+    /// What `/metrics` said last.
+    last_metrics: Mutex<String>,
     _bpffs: BpfMount,
-}
-
-/// What one call of the command line printed.
-#[derive(Clone, Debug)]
-pub struct Cli {
-    /// The exit code.
-    pub code: i32,
-    /// Standard output.
-    pub stdout: String,
-    /// Standard error.
-    pub stderr: String,
 }
 
 impl Agent {
@@ -90,7 +71,7 @@ impl Agent {
             flags,
             through: Vec::new(),
             child: None,
-            metrics_kept: Mutex::default(),
+            last_metrics: Mutex::default(),
             _bpffs: bpffs,
         };
         this.spawn()?;
@@ -200,133 +181,6 @@ impl Agent {
         Ok(status)
     }
 
-    /// Whether `/healthz/ready` says so.
-    pub fn is_ready(&self) -> bool {
-        self.http(READY_PORT, "/healthz/ready").is_ok_and(|(status, _)| status == 200)
-    }
-
-    /// One scrape.
-    ///
-    /// # Errors
-    ///
-    /// Fails if nothing answers.
-    pub fn metrics(&self) -> Result<Metrics> {
-        let mut kept = self.metrics_kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(until) = *kept {
-            thread::sleep(until.saturating_duration_since(Instant::now()));
-        }
-        let began = Instant::now();
-        let (status, text) = self.http(METRICS_PORT, "/metrics")?;
-        // As the agent reckons, of which the time until the answer is more than it took.
-        let took = began.elapsed();
-        let times = u32::try_from(took.as_millis() / 5).unwrap_or(u32::MAX).clamp(1, 10);
-        *kept = Some(Instant::now() + took * times);
-        drop(kept);
-        ensure!(status == 200, "/metrics: {status}");
-        Ok(Metrics::parse(&text))
-    }
-
-    /// The sum of the series of a family that carry these labels, now.
-    ///
-    /// # Errors
-    ///
-    /// Fails if nothing answers.
-    pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
-        Ok(self.metrics()?.sum(name, labels))
-    }
-
-    /// Waits until the sum of these series is `value` or more.
-    ///
-    /// # Errors
-    ///
-    /// Fails, and says what it is, if that takes too long.
-    pub fn wait_for_metric(&self, name: &str, labels: &[(&str, &str)], value: f64) -> Result<()> {
-        let mut last = 0.0;
-        wait::until(wait::SOON, "", || {
-            last = self.metric(name, labels).unwrap_or_default();
-            last >= value
-        })
-        .with_context(|| format!("{name} {labels:?} of node {} is {last}, not {value}", self.node))
-    }
-
-    /// An answer of one of the agent's HTTP ports: status and body.
-    ///
-    /// # Errors
-    ///
-    /// Fails if nothing answers.
-    pub fn http(&self, port: u16, path: &str) -> Result<(u16, String)> {
-        let addr = (Ipv4Addr::LOCALHOST, port).into();
-        let stream = self.netns.run(|| Ok(TcpStream::connect_timeout(&addr, HTTP_LIMIT)?))?;
-        http_get(stream, path)
-    }
-
-    /// Runs `mesh-agent <args>` against this agent.
-    ///
-    /// # Errors
-    ///
-    /// Fails if it cannot be run; what it answers is the caller's to judge.
-    pub fn cli(&self, args: &[&str]) -> Result<Cli> {
-        let mut command = Command::new(binary()?);
-        command.args(args).env("MESH_ADMIN_SOCKET", self.admin_socket());
-        command.env("MESH_BPFFS", self.bpffs()).env("MESH_CGROUP", &self.files.cgroup);
-        let child = self.netns.spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?;
-        let output = child.wait_with_output().context("wait for the command line")?;
-        Ok(Cli {
-            code: output.status.code().unwrap_or(-1),
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        })
-    }
-
-    /// Runs `mesh-agent <args> -o json` against this agent.
-    ///
-    /// # Errors
-    ///
-    /// Fails unless it exits with 0 and prints JSON.
-    pub fn ask(&self, args: &[&str]) -> Result<Value> {
-        let cli = self.cli(&[args, &["-o", "json"]].concat())?;
-        ensure!(cli.code == 0, "mesh-agent {args:?}: code {}: {}", cli.code, cli.stderr.trim());
-        serde_json::from_str(&cli.stdout).with_context(|| format!("mesh-agent {args:?}"))
-    }
-
-    /// Whether the agent takes this pod for enrolled; `None` if it does not know it.
-    pub fn is_enrolled(&self, pod: &Pod) -> Option<bool> {
-        let workloads = self.ask(&["workloads"]).ok()?;
-        let found = workloads.as_array()?.iter().find(|one| one["uid"] == pod.uid())?;
-        found["enrolled"].as_bool()
-    }
-
-    /// What it logged since its first start.
-    pub fn log(&self) -> String {
-        fs::read_to_string(self.files.dir.join("agent.log")).unwrap_or_default()
-    }
-
-    /// Its access log since its first start.
-    pub fn access_log(&self) -> Vec<Record> {
-        self.output().lines().filter_map(Record::parse).collect()
-    }
-
-    /// What it wrote to standard output since its first start.
-    pub fn output(&self) -> String {
-        fs::read_to_string(self.files.dir.join("access.log")).unwrap_or_default()
-    }
-
-    /// Waits for an access-log record with these texts.
-    ///
-    /// # Errors
-    ///
-    /// Fails, and shows the last records, if none comes.
-    pub fn wait_for_record(&self, texts: &[(&str, &str)]) -> Result<Record> {
-        wait::until_some(wait::SOON, "", || {
-            self.access_log().into_iter().rev().find(|record| record.has(texts))
-        })
-        .with_context(|| {
-            let records = self.access_log();
-            let last: Vec<_> = records.iter().rev().take(3).collect();
-            format!("no access-log record {texts:?} on node {}; the last: {last:#?}", self.node)
-        })
-    }
-
     /// What `--bpffs` means.
     pub fn bpffs(&self) -> PathBuf {
         self.files.dir.join("bpf/malla")
@@ -341,18 +195,6 @@ impl Agent {
     pub fn admin_socket(&self) -> PathBuf {
         let given = self.flags.iter().find_map(|flag| flag.strip_prefix("--admin-socket="));
         given.map_or_else(|| self.files.dir.join("admin.sock"), PathBuf::from)
-    }
-
-    /// Memory that it occupies, in bytes.
-    ///
-    /// # Errors
-    ///
-    /// Fails if it does not run.
-    pub fn rss_bytes(&self) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line.and_then(|text| text.split_whitespace().next()).context("no VmRSS")?;
-        Ok(kib.parse::<u64>()? * 1024)
     }
 
     /// Waits until it is ready.
@@ -453,17 +295,6 @@ impl Drop for Predecessor {
     }
 }
 
-impl Cli {
-    /// The output as JSON.
-    ///
-    /// # Errors
-    ///
-    /// Fails if it is none.
-    pub fn json(&self) -> Result<Value> {
-        serde_json::from_str(&self.stdout).with_context(|| format!("no JSON: {}", self.stdout))
-    }
-}
-
 /// A bpf file system of its own, so that agents of several tests never meet.
 #[derive(Debug)]
 struct BpfMount(PathBuf);
@@ -494,19 +325,6 @@ fn has_stopped(pid: u32) -> std::io::Result<bool> {
     Ok(true)
 }
 
-/// Asks for `path`, and returns status and body.
-pub(crate) fn http_get(mut stream: TcpStream, path: &str) -> Result<(u16, String)> {
-    stream.set_read_timeout(Some(HTTP_LIMIT))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let answer = String::from_utf8(answer).context("an answer that is no text")?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-    let status = head.split(' ').nth(1).context("no HTTP status")?.parse()?;
-    let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
-    Ok((status, if chunked { unchunk(body) } else { body.to_owned() }))
-}
-
 /// The agent's program: `$MALLA_AGENT`, or what lies beside this one.
 ///
 /// # Errors
@@ -532,19 +350,4 @@ fn replace_flag(flags: &mut Vec<String>, flag: &str) {
     let name = |flag: &str| flag.split('=').next().map(str::to_owned);
     flags.retain(|known| name(known) != name(flag));
     flags.push(flag.to_owned());
-}
-
-/// Undoes `Transfer-Encoding: chunked` (RFC 9112 section 7.1).
-fn unchunk(body: &str) -> String {
-    let mut out = String::new();
-    let mut rest = body;
-    while let Some((size, after)) = rest.split_once("\r\n") {
-        let size = usize::from_str_radix(size.trim(), 16).unwrap_or_default();
-        let Some(chunk) = after.get(..size).filter(|chunk| !chunk.is_empty()) else {
-            break;
-        };
-        out.push_str(chunk);
-        rest = after[size..].trim_start_matches("\r\n");
-    }
-    out
 }

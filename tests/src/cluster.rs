@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 pub use self::agents::Agents;
 pub use self::deployment::{Deployment, User};
 pub use self::house::{OwnAgents, SharedAgents};
-pub use self::process::{Outage, PodProcess};
+pub use self::process::{Frozen, Outage, PodProcess};
 pub use self::signer::SignerProcess;
 use crate::guard::Guard;
 use crate::wait;
@@ -114,6 +114,34 @@ impl Cluster {
     pub fn apply(&self, object: &Value) -> Result<()> {
         let mut command = self.command();
         fed(command.args(["apply", "--filename", "-"]), &object.to_string()).map(drop)
+    }
+
+    /// Makes many objects, which must be new: in half the requests.
+    ///
+    /// # Errors
+    ///
+    /// Fails with what `kubectl` says.
+    pub fn create_all(&self, objects: &[Value]) -> Result<()> {
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": objects});
+        let mut command = self.command();
+        fed(command.args(["create", "--filename", "-"]), &list.to_string()).map(drop)
+    }
+
+    /// Asks for a pod to be evicted, as `kubectl drain` does.
+    ///
+    /// # Errors
+    ///
+    /// Fails with what the API server says, such as that a PodDisruptionBudget does not allow it.
+    pub fn evict(&self, pod: &str) -> Result<()> {
+        let eviction = json!({
+            "apiVersion": "policy/v1",
+            "kind": "Eviction",
+            "metadata": {"name": pod, "namespace": self.namespace},
+        });
+        let path = format!("/api/v1/namespaces/{}/pods/{pod}/eviction", self.namespace);
+        let mut command = self.command();
+        command.args(["create", "--raw", &path, "--filename", "-"]);
+        fed(&mut command, &eviction.to_string()).map(drop)
     }
 
     /// Annotates the namespace.

@@ -47,8 +47,8 @@ pub use self::access_log::Record;
 pub use self::agent::{Agent, Cli, Predecessor};
 pub use self::cgroup::Cgroup;
 pub use self::cluster::{
-    Agents, Cluster, Deployment, Outage, OwnAgents, PodProcess, SharedAgents, SignerProcess, User,
-    xtask,
+    Agents, Cluster, Deployment, Frozen, Outage, OwnAgents, PodProcess, SharedAgents,
+    SignerProcess, User, xtask,
 };
 pub use self::hop::{Fate, Hop};
 pub use self::interrupt::Interrupt;
@@ -59,7 +59,7 @@ pub use self::metrics::Metrics;
 pub use self::netns::Netns;
 pub use self::pod::{Pod, Process};
 pub use self::serve::{Serve, Server};
-pub use self::skip::{missing, skipped};
+pub use self::skip::{missing, missing_in_kernel, skipped};
 pub use self::topology::{Builder, Carrier, Family, PodSpec, ServiceSpec};
 pub use self::traffic::{
     Pattern, defer_connect, exchange, exchange_patterns, fill, is_reset, linger_zero,

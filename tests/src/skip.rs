@@ -27,6 +27,16 @@ macro_rules! skip {
     }};
 }
 
+/// Skips the test on a kernel that is older than what it needs: its name, and the version that brought it.
+#[macro_export]
+macro_rules! require_kernel {
+    ($feature:expr) => {
+        if let Some(missing) = $crate::missing_in_kernel($feature) {
+            $crate::skip!("{missing}");
+        }
+    };
+}
+
 /// CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_BPF: capabilities(7).
 const CAPABILITIES: &[(u32, &str)] =
     &[(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN"), (39, "CAP_BPF")];
@@ -47,6 +57,16 @@ pub fn missing(programs: &[&str]) -> Option<String> {
     }
     let absent = programs.iter().chain(&["ip", "kill"]).find(|program| !installed(program));
     absent.map(|program| format!("needs {program}: run cargo xtask setup"))
+}
+
+/// That this kernel does not have `feature`, which came with the version beside it.
+pub fn missing_in_kernel((feature, since): (&str, (u32, u32))) -> Option<String> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let this = (numbers.next()?, numbers.next()?);
+    let why =
+        || format!("needs {feature}, of Linux {}.{}: this is {}", since.0, since.1, release.trim());
+    (this < since).then(why)
 }
 
 /// Records that the running test was skipped: a line for the reader, and one in the file that

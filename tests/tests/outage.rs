@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster, Outage, PodProcess, wait};
+use harness::{Agents, Cluster, Frozen, Outage, PodProcess, wait};
 use serde_json::{Value, json};
 
 /// A new snapshot is made of a server that is back within this: the longest wait between two attempts is
@@ -125,6 +125,8 @@ impl World {
     }
 }
 
+/// What an agent says of a 410.
+const EXPIRED: &str = "the API server has forgotten our version: listing again";
 /// What an API server says with 429.
 const TOO_MANY: &str = "Too many requests";
 
@@ -171,6 +173,16 @@ fn api_server_is_restarted_under_load_and_no_request_fails() -> Result<()> {
     wait::until(wait::SOON, "traffic", || carried(&agent).is_ok_and(|count| count > 20.0))?;
     assert_eq!(api_problems(&agent), [] as [Value; 0]);
 
+    let frozen = Frozen::begin()?;
+    let get = ["get", "pods", "--request-timeout=1s"];
+    ensure!(world.cluster.kubectl(&get).is_err(), "it answers nothing");
+    let before = carried(&agent)?;
+    wait::until(RESUMED, "traffic while nothing is answered", || {
+        carried(&agent).is_ok_and(|count| count > before + 100.0)
+    })?;
+    ensure!(agent.is_ready(), "an API server that is slow is no reason");
+    drop(frozen);
+
     let outage = Outage::begin()?;
     ensure!(world.cluster.kubectl(&["get", "pods"]).is_err(), "it is away");
     goes_on_from_what_it_knows(&agent)?;
@@ -185,6 +197,8 @@ fn api_server_is_restarted_under_load_and_no_request_fails() -> Result<()> {
     for node in &world.nodes {
         let agent = agents.process(node)?;
         wait::until(RESUMED, "no problem any more", || api_problems(&agent).is_empty())?;
+        // A server that has just started answers 410 to who goes on from before: what it can tell of began later.
+        ensure!(agents.log(node).contains(EXPIRED), "{node} was told its version's end");
     }
     world.no_request_has_failed()
 }

@@ -15,6 +15,8 @@ use harness::{
 };
 
 const ON: &str = "--redirect-peer=on";
+/// What it is done with.
+const TCX: (&str, (u32, u32)) = ("TCX", (6, 6));
 
 /// A node with two pods that talk without the agent at the ports 8080 to 8089, so that what is seen
 /// there is theirs.
@@ -116,6 +118,7 @@ fn pins(mesh: &Mesh, prefix: &str) -> Result<HashSet<String>> {
 #[test]
 fn connections_between_pods_of_a_node_skip_it_when_asked() -> Result<()> {
     harness::require!("nft");
+    harness::require_kernel!(TCX);
     let mesh = redirected()?;
     watch(&mesh)?;
     let (client, server) = (mesh.pod("a1"), mesh.pod("a2"));
@@ -161,6 +164,7 @@ fn connections_between_pods_of_a_node_skip_it_when_asked() -> Result<()> {
 #[test]
 fn direct_connections_skip_the_node_too() -> Result<()> {
     harness::require!("nft");
+    harness::require_kernel!(TCX);
     let mesh = Mesh::builder()
         .node("a")
         .namespace("default", &[("malla.dev/mesh", "enabled")])
@@ -189,6 +193,7 @@ fn direct_connections_skip_the_node_too() -> Result<()> {
 #[test]
 fn rule_of_the_node_between_two_pods_holds_unless_asked_otherwise() -> Result<()> {
     harness::require!("nft");
+    harness::require_kernel!(TCX);
     let mut mesh = one_node().start()?;
     let _server = mesh.pod("a2").serve(8080, Serve::Echo)?;
     let reach = |mesh: &Mesh, family| -> Result<()> {
@@ -217,6 +222,7 @@ fn rule_of_the_node_between_two_pods_holds_unless_asked_otherwise() -> Result<()
 #[test]
 fn what_is_not_tcp_goes_through_the_node() -> Result<()> {
     harness::require!("nft");
+    harness::require_kernel!(TCX);
     let mesh = redirected()?;
     watch(&mesh)?;
     let (client, server) = (mesh.pod("a1"), mesh.pod("a2"));
@@ -249,6 +255,7 @@ fn what_is_not_tcp_goes_through_the_node() -> Result<()> {
 #[test]
 fn connection_by_a_translated_address_stays_with_the_node() -> Result<()> {
     harness::require!("nft");
+    harness::require_kernel!(TCX);
     let pod = |name| PodSpec::new(name, "a").annotation("malla.dev/mesh", "disabled");
     let mesh = one_node()
         .pod(pod("a1").annotation("malla.dev/skip-outbound-ports", "80,8080"))
@@ -331,6 +338,7 @@ type Act<'a> = &'a dyn Fn() -> Result<()>;
 #[test]
 fn cable_that_is_not_a_plain_one_is_left_alone_and_works() -> Result<()> {
     harness::require!("nft", "tc");
+    harness::require_kernel!(TCX);
     let mesh = redirected()?;
     let _server = mesh.pod("a2").serve(8080, Serve::Echo)?;
     let node = mesh.node("a");
@@ -390,6 +398,7 @@ fn cable_that_is_not_a_plain_one_is_left_alone_and_works() -> Result<()> {
 #[test]
 fn killed_agent_leaves_it_in_place_and_leaving_ends_it_without_a_gap() -> Result<()> {
     harness::require!("nft");
+    harness::require_kernel!(TCX);
     let mut mesh = redirected()?;
     watch(&mesh)?;
     let _server = mesh.pod("a2").serve(8080, Serve::Echo)?;
@@ -437,6 +446,7 @@ fn killed_agent_leaves_it_in_place_and_leaving_ends_it_without_a_gap() -> Result
 #[test]
 fn pod_that_is_plugged_in_anew_is_redirected_again() -> Result<()> {
     harness::require!("nft");
+    harness::require_kernel!(TCX);
     let mesh = redirected()?;
     let _server = mesh.pod("a2").serve(8080, Serve::Echo)?;
     let (node, pod) = (mesh.node("a"), mesh.pod("a2"));
@@ -467,6 +477,7 @@ fn pod_that_is_plugged_in_anew_is_redirected_again() -> Result<()> {
 #[test]
 fn network_policies_that_would_be_skipped_are_warned_of() -> Result<()> {
     harness::require!();
+    harness::require_kernel!(TCX);
     let mesh = redirected()?;
     let dir = mesh.manifests().dir().display().to_string();
     let check = |args: &[&str]| -> Result<String> {

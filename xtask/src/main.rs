@@ -7,6 +7,7 @@ mod clean;
 mod cluster;
 mod fuzz;
 mod image;
+mod kernel;
 mod layers;
 mod licences;
 mod packages;
@@ -53,6 +54,8 @@ enum Task {
     Cluster(cluster::Task),
     /// Write the agent's image, or that of a program of the tests, as an OCI archive.
     Image(image::Image),
+    /// What depends on the kernel, on another one than this machine's, in an emulator.
+    Kernel(kernel::Kernel),
     /// Remove what a killed test, demo or cluster left on this machine: namespaces, links, cgroups,
     /// pins.
     Clean(clean::Clean),
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         Task::Demo(program) => build::run_program("malla-demo", &program.args).map(well),
         Task::Cluster(task) => task.run().map(well),
         Task::Image(image) => image.run().map(well),
+        Task::Kernel(kernel) => kernel.run().map(well),
         Task::Clean(clean) => clean.run().map(well),
     };
     done.unwrap_or_else(|error| {

@@ -55,7 +55,32 @@ impl Drop for Outage {
 }
 
 fn bring_back() -> Result<()> {
-    read(xtask()?.args(["cluster", "api-server", "back"])).map(drop)
+    tell_api_server("back")
+}
+
+fn tell_api_server(what: &str) -> Result<()> {
+    read(xtask()?.args(["cluster", "api-server", what])).map(drop)
+}
+
+/// The API server stopped where it is, until dropped: connections to it open, and nothing is answered.
+#[derive(Debug)]
+pub struct Frozen(());
+
+impl Frozen {
+    /// Stops the API server of the cluster that was made here.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is none.
+    pub fn begin() -> Result<Self> {
+        tell_api_server("freeze").map(Self)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        tell_api_server("thaw").ok();
+    }
 }
 
 /// A process of a pod's container.
@@ -123,6 +148,18 @@ impl PodProcess {
     /// Fails if it does not answer.
     pub fn metrics(&self) -> Result<Metrics> {
         Ok(Metrics::parse(&self.http(METRICS_PORT, "/metrics")?.1))
+    }
+
+    /// What it keeps in memory, in bytes (`VmRSS`, proc_pid_status(5)).
+    ///
+    /// # Errors
+    ///
+    /// Fails if it has ended.
+    pub fn resident(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).context("read it")?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB")).context("no VmRSS")?;
+        Ok(kib.parse::<u64>().context("read VmRSS")? * 1024)
     }
 
     /// Whether the agent that it is says that it is ready.

@@ -20,6 +20,7 @@ mod load;
 mod operations;
 mod programs;
 mod ready;
+mod scale;
 mod services;
 mod unknown;
 

@@ -127,6 +127,7 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
     shop.hear_both(&["web"])?;
     let talks = Talks::begin(&shop, &agents)?;
     let before = shop.lives()?;
+    one_replica_of_the_ca_is_evicted_and_not_both(agents.system())?;
     agents.delete()?;
     shop.hear_both(&["web"])?;
     shop.hear_both_by_address()?;
@@ -137,6 +138,28 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
         let nothing = json!({"removed": [], "namespaces": [], "left": []});
         assert_eq!(found, nothing, "on {node}");
     }
+    // What is left is in the API, and nobody puts it back.
+    let forget = ["annotate", "pods", "--all", "malla.dev/redirection-"];
+    shop.cluster.kubectl(&forget)?;
+    shop.wait_until_told("")
+}
+
+/// Who drains the nodes of both has one wait until the other one's successor is ready.
+fn one_replica_of_the_ca_is_evicted_and_not_both(system: &Cluster) -> Result<()> {
+    wait::until(wait::SOON, "the budget to allow one", || {
+        let budget = system.get(&["poddisruptionbudget", "malla-ca"]).unwrap_or_default();
+        budget["status"]["disruptionsAllowed"] == 1
+    })?;
+    let pods = system.get(&["pods", "--selector=app=malla-ca"])?;
+    let pods = pods["items"].as_array().context("no pods")?;
+    let names = pods.iter().map(|pod| pod["metadata"]["name"].as_str().context("no name"));
+    let [one, other] = names.collect::<Result<Vec<_>>>()?[..] else {
+        anyhow::bail!("not two replicas: {pods:?}");
+    };
+    system.evict(one)?;
+    let refused = system.evict(other).err().context("both were evicted")?;
+    let why = format!("{refused:#}");
+    ensure!(why.contains("disruption budget"), "{why}");
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! Whom a direct connection lets in, and whom it does not.
 
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use harness::{Family, Mesh, Pod, PodSpec, Serve, defer_connect, exchange, wait};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{connect, kernel, until_direct};
+use super::{connect, kernel, nft, until_direct};
 
 /// A listener in the pod that accepts nobody, and which one connection fills.
 fn full_listener(pod: &Pod) -> Result<Socket> {
@@ -41,30 +41,70 @@ fn waiting(mesh: &Mesh, to: SocketAddr) -> Result<(Socket, Vec<Socket>)> {
     .map(|waiting| (waiting, there))
 }
 
+/// Loses what the pod `a1` sends to an address, before its node looks for a way there, until let go.
+struct Held<'a>(&'a Mesh);
+
+impl<'a> Held<'a> {
+    fn to(mesh: &'a Mesh, family: Family, to: SocketAddr) -> Result<Self> {
+        let ip = if family == Family::V4 { "ip" } else { "ip6" };
+        let (client, server) = (mesh.pod("a1").ip(family), to.ip());
+        let rules = format!(
+            "add table inet held; \
+             add chain inet held early {{ type filter hook prerouting priority 0; }}; \
+             add rule inet held early {ip} saddr {client} {ip} daddr {server} drop"
+        );
+        nft(mesh, &rules)?;
+        Ok(Self(mesh))
+    }
+
+    fn let_go(self) -> Result<()> {
+        nft(self.0, "delete table inet held")
+    }
+}
+
+/// Waits until another pod than the one that was described first is called `a2`, and captured.
+fn until_succeeded(mesh: &Mesh) -> Result<()> {
+    let first = mesh.pod("a2").uid();
+    wait::until(wait::SOON, "the successor to be enrolled", || {
+        let workloads = mesh.agent("a").ask(&["workloads"]).unwrap_or_default();
+        let mut all = workloads.as_array().into_iter().flatten();
+        all.any(|one| one["pod"] == "a2" && one["uid"] != first && one["enrolled"] == true)
+    })
+}
+
 #[test]
 fn syn_that_comes_late_reaches_no_successor() -> Result<()> {
-    harness::require!();
+    harness::require!("nft");
     for family in Family::BOTH {
         for mode in ["permissive", "strict"] {
             let mesh = Mesh::two_nodes_builder()
                 .pod(PodSpec::new("a2", "a").annotation("malla.dev/mode", mode))
                 .pod(PodSpec::new("a3", "a"))
                 .start()?;
+            // Every second, and not after ever longer pauses: from Linux 6.5 on.
+            mesh.pod("a1").sysctl("net/ipv4/tcp_syn_linear_timeouts", "100").ok();
             let to = mesh.pod("a2").addr(family, 8080);
             let first = mesh.pod("a2").serve(8080, Serve::Greet("first"))?;
             until_direct_greeted(&mesh, to, "first")?;
             drop(first);
             let _full = full_listener(mesh.pod("a2"))?;
             let (waiting, _others) = waiting(&mesh, to)?;
+            // Before the agent knows the successor, whoever has the address would get it.
+            let held = Held::to(&mesh, family, to)?;
             let second = mesh.pod("a3").serve(8080, Serve::Greet("second"))?;
             mesh.succeed_pod("a2", "a2", "a3")?;
-            wait::until(wait::SOON, "the SYN to be refused", || {
-                kernel(&mesh, "lookup_another").is_ok_and(|refused| refused > 0.0)
+            until_succeeded(&mesh)?;
+            let refused = kernel(&mesh, "lookup_another")?;
+            held.let_go()?;
+            // Long enough for the pauses of a kernel that makes them longer.
+            wait::until(3 * wait::SOON, "the SYN to be refused", || {
+                kernel(&mesh, "lookup_another").is_ok_and(|now| now > refused)
             })?;
             let client = waiting.local_addr()?.as_socket();
             let mut waiting = TcpStream::from(waiting);
             waiting.set_nonblocking(false)?;
-            ensure!(waiting.read(&mut [0; 8]).is_err(), "it is of somebody else");
+            let answer = waiting.read(&mut [0; 8]).map_err(|error| error.kind());
+            ensure!(answer == Err(ErrorKind::ConnectionRefused), "of somebody else: {answer:?}");
             let clients = second.clients();
             ensure!(!clients.iter().any(|one| Some(one.port()) == client.map(|me| me.port())));
             // Who means the successor reaches it.

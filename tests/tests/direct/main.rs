@@ -8,8 +8,10 @@ mod verdicts;
 mod way;
 
 use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use harness::{Mesh, Pod, Server, exchange, wait};
 
 /// Whether the server sees the client's own socket: what the agent delivers comes from another port.
@@ -52,4 +54,18 @@ fn mapped(addr: SocketAddr) -> Result<SocketAddr> {
 
 fn kernel(mesh: &Mesh, event: &str) -> Result<f64> {
     mesh.agent("a").metric("mesh_capture_total", &[("event", event)])
+}
+
+/// From when the agent read what has changed since its log had `known` bytes, until `ended`.
+fn since_read(mesh: &Mesh, known: usize, ended: SystemTime) -> Result<Duration> {
+    let read = mesh.agent("a").logged_at(known, "new snapshot")?;
+    ended.duration_since(read).context("it had not been read yet")
+}
+
+/// Has node `a` do what nftables understands.
+fn nft(mesh: &Mesh, rules: &str) -> Result<()> {
+    let nft = || Command::new("nft").arg(rules).output().context("nft");
+    let said = mesh.node("a").netns().run(nft)?;
+    ensure!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    Ok(())
 }

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use harness::{Family, Mesh, Pod, PodSpec, Serve, Server, ServiceSpec, exchange, wait};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{connect, kernel, until_direct};
+use super::{connect, kernel, nft, until_direct};
 
 #[test]
 fn listener_that_is_gone_is_as_without_the_direct_way() -> Result<()> {
@@ -134,7 +134,7 @@ fn direct_connection_passes_from_an_agent_that_ends_to_the_next() -> Result<()> 
 
 #[test]
 fn firewall_between_two_pods_holds() -> Result<()> {
-    harness::require!();
+    harness::require!("nft");
     let mesh = Mesh::two_nodes()?;
     let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
     let to = mesh.service("a").v4(80);
@@ -144,11 +144,7 @@ fn firewall_between_two_pods_holds() -> Result<()> {
         "add table ip wall; add chain ip wall forward {{ type filter hook forward priority 0; }}; \
          add rule ip wall forward ip saddr {from} ip daddr {at} tcp flags syn reject with tcp reset"
     );
-    let nft = mesh
-        .node("a")
-        .netns()
-        .run(|| std::process::Command::new("nft").arg(&rule).output().context("nft"))?;
-    ensure!(nft.status.success(), "{}", String::from_utf8_lossy(&nft.stderr));
+    nft(&mesh, &rule)?;
     let before = server.clients().len();
     mesh.pod("a1").refused(to)?;
     assert_eq!(server.clients().len(), before, "packets go the way that the node's rules see");

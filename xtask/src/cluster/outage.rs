@@ -1,5 +1,6 @@
 //! The API server taken away and brought back, as tests want it: they leave files in the cluster's
-//! directory, and the process that keeps the cluster, whose child the server is, does as they say.
+//! directory, and the process that keeps the cluster, whose child the server is, does as they say. Or it is
+//! stopped where it is, with all its connections.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,10 @@ pub(crate) enum Task {
     Away,
     /// Start it again, and wait until it is ready.
     Back,
+    /// Stop it where it is (SIGSTOP): its connections stay open, and nothing is answered.
+    Freeze,
+    /// Let it go on.
+    Thaw,
 }
 
 impl Task {
@@ -46,8 +51,34 @@ impl Task {
                     ready.is_ok_and(|output| output.status.success())
                 })
             }
+            Self::Freeze => signal(&cluster, "STOP"),
+            Self::Thaw => signal(&cluster, "CONT"),
         }
     }
+}
+
+fn signal(cluster: &Cluster, signal: &str) -> Result<()> {
+    let pid = server(cluster)?.to_string();
+    let mut kill = privilege::command("kill")?;
+    kill.args(["-s", signal, &pid]);
+    must("signalling the API server", kill, LIMIT).map(drop)
+}
+
+/// The process of the API server: the child of that name of the cluster's keeper.
+fn server(cluster: &Cluster) -> Result<u32> {
+    let dirs = fs::read_dir("/proc").context("read /proc")?.flatten();
+    let mut pids = dirs.filter_map(|dir| dir.file_name().to_str()?.parse().ok());
+    let is_it = |pid: &u32| {
+        // proc_pid_stat(5): the name in brackets, the state, the parent.
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(") ")).is_some_and(
+            |(name, rest)| {
+                let parent = rest.split(' ').nth(1).and_then(|parent| parent.parse().ok());
+                name == API_SERVER && parent == Some(cluster.pid)
+            },
+        )
+    };
+    pids.find(is_it).context("the cluster has no API server now")
 }
 
 fn as_root(command: &[&str], file: &Path) -> Result<()> {
