@@ -122,7 +122,7 @@ fn every_flag_that_the_documents_name_exists() {
         let others =
             ["--file", "--kubeconfig", "--load-image", "--long", "--nodes", "--out", "--program"];
         let docker = ["--build-arg", "--platform", "--push", "--tag"];
-        let kubectl = ["--replicas"];
+        let kubectl = ["--replicas", "--all", "--all-namespaces"];
         [&demo[..], &bench, &others, &docker, &kubectl].iter().any(|flags| flags.contains(&flag))
     };
     for name in ["README.md", "ARCHITECTURE.md", "SECURITY.md"] {
@@ -153,7 +153,8 @@ fn every_metric_and_annotation_that_the_readme_names_exists() {
     assert!(absent.is_empty(), "no such metric: {absent:?}");
     let absent: BTreeSet<_> = names(&readme, "malla.dev/")
         .into_iter()
-        .map(|name| name.trim_end_matches('.'))
+        // A full stop, or the hyphen by which `kubectl annotate` removes one.
+        .map(|name| name.trim_end_matches(['.', '-']))
         .filter(|name| !agent.contains(&format!("{name}\"")))
         .collect();
     assert!(absent.is_empty(), "no such annotation: {absent:?}");

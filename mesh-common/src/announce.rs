@@ -87,7 +87,7 @@ impl Announcement {
         client: impl FnOnce() -> Option<&'a PodInbound>,
         is_member: impl FnOnce() -> bool,
     ) -> Announced {
-        if self.until != UNANSWERED && !is_within(now, self.until, GRACE) {
+        if self.is_over(now) {
             return Announced::Nothing;
         }
         match self.kind {
@@ -108,6 +108,23 @@ impl Announcement {
             _ => Announced::Nothing,
         }
     }
+
+    /// Whether it says at `now` that the agent delivers, to whatever pod has the address: all that can be told
+    /// where nobody knows which one that is.
+    #[inline(always)]
+    pub fn delivers(&self, now: u32, is_member: impl FnOnce() -> bool) -> bool {
+        let is_delivery = match self.kind {
+            DELIVERY => true,
+            FOR_MEMBER => is_member(),
+            _ => false,
+        };
+        is_delivery && !self.is_over(now)
+    }
+
+    #[inline(always)]
+    const fn is_over(&self, now: u32) -> bool {
+        self.until != UNANSWERED && !is_within(now, self.until, GRACE)
+    }
 }
 
 #[cfg(test)]
@@ -119,6 +136,7 @@ mod tests {
 
     fn pod(uid: u32, generation: u32) -> PodInbound {
         PodInbound {
+            ip: [0; 4],
             skip: PortRanges::NONE,
             own_ports: [0; MAX_PORTS],
             own_ports_len: 0,
@@ -149,6 +167,25 @@ mod tests {
             prop_assert_eq!(say(later, true), Announced::Delivery);
             prop_assert_eq!(say(later, false), Announced::Nothing);
             prop_assert_eq!(say(GRACE + 1, true), Announced::Nothing);
+        }
+
+        #[test]
+        fn agents_delivery_is_known_without_its_pod_and_nothing_else_is(
+            kind in 0u32..6,
+            now: u32,
+            later in 0..GRACE * 3,
+            member: bool,
+        ) {
+            let made = Announcement { client: [1, 0], server: [1, 0], ..Announcement::of(kind) };
+            let later = now.wrapping_add(later);
+            for made in [made, made.answered(now)] {
+                let delivers = made.delivers(later, || member);
+                let to_a_pod = made.says(later, &pod(1, 1), || None, || member);
+                prop_assert_eq!(delivers, to_a_pod == Announced::Delivery);
+                prop_assert!(!delivers || kind == DELIVERY || (kind == FOR_MEMBER && member));
+            }
+            let direct = Announcement::direct([7, 0], [1, 0]);
+            prop_assert!(!direct.delivers(later, || true));
         }
     }
 

@@ -50,6 +50,8 @@ counters! {
     ConnectNoListener = "connect_no_listener",
     /// `connect`: refused; the kernel had no memory to remember the destination.
     ConnectNoStorage = "connect_no_storage",
+    /// `connect`: refused; what was read of the pod became another pod's meanwhile.
+    ConnectChanged = "connect_changed",
     /// `connect`: the kubelet's, to a pod that is enrolled.
     ConnectKubelet = "connect_kubelet",
     /// `connect`: refused; a pod that is to be in the mesh is not captured yet.
@@ -104,6 +106,8 @@ counters! {
     LookupOwnListener = "lookup_own_listener",
     /// `sk_lookup`: refused; the agent's listener is gone.
     LookupListenerGone = "lookup_listener_gone",
+    /// `sk_lookup`: refused; what was read of the pod became another pod's meanwhile.
+    LookupChanged = "lookup_changed",
     /// `sk_lookup`: bypassed, since the agent is silent and the pod fails open.
     LookupFailOpen = "lookup_fail_open",
     /// `sk_lookup`: bypassed, since the agent has been gone for a day.

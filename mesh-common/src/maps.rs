@@ -1,11 +1,11 @@
 //! What lies in the maps: `repr(C)`, integers and byte arrays only, every byte a named field.
 
-use crate::abi::{self, Layout as _};
+mod specs;
+
+pub(crate) use specs::layout_hash;
+pub use specs::{EVENTS_BYTES, MAX_SHARDS, MapSize, MapSpec, SKIP_CIDRS_PER_POD, SPECS};
+
 use crate::addr::{WireAddr, WireIp};
-use crate::announce::Announcement;
-use crate::counter::Counter;
-use crate::direct::{DirectConn, DirectEvent, Flow, Verdict, VerdictEndpoint, VerdictKey};
-use crate::redirect::{Peer, PeerFlow, PeerFlowKey};
 
 /// Declares a struct that lies in a map, refuses padding, and derives its layout hash.
 macro_rules! map_struct {
@@ -103,6 +103,9 @@ map_struct! {
 map_struct! {
     /// How an enrolled pod's outgoing connections are treated. Map `POD_OUTBOUND`, by netns cookie.
     pub struct PodOutbound {
+        /// The key again, two words: an element becomes another pod's while a program reads it
+        /// ([`crate::verdict::Connect::if_still`]). First, since it is written first.
+        pub netns: [u32; 2],
         /// The pod's IPv4 address (v4-mapped), or zero.
         pub ip4: WireIp,
         /// The pod's IPv6 address, or zero.
@@ -131,6 +134,8 @@ map_struct! {
 map_struct! {
     /// How connections to an enrolled pod are treated. Map `POD_INBOUND`, by the pod's address.
     pub struct PodInbound {
+        /// The key again, as in [`PodOutbound`].
+        pub ip: WireIp,
         /// Ports that reach the application without the agent.
         pub skip: PortRanges,
         /// The agent's outbound listeners on this address: never a destination from outside.
@@ -149,7 +154,8 @@ map_struct! {
 }
 
 map_struct! {
-    /// A captured connection as the agent sees it. Map `FLOWS`; the value is a [`Flow`].
+    /// A captured connection as the agent sees it. Map `FLOWS`; the value is a
+    /// [`Flow`](crate::direct::Flow).
     pub struct FlowKey {
         /// Cookie of the pod's netns: two pods may use one address and port (loopback).
         pub netns: u64,
@@ -167,7 +173,8 @@ map_struct! {
 map_struct! {
     /// A connection that `sk_lookup` is to know: a delivery under way, a direct connection, a captured one
     /// from a second address of its pod, or one that is none of these. Map `DELIVERIES`; the value is an
-    /// [`Announcement`]. The tuple names pods by their addresses, which are unique on a node.
+    /// [`Announcement`](crate::announce::Announcement). The tuple names pods by their addresses, which are
+    /// unique on a node.
     pub struct DeliveryKey {
         /// What the application will see as its client.
         pub src: WireAddr,
@@ -298,171 +305,6 @@ map_struct! {
         /// collision, and the next agent computes the same generations.
         pub generation_key: [u64; 2],
     }
-}
-
-/// A map that both sides know: what its pin must look like to be reused.
-#[derive(Clone, Copy, Debug)]
-pub struct MapSpec {
-    /// Name in the object, in the kernel and in bpffs.
-    pub name: &'static str,
-    /// `enum bpf_map_type` of the kernel's UAPI.
-    pub kind: u32,
-    /// Bytes of a key.
-    pub key_size: usize,
-    /// Bytes of a value.
-    pub value_size: usize,
-    /// How many entries it has room for.
-    pub size: MapSize,
-}
-
-/// Where a map's number of entries comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MapSize {
-    /// Always this many.
-    Fixed(usize),
-    /// The pods of a node, times this.
-    PerPod(usize),
-    /// The destinations of the mesh, or the blocks in which some may be.
-    Destinations,
-    /// The connections between `connect()` and the agent's `accept()`.
-    Flows,
-    /// The verdicts of the direct way.
-    Verdicts,
-    /// The connections between pods of the node that are redirected; one where none are.
-    Redirected(usize),
-}
-
-const HASH: u32 = 1;
-const ARRAY: u32 = 2;
-const PERCPU_ARRAY: u32 = 6;
-const LRU_HASH: u32 = 9;
-const LPM_TRIE: u32 = 11;
-const RINGBUF: u32 = 27;
-const SOCKHASH: u32 = 18;
-const SK_STORAGE: u32 = 24;
-
-/// Inbound listeners per address that fit.
-pub const MAX_SHARDS: usize = 16;
-/// Blocks of `skip-outbound-cidrs` per pod, on average, that fit.
-pub const SKIP_CIDRS_PER_POD: usize = 8;
-
-/// Bytes of `EVENTS`: some 6,000 records, read ten times a second.
-pub const EVENTS_BYTES: usize = 1 << 20;
-
-/// Every pinned map.
-pub const SPECS: [MapSpec; 20] = [
-    spec("POD_OUTBOUND", HASH, size_of::<u64>(), size_of::<PodOutbound>(), MapSize::PerPod(1)),
-    spec("POD_INBOUND", HASH, size_of::<WireIp>(), size_of::<PodInbound>(), MapSize::PerPod(2)),
-    spec("DESTINATIONS", HASH, size_of::<WireIp>(), size_of::<u64>(), MapSize::Destinations),
-    // The key is a prefix length and an address.
-    spec("NETWORKS", LPM_TRIE, 20, size_of::<u32>(), MapSize::Destinations),
-    spec("SKIP_CIDRS", LPM_TRIE, 28, size_of::<u32>(), MapSize::PerPod(SKIP_CIDRS_PER_POD)),
-    spec("SOCK_META", SK_STORAGE, size_of::<u32>(), size_of::<SockMeta>(), MapSize::Fixed(0)),
-    spec("FLOWS", LRU_HASH, size_of::<FlowKey>(), size_of::<Flow>(), MapSize::Flows),
-    spec(
-        "DELIVERIES",
-        LRU_HASH,
-        size_of::<DeliveryKey>(),
-        size_of::<Announcement>(),
-        MapSize::Fixed(65_536),
-    ),
-    spec(
-        "ADMISSIONS",
-        LRU_HASH,
-        size_of::<AdmissionKey>(),
-        size_of::<Admission>(),
-        MapSize::Fixed(16_384),
-    ),
-    spec(
-        "INBOUND",
-        SOCKHASH,
-        size_of::<ListenerKey>(),
-        size_of::<u32>(),
-        MapSize::PerPod(2 * MAX_SHARDS),
-    ),
-    spec("VERDICTS", HASH, size_of::<VerdictKey>(), size_of::<Verdict>(), MapSize::Verdicts),
-    spec("PROBE", PERCPU_ARRAY, size_of::<u32>(), size_of::<DeliveryKey>(), MapSize::Fixed(1)),
-    spec("DIRECT_CONNS", HASH, size_of::<u64>(), size_of::<DirectConn>(), MapSize::Fixed(65_536)),
-    spec("EVENTS", RINGBUF, 0, 0, MapSize::Fixed(EVENTS_BYTES)),
-    spec("SECRETS", ARRAY, size_of::<u32>(), size_of::<Secrets>(), MapSize::Fixed(1)),
-    spec("PEERS", HASH, size_of::<WireIp>(), size_of::<Peer>(), MapSize::PerPod(2)),
-    spec(
-        "PEER_FLOWS",
-        LRU_HASH,
-        size_of::<PeerFlowKey>(),
-        size_of::<PeerFlow>(),
-        MapSize::Redirected(65_536),
-    ),
-    spec("PENDING", HASH, size_of::<u64>(), size_of::<PendingPod>(), MapSize::PerPod(1)),
-    spec("CONTROL", ARRAY, size_of::<u32>(), size_of::<Control>(), MapSize::Fixed(1)),
-    spec(
-        "COUNTERS",
-        PERCPU_ARRAY,
-        size_of::<u32>(),
-        size_of::<u64>(),
-        MapSize::Fixed(Counter::ALL.len()),
-    ),
-];
-
-const fn spec(
-    name: &'static str,
-    kind: u32,
-    key_size: usize,
-    value_size: usize,
-    size: MapSize,
-) -> MapSpec {
-    MapSpec { name, kind, key_size, value_size, size }
-}
-
-/// Everything in this file and the order of the counters, in one number.
-pub(crate) const fn layout_hash(mut hash: u64) -> u64 {
-    let structs = [
-        WireAddr::HASH,
-        PortRange::HASH,
-        PortRanges::HASH,
-        PodOutbound::HASH,
-        PodInbound::HASH,
-        FlowKey::HASH,
-        DeliveryKey::HASH,
-        Announcement::HASH,
-        AdmissionKey::HASH,
-        Admission::HASH,
-        ListenerKey::HASH,
-        SkipCidr::HASH,
-        SockMeta::HASH,
-        PendingPod::HASH,
-        Control::HASH,
-        Secrets::HASH,
-        VerdictKey::HASH,
-        VerdictEndpoint::HASH,
-        Verdict::HASH,
-        Flow::HASH,
-        DirectConn::HASH,
-        DirectEvent::HASH,
-        Peer::HASH,
-        PeerFlowKey::HASH,
-        PeerFlow::HASH,
-    ];
-    let mut i = 0;
-    while i < structs.len() {
-        hash = abi::bytes(hash, &structs[i].to_le_bytes());
-        i += 1;
-    }
-    i = 0;
-    while i < SPECS.len() {
-        let spec = SPECS[i];
-        hash = abi::text(hash, spec.name);
-        hash = abi::number(hash, spec.kind as usize);
-        hash = abi::number(hash, spec.key_size);
-        hash = abi::number(hash, spec.value_size);
-        i += 1;
-    }
-    i = 0;
-    while i < Counter::ALL.len() {
-        hash = abi::text(hash, Counter::ALL[i].name());
-        i += 1;
-    }
-    hash
 }
 
 /// A 64-bit number as structs carry it whose alignment is four bytes.

@@ -13,7 +13,9 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::maps::{ROLE_AGENT, ROLE_APP, ROLE_DELIVER, ROLE_PLAIN, SkipCidr, SockMeta};
+use mesh_common::maps::{
+    ROLE_AGENT, ROLE_APP, ROLE_DELIVER, ROLE_PLAIN, SkipCidr, SockMeta, words,
+};
 use mesh_common::pending::{self, decide_pending};
 use mesh_common::verdict::{Block, Connect, decide_connect, is_kubelet};
 use mesh_common::{Counter, WireAddr};
@@ -22,7 +24,7 @@ use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
 use crate::direct::{self, Way, way};
 use crate::maps::{
     CONTROL, DESTINATIONS, NETWORKS, PENDING, POD_INBOUND, POD_OUTBOUND, SKIP_CIDRS, SOCK_META,
-    agent, count, now_ns,
+    agent, count, is_still, now_ns,
 };
 
 const ALLOW: i32 = 1;
@@ -99,6 +101,8 @@ fn capture(
         },
         agent,
     );
+    // After this only what names the pod is read: another one's hash or generation matches nothing.
+    let verdict = verdict.if_still(is_still(&pod.netns, &words(netns)));
     let listener = match verdict {
         Connect::Pass(reason) => {
             count(reason);
@@ -138,7 +142,8 @@ fn capture(
     remember_on_mptcp(ctx, &mut meta);
     redirect(ctx.sock_addr, &to);
     if meta.role == ROLE_APP {
-        // SAFETY: the slot stays mapped, see above. Not atomic: see `PodOutbound::turn`.
+        // SAFETY: the slot stays mapped, see above. Not atomic, and it may be another pod's by now: see
+        // `PodOutbound::turn`.
         unsafe { (*slot).turn = (*slot).turn.wrapping_add(1) };
         count(Counter::Captured);
     }

@@ -9,7 +9,7 @@ use aya_ebpf::bindings::{BPF_SK_LOOKUP_F_REPLACE, sk_action};
 use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use mesh_common::addr::{WireIp, v4_mapped};
-use mesh_common::announce::Announced;
+use mesh_common::announce::{Announced, Announcement};
 use mesh_common::maps::{AdmissionKey, DeliveryKey, ListenerKey, PodInbound};
 use mesh_common::verdict::{Lookup, decide_elsewhere, decide_lookup};
 use mesh_common::{Counter, WireAddr};
@@ -17,7 +17,7 @@ use mesh_common::{Counter, WireAddr};
 use crate::context::{AF_INET, AF_INET6, IPPROTO_TCP, read, read_ip6};
 use crate::log::tell;
 use crate::maps::{
-    ADMISSIONS, DELIVERIES, INBOUND, POD_INBOUND, PROBE, agent, count, is_member, now_ms,
+    ADMISSIONS, DELIVERIES, INBOUND, POD_INBOUND, PROBE, agent, count, is_member, is_still, now_ms,
 };
 
 const PASS: u32 = sk_action::SK_PASS;
@@ -29,7 +29,7 @@ const DROP: u32 = sk_action::SK_DROP;
 enum Elsewhere {
     /// The kernel's own lookup finds the listener.
     LeftAlone,
-    /// It is plain text, and refused.
+    /// It is plain text, and refused, unless the agent delivers it.
     Refused,
 }
 
@@ -74,7 +74,9 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp, elsewhere: 
         return match elsewhere {
             Elsewhere::LeftAlone => PASS,
             Elsewhere::Refused => {
-                answer(ctx, decide_elsewhere(&local, &remote, agent), &local, &remote)
+                let is_delivery = || is_delivery(&DeliveryKey { src: remote, dst: local });
+                let verdict = decide_elsewhere(&local, &remote, is_delivery, agent);
+                answer(ctx, verdict, &local, &remote)
             }
         };
     };
@@ -87,7 +89,8 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp, elsewhere: 
         Announced::Nothing if is_admitted(pod, &remote, &local) => Announced::Delivery,
         announced => announced,
     };
-    answer(ctx, decide_lookup(pod, &local, &remote, announced, agent), &local, &remote)
+    let verdict = decide_lookup(pod, &local, &remote, announced, agent);
+    answer(ctx, verdict.if_still(is_still(&pod.ip, &local_ip)), &local, &remote)
 }
 
 /// Does what was decided.
@@ -149,10 +152,22 @@ fn is_probe(remote: &WireAddr, local: &WireAddr) -> bool {
 }
 
 #[inline(always)]
-fn announced(server: &PodInbound, tuple: &DeliveryKey) -> Announced {
+fn announcement(tuple: &DeliveryKey) -> Option<Announcement> {
     // SAFETY: RCU keeps the element mapped for this call, and it is copied at once; a recycled one holds
     // what another tuple was announced as.
-    let Some(there) = unsafe { DELIVERIES.get(tuple) }.copied() else {
+    unsafe { DELIVERIES.get(tuple) }.copied()
+}
+
+/// Whether the agent announced this as a delivery of its own. Which pod it meant cannot be told: the address
+/// is in no entry.
+#[inline(always)]
+fn is_delivery(tuple: &DeliveryKey) -> bool {
+    announcement(tuple).is_some_and(|there| there.delivers(now_ms(), || is_member(&tuple.src.ip)))
+}
+
+#[inline(always)]
+fn announced(server: &PodInbound, tuple: &DeliveryKey) -> Announced {
+    let Some(there) = announcement(tuple) else {
         return Announced::Nothing;
     };
     // SAFETY: as for the server's; two fields are read.

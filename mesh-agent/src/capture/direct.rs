@@ -5,12 +5,13 @@
 //! gives way ([`mesh_core::shares`]); who that is, and which verdicts do not hold any more, is known here and
 //! not asked of the kernel.
 
-use std::net::SocketAddr;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 use mesh_common::WireAddr;
-use mesh_common::addr::from_ip;
+use mesh_common::addr::{WireIp, from_ip, to_ip};
 use mesh_common::direct::{MAX_ENDPOINTS, Verdict, VerdictEndpoint, VerdictKey};
 use mesh_common::maps::Secrets;
 use mesh_core::addr::{EndpointAddr, OrigDst};
@@ -18,7 +19,7 @@ use mesh_core::generation::{Generation, GenerationKey};
 use mesh_core::shares::{Full, Shares};
 
 use super::maps::{Maps, absent_is_ok};
-use super::pods::{Generations, Pods};
+use super::pods::Pods;
 use super::{Capture, CaptureError, lock, sys};
 
 const _: () = assert!(MAX_ENDPOINTS == mesh_core::direct::MAX_ENDPOINTS);
@@ -46,6 +47,25 @@ pub enum Written {
     Yes,
     /// It was decided from something else than what holds in the kernel now: decide again later.
     Outdated,
+}
+
+/// Generations of everything that verdicts are about.
+#[derive(Clone, Debug, Default)]
+pub struct Generations {
+    /// By address.
+    pub destinations: HashMap<IpAddr, Generation>,
+    /// By the pod's UID.
+    pub pods: HashMap<String, Generation>,
+}
+
+impl Generations {
+    pub(super) fn of_destination(&self, ip: WireIp) -> Generation {
+        self.destinations.get(&to_ip(ip)).copied().unwrap_or(0)
+    }
+
+    pub(super) fn of_pod(&self, uid: &str) -> Generation {
+        self.pods.get(uid).copied().unwrap_or(0)
+    }
 }
 
 impl Capture {

@@ -20,6 +20,7 @@
 //! ([`mesh_common::verdict`]).
 
 mod attach;
+mod config;
 mod direct;
 mod error;
 mod events;
@@ -30,6 +31,7 @@ mod listeners;
 mod log;
 mod maps;
 mod networks;
+mod object;
 mod orig_dst;
 mod pending;
 mod pins;
@@ -46,81 +48,36 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use aya::EbpfLoader;
-use aya::maps::MapData;
-use aya::programs::ProgramType;
-use aya::sys::{BpfHelper, is_helper_supported};
 use mesh_common::maps::{Control, ROLE_AGENT, ROLE_DELIVER, SPECS, SockMeta};
 use mesh_core::addr::Cidr;
 use mesh_core::generation::GenerationKey;
 use mesh_core::networks::Block;
-use mesh_core::settings::{Mode, Outbound, Settings};
+use mesh_core::settings::{Mode, Settings};
 use serde::Serialize;
 
 pub use attach::rehearse;
-pub use direct::{VerdictEntry, Written};
+pub use config::CaptureConfig;
+pub use direct::{Generations, VerdictEntry, Written};
 pub use error::CaptureError;
 pub use events::{DirectFacts, DirectRecord, Ended, KernelEvents};
 pub use log::KernelLog;
 pub use maps::PodTag;
 pub use orig_dst::OrigDstTable;
 pub use pending::HeldBack;
-pub use pods::Generations;
 pub use redirect::NotRedirected;
 
 use crate::net::Netns;
 use attach::Programs;
 use inherit::Nameless;
+use object::{OBJECT, loader, open_map};
 use pending::Pending;
 use pins::Pins;
 use pods::Pods;
 use redirect::Redirect;
 use routes::Routes;
-
-/// The programs, built from `mesh-ebpf` by the build script.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
-
-/// Where capture attaches, where it pins, and how much it has room for.
-///
-/// A change of a size is a change of layout: the next start moves everything to new maps.
-#[derive(Clone, Debug)]
-pub struct CaptureConfig {
-    /// Directory of the cgroup v2 hierarchy whose processes are captured. Must be above every pod.
-    pub cgroup: PathBuf,
-    /// Directory of pins, on a bpffs. Must be the same for every start, and no other agent's.
-    pub bpffs: PathBuf,
-    /// Enrolled pods. Default 1024; the kubelet's is 110 per node.
-    pub max_pods: u32,
-    /// Addresses of services and pods in the mesh, and as many blocks of addresses that are unread, with
-    /// their exceptions. Default 65536; one takes about 100 bytes, when used.
-    pub max_destinations: u32,
-    /// Connections between `connect()` and the agent's `accept()`. Default 65536, 7 MiB of the kernel's
-    /// memory. Too small and a flood of connections pushes out, and so resets, others.
-    pub max_flows: u32,
-    /// Verdicts of the direct way: one for each pod and destination that it talks to. Default 16384; one
-    /// takes about 1,100 bytes, when used. Too small and the agent carries the rest.
-    pub max_verdicts: u32,
-    /// Whether packets between two pods of the node are handed over past it. Default false: they then
-    /// skip its netfilter too, and with it what is enforced there.
-    pub redirect_peer: bool,
-}
-
-impl Default for CaptureConfig {
-    fn default() -> Self {
-        Self {
-            cgroup: "/sys/fs/cgroup".into(),
-            bpffs: "/sys/fs/bpf/malla".into(),
-            max_pods: 1024,
-            max_destinations: 65_536,
-            max_flows: 65_536,
-            max_verdicts: 16_384,
-            redirect_peer: false,
-        }
-    }
-}
 
 /// A pod to capture.
 #[derive(Clone, Copy, Debug)]
@@ -318,7 +275,7 @@ impl Capture {
         let was_linked = self.programs.has_lookup(&self.pins, pod.uid);
         pods.enrol(pod, was_linked, attach, detach).inspect_err(|_error| {
             // What an agent of another layout knew of it ends with `take_over`.
-            if was_linked && let Err(error) = pods.refuse(pod, attach) {
+            if was_linked && let Err(error) = inherit::refuse_pod(&mut pods, pod, attach) {
                 let error = crate::telemetry::chain(&error);
                 tracing::warn!(error, pod = pod.uid, stage = "capture", "may talk in plain text");
             }
@@ -380,34 +337,21 @@ impl Capture {
         attach::remove_dead_lookups(self.pins.dir())?;
         let linked = self.pins.lookups()?;
         let captured = linked.iter().map(|(uid, _path)| uid.as_str());
-        let nameless = Nameless::of(&pods.maps, captured.filter(|uid| uids.contains(*uid)))?;
-        self.refuse_nameless(&mut pods, nameless, namespaces);
+        // Read once: this is asked for at every change of anything. What is written next is to stay.
+        let owners = pods.maps.owners()?;
+        let nameless = Nameless::of(&owners, captured.filter(|uid| uids.contains(*uid)));
+        inherit::refuse_nameless(&mut pods, &self.programs.older(), nameless, namespaces);
         // Before their entries, as in `leave`.
         for (uid, path) in &linked {
             if !keep.contains(uid) {
                 attach::remove_lookup(path)?;
             }
         }
-        pods.retain(uids, namespaces, nameless)?;
+        pods.retain(uids, namespaces, &owners, nameless)?;
         redirect::retain(&mut pods.maps, &self.pins, &keep)?;
         let permissive = pods.permissive();
         let inherit = |layout: &Path| events::inherit(&mut pods.maps, layout);
         self.programs.take_over(&self.pins, &permissive, inherit)
-    }
-
-    /// Before any program of an older layout is replaced: has ours refuse what it captured and they do not
-    /// know.
-    fn refuse_nameless(&self, pods: &mut Pods, nameless: Nameless, namespaces: &HashSet<u64>) {
-        let everything = self.everything.load(Ordering::Relaxed);
-        let outbound = if everything { Outbound::All } else { Outbound::Mesh };
-        for layout in self.programs.older() {
-            let maps = &mut pods.maps;
-            // Without room for it the other pods of the node must not wait.
-            if let Err(error) = inherit::refuse(maps, &layout, nameless, namespaces, outbound) {
-                let error = crate::telemetry::chain(&error);
-                tracing::warn!(error, stage = "capture", "pods may talk in plain text");
-            }
-        }
     }
 
     /// Takes the routes for client addresses away from namespaces whose pod has left, or does not show
@@ -515,33 +459,6 @@ impl Capture {
 /// listener is bound to, so this is only false for what a pod with its own routes makes up.
 pub fn was_steered(local: SocketAddr, pod_ips: &[IpAddr]) -> bool {
     pod_ips.contains(&local.ip().to_canonical())
-}
-
-/// Prepares loading for what this kernel has beyond what is needed.
-fn loader() -> EbpfLoader<'static> {
-    static ON: u8 = 1;
-    let mptcp =
-        is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_skc_to_mptcp_sock);
-    let retval = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval);
-    let mut loader = EbpfLoader::new();
-    // Without it what a pod connects too early fails with `EPERM`.
-    if retval.unwrap_or(false) {
-        loader.override_global("HAS_RETVAL", &ON, true);
-    }
-    // Without it an application that uses MPTCP sees the listener as its peer.
-    if mptcp.unwrap_or(false) && Path::new("/sys/kernel/btf/vmlinux").exists() {
-        loader.override_global("HAS_MPTCP", &ON, true);
-    }
-    loader
-}
-
-fn open_map(pins: &Pins, name: &'static str) -> Result<OwnedFd, CaptureError> {
-    let refused = |source: Box<dyn std::error::Error + Send + Sync>| CaptureError::Load {
-        what: name,
-        source,
-    };
-    let map = MapData::from_pin(pins.map(name)).map_err(|error| refused(error.into()))?;
-    map.fd().as_fd().try_clone_to_owned().map_err(|error| refused(error.into()))
 }
 
 /// A lock whose holder panicked protects maps that every operation leaves usable: go on.

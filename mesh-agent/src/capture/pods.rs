@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use aya::maps::{LpmTrie, MapData};
-use mesh_common::addr::{WireIp, from_ip, to_ip};
+use mesh_common::addr::{WireIp, from_ip};
 use mesh_common::direct::VerdictKey;
 use mesh_common::maps::PodOutbound;
 use mesh_core::addr::Cidr;
@@ -18,6 +18,7 @@ use mesh_core::generation::Generation;
 use mesh_core::settings::{Mode, Outbound, Settings};
 use mesh_core::shares::Shares;
 
+use super::direct::Generations;
 use super::inherit::Nameless;
 use super::listeners::{self, Ports, inbound_order, shards};
 use super::maps::{self, Maps};
@@ -39,25 +40,6 @@ struct Enrolled {
     shards: u32,
     settings: Settings,
     generation: Generation,
-}
-
-/// Generations of everything that verdicts are about.
-#[derive(Clone, Debug, Default)]
-pub struct Generations {
-    /// By address.
-    pub destinations: HashMap<IpAddr, Generation>,
-    /// By the pod's UID.
-    pub pods: HashMap<String, Generation>,
-}
-
-impl Generations {
-    fn of_destination(&self, ip: WireIp) -> Generation {
-        self.destinations.get(&to_ip(ip)).copied().unwrap_or(0)
-    }
-
-    fn of_pod(&self, uid: &str) -> Generation {
-        self.pods.get(uid).copied().unwrap_or(0)
-    }
 }
 
 impl Enrolled {
@@ -225,7 +207,7 @@ impl Pods {
     }
 
     /// Whether pods capture everything, for want of room.
-    fn captures_everything(&self) -> bool {
+    pub(super) fn captures_everything(&self) -> bool {
         self.everything.load(Ordering::Relaxed)
     }
 
@@ -318,34 +300,6 @@ impl Pods {
         Ok(listeners)
     }
 
-    /// Has the kernel refuse what comes to the pod and what it would send into the mesh, if our maps have
-    /// nothing that does: an earlier agent had captured it, and we cannot. `attach` sees to its link.
-    pub(super) fn refuse(
-        &mut self,
-        pod: &PodCapture<'_>,
-        attach: impl FnOnce() -> Result<(), CaptureError>,
-    ) -> Result<(), CaptureError> {
-        let netns = pod.netns.cookie();
-        let is_refused =
-            self.maps.outbound_of(netns).is_some_and(|there| there.pod == maps::pod_hash(pod.uid));
-        // What is another pod's stays that one's.
-        let is_followed = pod.predecessor.is_some_and(|uid| self.enrolled.contains_key(uid));
-        if is_refused || is_followed || self.check(pod).is_err() {
-            return Ok(());
-        }
-        let outbound =
-            if self.captures_everything() { Outbound::All } else { pod.settings.outbound };
-        let none: Ports = pod.ips.iter().map(|ip| (*ip, Vec::new())).collect();
-        let leaving = maps::outbound(pod.uid, pod.settings, outbound, &none, 0);
-        let coming = maps::inbound(pod.uid, pod.settings, &[], 0, 0);
-        // All of them, also when one fails.
-        let entered = pod.ips.iter().map(|ip| self.maps.set_inbound(*ip, &coming));
-        let entered = entered.fold(Ok(()), Result::and);
-        let linked = attach();
-        let left = self.maps.set_outbound(netns, &leaving);
-        entered.and(linked).and(left)
-    }
-
     fn forget(&mut self, uid: &str) {
         self.may_be_dead = true;
         self.enrolled.remove(uid);
@@ -408,11 +362,13 @@ impl Pods {
     }
 
     /// Removes the entries of pods that are neither enrolled nor in `uids` nor in one of the `namespaces`,
-    /// those that are `nameless` if these are to go, and blocks that enrolled ones do not skip.
+    /// those that are `nameless` if these are to go, and blocks that enrolled ones do not skip. `owners` are
+    /// those of [`Maps::owners`].
     pub(super) fn retain(
         &mut self,
         uids: &HashSet<String>,
         namespaces: &HashSet<u64>,
+        owners: &[(u64, [u32; 2])],
         nameless: Nameless,
     ) -> Result<(), CaptureError> {
         self.is_settled = true;
@@ -421,14 +377,12 @@ impl Pods {
         if nameless == Nameless::Stay {
             keep.insert(maps::NAMELESS);
         }
-        let outbound =
-            maps::pairs(&self.maps.outbound).map_err(self.maps.failed("POD_OUTBOUND"))?;
         let mut netns = HashSet::new();
-        for (cookie, pod) in outbound {
-            if keep.contains(&pod.pod) || namespaces.contains(&cookie) {
-                netns.insert(cookie);
+        for (cookie, pod) in owners {
+            if keep.contains(pod) || namespaces.contains(cookie) {
+                netns.insert(*cookie);
             } else {
-                self.maps.remove_outbound(cookie)?;
+                self.maps.remove_outbound(*cookie)?;
             }
         }
         let inbound = maps::pairs(&self.maps.inbound).map_err(self.maps.failed("POD_INBOUND"))?;
@@ -511,7 +465,8 @@ impl Pods {
         Ok(())
     }
 
-    fn check(&self, pod: &PodCapture<'_>) -> Result<(), CaptureError> {
+    /// Whether the pod could be enrolled, as far as the others and the programs are concerned.
+    pub(super) fn check(&self, pod: &PodCapture<'_>) -> Result<(), CaptureError> {
         let uid = || pod.uid.to_owned();
         if !pins::fits(pod.uid) {
             return Err(CaptureError::Uid { uid: pod.uid.chars().take(200).collect() });

@@ -99,6 +99,43 @@ fn strict_pod_gets_no_plain_text_at_its_other_addresses_either() {
     assert!(nobody(&app) && nobody(&listeners.inbound));
 }
 
+/// The agent is told an address a moment before it enrols the pod with it.
+#[test]
+fn strict_pod_gets_deliveries_at_an_address_that_it_is_not_enrolled_with_yet() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    run(&format!("ip -n {} addr add 10.90.0.7/24 dev eth0", world.names[0]));
+    let capture = world.start();
+    let _listeners = world.enrol(&capture, &strict());
+    let app = world.listen("10.90.0.7:8080");
+    let client = Some(SocketAddr::new(ip(WORLD4), 40000));
+    let delivered = block_on(net::deliver(&world.pod, addr("10.90.0.7:8080"), client, |socket| {
+        capture.exempt(socket, Role::Deliver)
+    }))
+    .unwrap();
+    let (taken, peer) = accept(&app);
+    assert_eq!(peer, delivered.local_addr().unwrap());
+    assert_eq!(peer.ip(), ip(WORLD4), "with the client's address");
+    assert_eq!(count(&capture, "lookup_delivery"), 1);
+
+    // What it announced lets nobody else in: from no other port, and not later.
+    let refused = || {
+        let error = world.dial_in("10.90.0.7:8080").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    };
+    refused();
+    drop((delivered, taken));
+    thread::sleep(Duration::from_millis(1200));
+    refused();
+    let same = world.world.run(|| Socket::new(Domain::IPV4, Type::STREAM, None)).unwrap().unwrap();
+    same.bind(&peer.into()).unwrap();
+    let error = same.connect(&sock_addr("10.90.0.7:8080")).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    assert_eq!(count(&capture, "lookup_strict_elsewhere"), 3);
+}
+
 /// The index of `eth0` in the namespace of this name.
 fn eth0_of(name: &str) -> u32 {
     let shown = Command::new("ip").args(["-n", name, "-o", "link", "show", "eth0"]).output();
