@@ -117,8 +117,10 @@ impl Loads {
     /// common is over, and how long it has lasted says nothing of the others: each is soon tried, and those that
     /// fail again begin anew. Otherwise `addr` would have all connections for up to [`AVOID_MAX`].
     fn recovered(&mut self, addr: EndpointAddr, candidates: &[Endpoint], now: Instant) {
-        // Its own first: nearly always it has not failed, and the others need not be looked at.
-        if !self.has_failed(addr) || !candidates.iter().all(|one| self.has_failed(one.addr)) {
+        // Its own first: nearly always it has not failed, and the others need not be looked at. One that has
+        // failed once was out for a moment, and that says nothing of others that have failed for longer.
+        let was_out = self.by_addr.get(&addr).is_some_and(|load| load.failures > 1);
+        if !was_out || !candidates.iter().all(|one| self.has_failed(one.addr)) {
             return;
         }
         for one in candidates {
@@ -425,6 +427,19 @@ mod tests {
         loads.failed(all[1].addr, now, now);
         let again = loads.avoided_for(all[1].addr, now);
         assert_eq!(again, Some(2 * AVOID_FIRST), "it begins anew");
+    }
+
+    #[test]
+    fn endpoint_that_fails_now_and_then_has_no_other_tried_that_is_dead() {
+        let (mut loads, all, mut now) = (Loads::default(), endpoints(2), epoch());
+        for _ in 0..6 {
+            loads.failed(all[1].addr, now, now);
+            now += AVOID_MAX;
+        }
+        loads.failed(all[1].addr, now, now);
+        loads.failed(all[0].addr, now, now);
+        loads.accepted(all[0].addr, &all, now, MS);
+        assert_eq!(loads.avoided_for(all[1].addr, now), Some(AVOID_MAX));
     }
 
     #[test]

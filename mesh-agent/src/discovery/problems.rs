@@ -64,12 +64,12 @@ struct Found {
 }
 
 impl Problems {
-    /// Where the next problem of a namespace goes; `None` if it is only counted.
-    fn room(&mut self, namespace: &str) -> Option<&mut Vec<Problem>> {
+    /// Where what stands for so `many` problems of a namespace goes; `None` if they are only counted.
+    fn room(&mut self, namespace: &str, many: usize) -> Option<&mut Vec<Problem>> {
         let most = if self.kept < MOST_KEPT { MOST_PROBLEMS } else { MOST_OF_ONE };
         let found = self.by_namespace.entry(namespace.to_owned()).or_default();
         if found.problems.len() >= most {
-            found.more += 1;
+            found.more += many;
             return None;
         }
         self.kept += 1;
@@ -144,12 +144,14 @@ impl<'a> Report<'a> {
     ) {
         self.said += 1;
         if self.said <= MOST_OF_ONE {
-            self.tell(&field, &message, &remedy);
+            self.tell(1, &field, &message, &remedy);
         }
     }
 
+    /// `many` is for how many problems it stands.
     fn tell(
         &mut self,
+        many: usize,
         field: &dyn fmt::Display,
         message: &dyn fmt::Display,
         remedy: &dyn fmt::Display,
@@ -159,7 +161,7 @@ impl<'a> Report<'a> {
             Kind::Namespace => &self.object.name,
             _ => &self.object.namespace,
         };
-        let Some(room) = self.problems.room(namespace) else { return };
+        let Some(room) = self.problems.room(namespace, many) else { return };
         room.push(Problem {
             at: String::new(),
             object: self.object.to_string(),
@@ -175,7 +177,7 @@ impl Drop for Report<'_> {
         let more = self.said.saturating_sub(MOST_OF_ONE);
         if more > 0 {
             // The field comes behind the others in every order.
-            self.tell(&"…", &format_args!("and {more} more"), &CORRECT_THOSE);
+            self.tell(more, &"…", &format_args!("and {more} more"), &CORRECT_THOSE);
         }
     }
 }

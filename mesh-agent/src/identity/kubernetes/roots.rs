@@ -120,12 +120,15 @@ impl Roots {
             Err(error) => return Err(error),
         };
         let is_lost = held.as_ref().is_some_and(|held| held.certs.is_empty());
-        if is_lost && !self.is_sure {
-            // With it is lost whether another signer has made something else sign meanwhile.
+        // What another signer has published meanwhile is told by the annotation, also beside an empty bundle.
+        let is_told = held.as_ref().is_some_and(|held| held.annotated.is_some());
+        if is_lost && !is_told && !self.is_sure {
+            // With it is lost whether another signer has made something else sign.
             self.current = None;
         }
+        let is_unsure = !self.is_sure && (!is_lost || is_told);
         let mut before = match &held {
-            Some(held) if self.last.is_none() || !(self.is_sure || is_lost) => held.before(),
+            Some(held) if self.last.is_none() || is_unsure => held.before(),
             _ => self.last.as_ref().map(|(roots, _)| roots.clone()),
         };
         let is_changed = !is_lost && self.is_changed(held.as_ref(), before.as_deref());

@@ -183,7 +183,10 @@ impl Signer {
     /// The same for one that could not be answered before: it may have been answered since, or be gone.
     async fn answer_again(&self, name: &str, authority: &Authority) -> bool {
         match self.api.get::<SigningRequest>(&request_path(name)).await {
-            Ok(Some(now)) if !now.is_answered() => self.answer_one(now, authority).await,
+            // Another one may have its name by now, and be somebody else's to answer.
+            Ok(Some(now)) if !now.is_answered() && now.spec.signer_name == self.settings.signer => {
+                self.answer_one(now, authority).await
+            }
             Ok(_) => true,
             Err(error) => {
                 debug!(request = name, error = telemetry::chain(&error), "not read again");

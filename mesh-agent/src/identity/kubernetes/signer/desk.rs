@@ -163,6 +163,8 @@ impl<'a> Desk<'a> {
         // They come again.
         self.left.clear();
         self.due.clear();
+        // Before the first page: what is lost track of meanwhile brings it forward.
+        self.list_at = Instant::now() + RELIST.mul_f32(1.0 + fastrand::f32() / 2.0);
         let mut next = String::new();
         loop {
             let path = format!("{}&limit={PAGE}&continue={}", self.query, escaped(&next));
@@ -173,7 +175,6 @@ impl<'a> Desk<'a> {
             }
             next = list.metadata.next;
             if next.is_empty() {
-                self.list_at = Instant::now() + RELIST.mul_f32(1.0 + fastrand::f32() / 2.0);
                 return Ok(Some(list.metadata.resource_version));
             }
         }
