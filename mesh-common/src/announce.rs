@@ -136,7 +136,6 @@ mod tests {
 
     fn pod(uid: u32, generation: u32) -> PodInbound {
         PodInbound {
-            ip: [0; 4],
             skip: PortRanges::NONE,
             own_ports: [0; MAX_PORTS],
             own_ports_len: 0,

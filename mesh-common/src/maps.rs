@@ -103,9 +103,6 @@ map_struct! {
 map_struct! {
     /// How an enrolled pod's outgoing connections are treated. Map `POD_OUTBOUND`, by netns cookie.
     pub struct PodOutbound {
-        /// The key again, two words: an element becomes another pod's while a program reads it
-        /// ([`crate::verdict::Connect::if_still`]). First, since it is written first.
-        pub netns: [u32; 2],
         /// The pod's IPv4 address (v4-mapped), or zero.
         pub ip4: WireIp,
         /// The pod's IPv6 address, or zero.
@@ -134,8 +131,6 @@ map_struct! {
 map_struct! {
     /// How connections to an enrolled pod are treated. Map `POD_INBOUND`, by the pod's address.
     pub struct PodInbound {
-        /// The key again, as in [`PodOutbound`].
-        pub ip: WireIp,
         /// Ports that reach the application without the agent.
         pub skip: PortRanges,
         /// The agent's outbound listeners on this address: never a destination from outside.

@@ -70,18 +70,6 @@ pub enum Connect {
     },
 }
 
-impl Connect {
-    /// The same if the element that it was decided from still is the pod's (`is_still`); else it is denied.
-    ///
-    /// The kernel replaces an element, and may give the old one to another pod at once, whose settings are
-    /// then mixed into what is being read: a port that only the other one skips would leave in plain text.
-    #[inline(always)]
-    #[must_use]
-    pub fn if_still(self, is_still: bool) -> Self {
-        if is_still { self } else { Self::Deny(Counter::ConnectChanged) }
-    }
-}
-
 /// Decides over an application's TCP `connect()` to `dst` in the pod.
 ///
 /// Fails closed: what would be captured but has nowhere to go is denied.
@@ -167,15 +155,6 @@ pub enum Lookup {
         /// Which.
         shard: u32,
     },
-}
-
-impl Lookup {
-    /// As [`Connect::if_still`]: a strict pod must not be opened by the settings of another one.
-    #[inline(always)]
-    #[must_use]
-    pub fn if_still(self, is_still: bool) -> Self {
-        if is_still { self } else { Self::Drop(Counter::LookupChanged) }
-    }
 }
 
 /// Decides over a SYN from `remote` to `local`, an address of an enrolled pod.

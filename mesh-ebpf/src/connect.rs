@@ -14,7 +14,7 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::maps::{
-    ROLE_AGENT, ROLE_APP, ROLE_DELIVER, ROLE_PLAIN, SkipCidr, SockMeta, words,
+    PodOutbound, ROLE_AGENT, ROLE_APP, ROLE_DELIVER, ROLE_PLAIN, SkipCidr, SockMeta,
 };
 use mesh_common::pending::{self, decide_pending};
 use mesh_common::verdict::{Block, Connect, decide_connect, is_kubelet};
@@ -24,7 +24,7 @@ use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
 use crate::direct::{self, Way, way};
 use crate::maps::{
     CONTROL, DESTINATIONS, NETWORKS, PENDING, POD_INBOUND, POD_OUTBOUND, SKIP_CIDRS, SOCK_META,
-    agent, count, is_still, now_ns,
+    TRIES, agent, count, now_ns,
 };
 
 const ALLOW: i32 = 1;
@@ -73,7 +73,7 @@ fn capture(
 
     // SAFETY: the helper only reads the context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    let Some(slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
+    let Some(mut slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
         // An array of one element has its element: `None` is for the verifier.
         let Some(control) = CONTROL.get(0) else { return ALLOW };
         // What shares the node's namespace is no pod that could be captured.
@@ -86,23 +86,23 @@ fn capture(
         }
         return ALLOW;
     };
-    // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
-    let pod = unsafe { &*slot };
     let dst = dst(ctx.sock_addr);
-
-    let verdict = decide_connect(
-        pod,
-        &dst,
-        || is_destination(&dst),
-        || {
-            let key = Key::new(FULL_PREFIX, SkipCidr::new(netns, dst.ip));
-            // 0: a block that is captured inside of a larger one that is not.
-            SKIP_CIDRS.get(key).is_some_and(|skipped| *skipped != 0)
-        },
-        agent,
-    );
-    // After this only what names the pod is read: another one's hash or generation matches nothing.
-    let verdict = verdict.if_still(is_still(&pod.netns, &words(netns)));
+    let mut verdict = Connect::Deny(Counter::ConnectChanged);
+    for _ in 0..TRIES {
+        // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
+        let decided = decide(unsafe { &*slot }, netns, &dst);
+        match POD_OUTBOUND.get_ptr_mut(netns) {
+            Some(now) if now == slot => {
+                verdict = decided;
+                break;
+            }
+            Some(now) => slot = now,
+            None => break,
+        }
+    }
+    // SAFETY: as above. From here on only what names the pod is read: another one's hash or generation
+    // matches nothing.
+    let pod = unsafe { &*slot };
     let listener = match verdict {
         Connect::Pass(reason) => {
             count(reason);
@@ -148,6 +148,22 @@ fn capture(
         count(Counter::Captured);
     }
     ALLOW
+}
+
+/// Decides over a connection to `dst` of the pod in this namespace.
+#[inline(always)]
+fn decide(pod: &PodOutbound, netns: u64, dst: &WireAddr) -> Connect {
+    decide_connect(
+        pod,
+        dst,
+        || is_destination(dst),
+        || {
+            let key = Key::new(FULL_PREFIX, SkipCidr::new(netns, dst.ip));
+            // 0: a block that is captured inside of a larger one that is not.
+            SKIP_CIDRS.get(key).is_some_and(|skipped| *skipped != 0)
+        },
+        agent,
+    )
 }
 
 /// Notes what `sock_ops` is to know of this socket.

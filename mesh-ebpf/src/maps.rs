@@ -17,17 +17,23 @@ use mesh_common::maps::{
 use mesh_common::redirect::{Peer, PeerFlow, PeerFlowKey};
 use mesh_common::verdict::Agent;
 
-/// Read in place: a copy of its 200 bytes is a call and a loop. The kernel replaces an element that the agent
+/// Read in place: a copy of its 192 bytes is a call and a loop. The kernel replaces an element that the agent
 /// writes, and gives the old one to the next key that is written on that CPU, without waiting for who reads
 /// it; since Linux 6.1 that is so with `BPF_F_NO_PREALLOC` too (`alloc_htab_elem()`, `bpf_mem_cache_free()`).
-/// So a value carries its key, and what was decided from it holds only while that is still the pod's:
-/// [`is_still`]. What else is read compares hashes or generations, of which two pods have no equal ones.
+/// So what was decided from an element holds only if the key still leads to it afterwards: it has been taken
+/// out before anybody else's settings are written into it. (Not by a key in the value: whether that is written
+/// before the rest or after it depends on the processor's `memcpy()`.) On processors that reorder loads this
+/// makes a mix unlikely, and not impossible. What else is read of it compares hashes or generations, of which
+/// two pods have no equal ones.
 #[map]
 pub(crate) static POD_OUTBOUND: HashMap<u64, PodOutbound> = HashMap::with_max_entries(1024, 0);
 
 /// As `POD_OUTBOUND`.
 #[map]
 pub(crate) static POD_INBOUND: HashMap<WireIp, PodInbound> = HashMap::with_max_entries(2048, 0);
+
+/// How often something is decided before it is refused: each time the element was replaced meanwhile.
+pub(crate) const TRIES: usize = 2;
 
 /// Every address that belongs to the mesh, and its generation.
 #[map]
@@ -112,18 +118,6 @@ pub(crate) fn count(counter: Counter) {
         // increments: statistics may, a quota may not (the BPF target has no `fetch_add`).
         unsafe { *slot += 1 };
     }
-}
-
-/// Whether `there`, the key that an element carries, is still this one. To be asked when all else has been
-/// read of it: the kernel writes the key before the rest.
-#[inline(always)]
-pub(crate) fn is_still<const WORDS: usize>(there: &[u32; WORDS], key: &[u32; WORDS]) -> bool {
-    there.iter().zip(key).all(|(there, word)| {
-        // SAFETY: a reference. Volatile: neither is it remembered from before, nor do earlier reads move
-        // behind it.
-        let there = unsafe { core::ptr::from_ref(there).read_volatile() };
-        there == *word
-    })
 }
 
 /// Nanoseconds on `CLOCK_BOOTTIME`.

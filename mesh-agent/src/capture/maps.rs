@@ -100,14 +100,12 @@ impl Maps {
         usize::try_from(self.config.max_verdicts).unwrap_or(usize::MAX)
     }
 
-    /// Puts the key into the value too, whatever stands there.
     pub(super) fn set_outbound(
         &mut self,
         netns: u64,
         pod: &PodOutbound,
     ) -> Result<(), CaptureError> {
         let failed = self.failed("POD_OUTBOUND");
-        let pod = PodOutbound { netns: words(netns), ..*pod };
         self.outbound.insert(netns, pod, 0).map_err(failed)
     }
 
@@ -132,11 +130,9 @@ impl Maps {
         self.inbound.get(&ip, 0).is_ok()
     }
 
-    /// As [`Self::set_outbound`].
     pub(super) fn set_inbound(&mut self, ip: IpAddr, pod: &PodInbound) -> Result<(), CaptureError> {
         let failed = self.failed("POD_INBOUND");
-        let pod = PodInbound { ip: from_ip(ip), ..*pod };
-        self.inbound.insert(pod.ip, pod, 0).map_err(failed)
+        self.inbound.insert(from_ip(ip), pod, 0).map_err(failed)
     }
 
     pub(super) fn remove_inbound(&mut self, ip: WireIp) -> Result<(), CaptureError> {
@@ -343,7 +339,6 @@ pub(super) fn outbound(
     generation: Generation,
 ) -> PodOutbound {
     let mut pod = PodOutbound {
-        netns: [0; 2],
         ip4: [0; 4],
         ip6: [0; 4],
         ports4: [0; MAX_PORTS],
@@ -377,7 +372,6 @@ pub(super) fn inbound(
 ) -> PodInbound {
     let mut own_ports = [0; MAX_PORTS];
     PodInbound {
-        ip: [0; 4],
         skip: ranges(&settings.skip_inbound_ports),
         own_ports_len: copy_ports(&mut own_ports, ports),
         own_ports,
@@ -395,7 +389,6 @@ pub(super) const NAMELESS: [u32; 2] = [0; 2];
 /// for the mesh.
 pub(super) fn nameless_outbound(outbound: Outbound) -> PodOutbound {
     PodOutbound {
-        netns: [0; 2],
         ip4: [0; 4],
         ip6: [0; 4],
         ports4: [0; MAX_PORTS],
@@ -413,7 +406,6 @@ pub(super) fn nameless_outbound(outbound: Outbound) -> PodOutbound {
 /// what was announced.
 pub(super) fn nameless_inbound() -> PodInbound {
     PodInbound {
-        ip: [0; 4],
         skip: PortRanges::NONE,
         own_ports: [0; MAX_PORTS],
         own_ports_len: 0,

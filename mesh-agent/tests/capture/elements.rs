@@ -1,15 +1,20 @@
-//! What the programs make of an element that becomes another pod's while they read it.
+//! What the programs make of an element that the kernel gives to another pod while they read it.
 
 use std::fs;
-use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData};
 use mesh_common::addr::{WireIp, from_ip};
-use mesh_common::maps::{PodInbound, PodOutbound, number, words};
-use mesh_core::settings::Mode;
+use mesh_common::maps::{PodInbound, PodOutbound, PortRange};
+use mesh_core::settings::{Mode, Outbound};
 
 use crate::world::*;
+
+/// Without a second look at where the key leads, 22 of so many were let out by the wrong settings (one run, Linux 6.18,
+/// two cores).
+const ASKED: usize = 30_000;
 
 /// The agent's map of this name.
 fn pinned<K: Pod, V: Pod>(world: &World, name: &str) -> HashMap<MapData, K, V> {
@@ -18,58 +23,75 @@ fn pinned<K: Pod, V: Pod>(world: &World, name: &str) -> HashMap<MapData, K, V> {
     HashMap::try_from(Map::HashMap(map)).unwrap()
 }
 
-#[test]
-fn connection_that_another_pods_settings_would_let_out_is_denied() {
-    if !root() {
-        return;
-    }
-    let world = World::new();
-    let capture = world.start();
-    let open = settings(|settings| settings.skip_outbound_ports = "8080".parse().unwrap());
-    let _listeners = world.enrol(&capture, &open);
-    let outside = world.listen_outside("10.90.0.1:8080");
-    let _out = world.dial("10.90.0.1:8080").unwrap();
-    accept(&outside);
-
-    // What a program finds whose element the kernel has given to another pod meanwhile.
-    let mut map = pinned::<u64, PodOutbound>(&world, "POD_OUTBOUND");
-    let netns = world.pod.cookie();
-    let there = map.get(&netns, 0).unwrap();
-    assert_eq!(number(there.netns), netns);
-    map.insert(netns, PodOutbound { netns: words(netns + (1 << 32)), ..there }, 0).unwrap();
-    let error = world.dial("10.90.0.1:8080").unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
-    assert_eq!(count(&capture, "connect_changed"), 1);
-    assert!(nobody(&outside));
+/// Asks while somebody writes the entries of both pods, over and over: each takes the element that the other one
+/// has just left.
+fn while_elements_change_hands<K: Pod + Sync + Send, V: Pod + Sync + Send>(
+    mut map: HashMap<MapData, K, V>,
+    pods: [(K, V); 2],
+    mut ask: impl FnMut(),
+) {
+    let left = AtomicUsize::new(ASKED);
+    let mut write = || {
+        for (key, value) in &pods {
+            map.insert(key, value, 0).unwrap();
+        }
+    };
+    write();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while left.load(Ordering::Relaxed) > 0 {
+                write();
+            }
+        });
+        while left.fetch_sub(1, Ordering::Relaxed) > 1 {
+            ask();
+        }
+    });
 }
 
 #[test]
-fn connection_that_another_pods_settings_would_let_in_is_refused() {
+fn connection_that_another_pod_skips_is_never_let_out() {
     if !root() {
         return;
     }
     let world = World::new();
     let capture = world.start();
-    let open = settings(|settings| {
-        settings.mode = Mode::Strict;
-        settings.skip_inbound_ports = "9090".parse().unwrap();
+    let _listeners = world.enrol(&capture, &settings(|one| one.outbound = Outbound::All));
+    let map = pinned::<u64, PodOutbound>(&world, "POD_OUTBOUND");
+    let netns = world.pod.cookie();
+    // Without listeners it is refused at once.
+    let ours = PodOutbound { ports_len: 0, ..map.get(&netns, 0).unwrap() };
+    let mut others = ours;
+    others.skip.ranges[0] = PortRange { first: 8080, last: 8080 };
+    others.skip.len = 1;
+    while_elements_change_hands(map, [(netns, ours), (netns + 1000, others)], || {
+        let _refused = world.dial("10.90.0.1:8080");
     });
-    let _listeners = world.enrol(&capture, &open);
-    let app = world.listen("[::]:9090");
-    for (to, own) in [("10.90.0.2:9090", POD4), ("[fd90::2]:9090", POD6)] {
-        let _into = world.dial_in(to).unwrap();
-        accept(&app);
+    assert_eq!(count(&capture, "connect_skipped_port"), 0);
+    let refused = ["connect_no_listener", "connect_changed"].map(|name| count(&capture, name));
+    assert_eq!(refused.iter().sum::<u64>(), ASKED as u64 - 1, "{refused:?}");
+}
 
-        let mut map = pinned::<WireIp, PodInbound>(&world, "POD_INBOUND");
-        let key = from_ip(ip(own));
-        let there = map.get(&key, 0).unwrap();
-        assert_eq!(there.ip, key);
-        // Of one that differs in the last bits.
-        let other = [key[0], key[1], key[2], !key[3]];
-        map.insert(key, PodInbound { ip: other, ..there }, 0).unwrap();
-        let error = world.dial_in(to).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{to}");
+#[test]
+fn connection_that_another_pod_skips_is_never_let_in() {
+    if !root() {
+        return;
     }
-    assert_eq!(count(&capture, "lookup_changed"), 2);
-    assert!(nobody(&app));
+    let world = World::new();
+    let capture = world.start();
+    let _listeners = world.enrol(&capture, &settings(|one| one.mode = Mode::Strict));
+    let map = pinned::<WireIp, PodInbound>(&world, "POD_INBOUND");
+    let key = from_ip(ip(POD4));
+    let ours = map.get(&key, 0).unwrap();
+    let mut others = ours;
+    others.skip.ranges[0] = PortRange { first: 9090, last: 9090 };
+    others.skip.len = 1;
+    let other = from_ip(ip("10.90.0.77"));
+    while_elements_change_hands(map, [(key, ours), (other, others)], || {
+        let _refused = world.dial_in("10.90.0.2:9090");
+    });
+    assert_eq!(count(&capture, "lookup_skipped_port"), 0);
+    let refused = ["lookup_strict", "lookup_changed", "lookup_strict_elsewhere"]
+        .map(|name| count(&capture, name));
+    assert_eq!(refused.iter().sum::<u64>(), ASKED as u64 - 1, "{refused:?}");
 }

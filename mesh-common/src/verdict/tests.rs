@@ -26,7 +26,6 @@ impl Pod {
     fn outbound(&self) -> PodOutbound {
         let (ports, ports_len) = self.own_ports();
         PodOutbound {
-            netns: [0; 2],
             ip4: self.ip4.map_or([0; 4], from_ip),
             ip6: self.ip6.map_or([0; 4], from_ip),
             ports4: ports,
@@ -44,7 +43,6 @@ impl Pod {
         let (own_ports, own_ports_len) = self.own_ports();
         let flags = self.flags;
         PodInbound {
-            ip: [0; 4],
             skip: self.skip(),
             own_ports,
             own_ports_len,
@@ -322,16 +320,6 @@ fn agent_is_silent_after_five_seconds_and_gone_after_a_day() {
     assert_eq!(at(GONE_NS + 1), Agent::Gone);
     assert_eq!(Agent::at(0, 1), Agent::Gone, "never heard");
     assert_eq!(Agent::at(ALIVE + 1, ALIVE), Agent::Alive, "heard after the clock was read");
-}
-
-#[test]
-fn what_was_decided_from_another_pods_settings_is_refused() {
-    let skipped = Connect::Pass(Counter::ConnectSkippedPort);
-    assert_eq!(skipped.if_still(true), skipped);
-    assert_eq!(skipped.if_still(false), Connect::Deny(Counter::ConnectChanged));
-    let skipped = Lookup::Pass(Counter::LookupSkippedPort);
-    assert_eq!(skipped.if_still(true), skipped);
-    assert_eq!(skipped.if_still(false), Lookup::Drop(Counter::LookupChanged));
 }
 
 /// What becomes of a SYN to a strict pod that fails open, when nothing was announced.

@@ -44,6 +44,10 @@ impl Task {
                 until("the API server to end", || outage.is_now())
             }
             Self::Back => {
+                // Whoever has stopped it may have died of it.
+                if server(&cluster).is_ok() {
+                    signal(&cluster, "CONT")?;
+                }
                 as_root(&["rm", "-f"], &outage.wanted)?;
                 until("the API server to start", || !outage.is_now())?;
                 until("the API server to be ready", || {

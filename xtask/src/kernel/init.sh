@@ -11,8 +11,7 @@ mount -t tmpfs run /run
 mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 ip link set lo up
-# Absent is what is built in.
-for module in veth dummy nf_tables tcp_diag; do modprobe "$module" 2>/dev/null; done
+for module in veth dummy nf_tables tcp_diag; do modprobe "$module"; done
 # On a line of its own: the firmware leaves its last one open.
 echo
 echo "kernel: $(uname -rm)"

@@ -31,8 +31,8 @@ const TOOLS: [(&str, &str); 5] = [
 /// Of `lib/modules/*/kernel`.
 const MODULES: [&str; 6] =
     ["net", "lib", "crypto", "arch", "drivers/net/veth.ko", "drivers/net/dummy.ko"];
-/// How a module's file may be compressed.
-const COMPRESSED: [&str; 4] = ["", ".xz", ".zst", ".gz"];
+/// How a module's file may be compressed: what Debian uses and busybox reads.
+const COMPRESSED: [&str; 2] = ["", ".xz"];
 
 /// Programs of this machine that the tests call.
 const PROGRAMS: [&str; 1] = ["ip"];
@@ -42,8 +42,8 @@ const LIMIT: Duration = Duration::from_secs(1800);
 
 #[derive(Debug, Args)]
 pub(crate) struct Kernel {
-    /// A Debian or Ubuntu package with a kernel and its modules for this machine's processor, such as `apt-get
-    /// download linux-image-6.1.0-53-amd64` brings.
+    /// A package of Debian's with a kernel and its modules for this machine's processor, such as `apt-get download
+    /// linux-image-6.1.0-53-amd64` brings.
     package: PathBuf,
 }
 
@@ -183,7 +183,7 @@ fn unpack(package: &Path, dir: &Path) -> Result<(PathBuf, PathBuf)> {
     let modules = modules.into_iter().flatten().next();
     kernel.zip(modules).with_context(|| {
         let package = package.display();
-        format!("{package} has no boot/vmlinuz-*, or no lib/modules: not a kernel's package, or Ubuntu's linux-modules is another one")
+        format!("{package} has no boot/vmlinuz-*, or no lib/modules: not the package of a kernel with its modules")
     })
 }
 
