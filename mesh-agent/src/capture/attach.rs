@@ -330,9 +330,14 @@ where
         ebpf.program_mut(name).ok_or_else(|| refused("the object has no such program".into()))?;
     let program: &mut P =
         program.try_into().map_err(|error: ProgramError| refused(error.into()))?;
-    until_verified(|| load(program), was_interrupted).map_err(|error| refused(error.into()))?;
+    verified(|| load(program)).map_err(|error| refused(error.into()))?;
     let fd = fd(program).map_err(|error| refused(error.into()))?;
     fd.as_fd().try_clone_to_owned().map_err(|error| refused(error.into()))
+}
+
+/// Calls `load` until the verifier has come to an end.
+pub(super) fn verified(load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    until_verified(load, was_interrupted)
 }
 
 /// Whether the verifier gave up because a signal waits for this thread (`do_check`, Linux 5.1 and newer):

@@ -12,11 +12,11 @@ use std::thread;
 
 use aya::Ebpf;
 use aya::maps::{HashMap, IterableMap as _, MapData, MapType};
-use aya::programs::Program;
+use aya::programs::{Program, ProgramError};
 use aya::sys::is_map_supported;
 
 use super::sys::{self, AttachType};
-use super::{OBJECT, loader, pins};
+use super::{OBJECT, attach, loader, pins};
 use crate::net::{Ends, Netns, SockDiag, add_client_address_routes, raise_loopback};
 
 /// How a feature fares.
@@ -249,13 +249,13 @@ fn programs(features: &mut Vec<Feature>) -> (Option<OwnedFd>, Result<OwnedFd, St
 
 fn load(ebpf: &mut Ebpf, name: &str) -> Result<OwnedFd, String> {
     let program = ebpf.program_mut(name).ok_or("not in the object")?;
-    let loaded = match program {
+    let loaded = attach::verified(|| match &mut *program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SkLookup(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
-        _ => return Err("of an unexpected type".to_owned()),
-    };
+        _ => Err(ProgramError::UnexpectedProgramType),
+    });
     loaded.map_err(|error| with_causes(&error))?;
     let fd = program.fd().map_err(|error| with_causes(&error))?;
     fd.as_fd().try_clone_to_owned().map_err(|error| error.to_string())
