@@ -24,7 +24,7 @@ use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
 use crate::direct::{self, Way, way};
 use crate::maps::{
     CONTROL, DESTINATIONS, NETWORKS, PENDING, POD_INBOUND, POD_OUTBOUND, SKIP_CIDRS, SOCK_META,
-    TRIES, agent, count, now_ns,
+    agent, count, now_ns,
 };
 
 const ALLOW: i32 = 1;
@@ -73,7 +73,7 @@ fn capture(
 
     // SAFETY: the helper only reads the context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    let Some(mut slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
+    let Some(slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
         // An array of one element has its element: `None` is for the verifier.
         let Some(control) = CONTROL.get(0) else { return ALLOW };
         // What shares the node's namespace is no pod that could be captured.
@@ -87,22 +87,12 @@ fn capture(
         return ALLOW;
     };
     let dst = dst(ctx.sock_addr);
-    let mut verdict = Connect::Deny(Counter::ConnectChanged);
-    for _ in 0..TRIES {
-        // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
-        let decided = decide(unsafe { &*slot }, netns, &dst);
-        match POD_OUTBOUND.get_ptr_mut(netns) {
-            Some(now) if now == slot => {
-                verdict = decided;
-                break;
-            }
-            Some(now) => slot = now,
-            None => break,
-        }
-    }
-    // SAFETY: as above. From here on only what names the pod is read: another one's hash or generation
-    // matches nothing.
+    // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
     let pod = unsafe { &*slot };
+    let verdict = decide(pod, netns, &dst);
+    // After this only what names the pod is read: another one's hash or generation matches nothing.
+    let is_still = POD_OUTBOUND.get_ptr_mut(netns).is_some_and(|now| now == slot);
+    let verdict = if is_still { verdict } else { Connect::Deny(Counter::ConnectChanged) };
     let listener = match verdict {
         Connect::Pass(reason) => {
             count(reason);

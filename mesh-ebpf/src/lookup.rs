@@ -17,7 +17,7 @@ use mesh_common::{Counter, WireAddr};
 use crate::context::{AF_INET, AF_INET6, IPPROTO_TCP, read, read_ip6};
 use crate::log::tell;
 use crate::maps::{
-    ADMISSIONS, DELIVERIES, INBOUND, POD_INBOUND, PROBE, TRIES, agent, count, is_member, now_ms,
+    ADMISSIONS, DELIVERIES, INBOUND, POD_INBOUND, PROBE, agent, count, is_member, now_ms,
 };
 
 const PASS: u32 = sk_action::SK_PASS;
@@ -69,7 +69,7 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp, elsewhere: 
     // `local_port` is in host order, `remote_port` in network order.
     let local = WireAddr::new(local_ip, read!(ctx.lookup, local_port) as u16);
     let remote = WireAddr::new(remote_ip, u16::from_be(read!(ctx.lookup, remote_port)));
-    let Some(mut slot) = POD_INBOUND.get_ptr(local_ip) else {
+    let Some(slot) = POD_INBOUND.get_ptr(local_ip) else {
         return match elsewhere {
             Elsewhere::LeftAlone => PASS,
             Elsewhere::Refused => {
@@ -84,24 +84,15 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp, elsewhere: 
         count(Counter::LookupProbe);
         return PASS;
     }
-    let mut verdict = Lookup::Drop(Counter::LookupChanged);
-    for _ in 0..TRIES {
-        // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
-        let pod = unsafe { &*slot };
-        let announced = || match announced(pod, &DeliveryKey { src: remote, dst: local }) {
-            Announced::Nothing if is_admitted(pod, &remote, &local) => Announced::Delivery,
-            announced => announced,
-        };
-        let decided = decide_lookup(pod, &local, &remote, announced, agent);
-        match POD_INBOUND.get_ptr(local_ip) {
-            Some(now) if now == slot => {
-                verdict = decided;
-                break;
-            }
-            Some(now) => slot = now,
-            None => break,
-        }
-    }
+    // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
+    let pod = unsafe { &*slot };
+    let announced = || match announced(pod, &DeliveryKey { src: remote, dst: local }) {
+        Announced::Nothing if is_admitted(pod, &remote, &local) => Announced::Delivery,
+        announced => announced,
+    };
+    let verdict = decide_lookup(pod, &local, &remote, announced, agent);
+    let is_still = POD_INBOUND.get_ptr(local_ip).is_some_and(|now| now == slot);
+    let verdict = if is_still { verdict } else { Lookup::Drop(Counter::LookupChanged) };
     answer(ctx, verdict, &local, &remote)
 }
 

@@ -32,9 +32,6 @@ pub(crate) static POD_OUTBOUND: HashMap<u64, PodOutbound> = HashMap::with_max_en
 #[map]
 pub(crate) static POD_INBOUND: HashMap<WireIp, PodInbound> = HashMap::with_max_entries(2048, 0);
 
-/// How often something is decided before it is refused: each time the element was replaced meanwhile.
-pub(crate) const TRIES: usize = 2;
-
 /// Every address that belongs to the mesh, and its generation.
 #[map]
 pub(crate) static DESTINATIONS: HashMap<WireIp, u64> =
