@@ -1,5 +1,4 @@
-//! What an agent keeps of a cluster that is large: everything that Services say, and nothing of pods of other nodes
-//! that nobody here talks to.
+//! What an agent keeps of a cluster that is large: what Services and their endpoints say, while nobody talks to them.
 
 use anyhow::{Context as _, Result, ensure};
 use harness::{Agents, Cluster, long, wait};
