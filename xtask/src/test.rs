@@ -3,10 +3,13 @@
 //! A test that cannot run here passes as far as its runner knows; it appends `name<TAB>why` to the
 //! file named by `MALLA_SKIPPED`, and is counted as skipped.
 
+use std::env;
 use std::ffi::OsString;
 use std::fs;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -29,8 +32,8 @@ const E2E_PACKAGE: &str = "mesh-tests";
 /// Everything is built by one command, so that every crate is built with one set of features.
 const BUILD: &str = "build --workspace --all-targets";
 
-/// The test binaries that run on a Kubernetes cluster, one after the other on the same one. The last one
-/// takes its API server away.
+/// The test binaries that run on a Kubernetes cluster, the longest one first. The last one takes its API server
+/// away.
 const ON_CLUSTER: [&str; 2] = ["cluster", "outage"];
 
 /// Tests on a cluster that run at the same time on each core: they wait for what others do, and a third of them for
@@ -106,7 +109,7 @@ impl E2e {
     }
 
     fn threads(&self, test: &Executable) -> usize {
-        let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let cores = thread::available_parallelism().map_or(2, std::num::NonZero::get);
         let many = cores.clamp(2, 4) * if is_on_cluster(test) { ON_CLUSTER_PER_CORE } else { 1 };
         // What takes minutes wants the machine for itself.
         self.threads.unwrap_or(if self.long { 1 } else { many })
@@ -132,28 +135,72 @@ impl Tally {
         tests.sort_by_key(|e| {
             (e.package == E2E_PACKAGE, is_on_cluster(e), e.package.clone(), e.name.clone())
         });
-        let mut cluster = None;
-        for test in tests {
-            let name = match test.kind.as_str() {
-                "test" => format!("{} {}", test.package, test.name),
-                kind => format!("{} ({kind})", test.package),
+        let (on_cluster, others): (Vec<&Executable>, _) =
+            tests.into_iter().partition(|test| is_on_cluster(test));
+        let agent = agent.as_deref();
+        for test in others {
+            self.record(&name(test), run_binary(test, options, agent, &[]));
+        }
+        let on_cluster: Vec<_> =
+            on_cluster.into_iter().filter(|test| has_tests(test, options)).collect();
+        if !on_cluster.is_empty()
+            && let Err(error) = self.on_clusters(&on_cluster, options, agent)
+        {
+            self.fail("the cluster of the tests", &format!("{error:#}"));
+        }
+    }
+
+    /// Runs test binaries one after the other on a cluster that is there, or else each on one of its own, at the
+    /// same time: for half of it they wait for what Kubernetes does.
+    fn on_clusters(
+        &mut self,
+        tests: &[&Executable],
+        options: &E2e,
+        agent: Option<&Path>,
+    ) -> Result<()> {
+        let run =
+            |test: &Executable, on: &Tested| run_binary(test, options, agent, &on.environment);
+        let theirs = options.kubeconfig.as_deref();
+        if let Some(given) = Tested::given(theirs, options.load_image.as_deref())? {
+            for test in tests {
+                self.record(&name(test), run(test, &given));
+            }
+            return Ok(());
+        }
+        Tested::prepare()?;
+        if options.long {
+            // What takes minutes wants the machine for itself.
+            let cluster = Tested::start(None)?;
+            for test in tests {
+                self.record(&name(test), run(test, &cluster));
+            }
+            self.step("the cluster of the tests is gone", cluster.end());
+            return Ok(());
+        }
+        let on_its_own = |nth: usize, test: &Executable| {
+            let which = (nth > 0).then_some(test.name.as_str());
+            let cluster = Tested::start(which)?;
+            Ok((run(test, &cluster), cluster.end()))
+        };
+        let ran: Vec<Result<_>> = thread::scope(|scope| {
+            let start = |(nth, test)| {
+                let test: &Executable = test;
+                scope.spawn(move || on_its_own(nth, test))
             };
-            let agent = agent.as_deref();
-            if !is_on_cluster(test) {
-                self.record(&name, run_binary(test, options, agent, &name, &[]));
-            } else if has_tests(test, options) {
-                match on_cluster(&mut cluster, options) {
-                    Ok(on) => {
-                        let ran = run_binary(test, options, agent, &name, &on.environment);
-                        self.record(&name, ran);
-                    }
-                    Err(error) => self.fail(&name, &format!("{error:#}")),
+            let running: Vec<_> = tests.iter().copied().enumerate().map(start).collect();
+            running.into_iter().map(|one| one.join().unwrap_or_else(|p| resume_unwind(p))).collect()
+        });
+        for (test, ran) in tests.iter().zip(ran) {
+            let name = name(test);
+            match ran {
+                Ok((finished, end)) => {
+                    self.record(&name, finished);
+                    self.step(&format!("the cluster of {name} is gone"), end);
                 }
+                Err(error) => self.fail(&name, &format!("{error:#}")),
             }
         }
-        if let Some(cluster) = cluster {
-            self.step("the cluster of the tests is gone", cluster.end());
-        }
+        Ok(())
     }
 
     fn step(&mut self, name: &str, outcome: Result<()>) {
@@ -220,13 +267,11 @@ fn is_on_cluster(test: &Executable) -> bool {
     test.package == E2E_PACKAGE && ON_CLUSTER.contains(&test.name.as_str())
 }
 
-/// The cluster of the tests, which the first one that needs it starts.
-fn on_cluster<'a>(cluster: &'a mut Option<Tested>, options: &E2e) -> Result<&'a Tested> {
-    let ready = match cluster.take() {
-        Some(ready) => ready,
-        None => Tested::prepare(options.kubeconfig.as_deref(), options.load_image.as_deref())?,
-    };
-    Ok(cluster.insert(ready))
+fn name(test: &Executable) -> String {
+    match test.kind.as_str() {
+        "test" => format!("{} {}", test.package, test.name),
+        kind => format!("{} ({kind})", test.package),
+    }
 }
 
 /// Whether the filter leaves any test of a binary.
@@ -241,7 +286,6 @@ fn run_binary(
     test: &Executable,
     options: &E2e,
     agent: Option<&Path>,
-    name: &str,
     environment: &[(&str, OsString)],
 ) -> Result<Finished> {
     // Unit tests need nothing; what lies in `tests/` loads eBPF and makes namespaces.
@@ -252,7 +296,10 @@ fn run_binary(
         std::process::Command::new(&test.path)
     };
     command.current_dir(&test.dir).arg("--color=never");
-    let skipped = crate::root()?.join(format!("target/skipped-{}", std::process::id()));
+    // Of each program, since two may run at the same time.
+    let program = test.path.file_name().context("a program without a name")?.display();
+    let skipped = format!("target/skipped-{}-{program}", std::process::id());
+    let skipped = crate::root()?.join(skipped);
     fs::write(&skipped, "").context("create the list of skipped tests")?;
     command.env("MALLA_SKIPPED", &skipped).env("CARGO_MANIFEST_DIR", &test.dir);
     // An error that a test returns tells where it was by its context.
@@ -263,7 +310,8 @@ fn run_binary(
         if options.long {
             command.arg("--show-output").env("MALLA_LONG", "1");
         }
-        if let Some(agent) = agent {
+        // Whoever names another one, such as a release build, means it.
+        if let Some(agent) = agent.filter(|_| env::var_os("MALLA_AGENT").is_none()) {
             command.env("MALLA_AGENT", agent);
         }
     }
@@ -273,7 +321,7 @@ fn run_binary(
         false => BINARY_LIMIT,
     };
     command.envs(environment.iter().map(|(key, value)| (key, value)));
-    let finished = process::watch(name, command, limit);
+    let finished = process::watch(&name(test), command, limit);
     let list = fs::read_to_string(&skipped).context("read the list of skipped tests")?;
     fs::remove_file(&skipped).context("remove the list of skipped tests")?;
     let mut finished = finished?;

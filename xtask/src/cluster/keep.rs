@@ -47,6 +47,10 @@ pub(crate) struct Keep {
     #[arg(long)]
     checkout: Option<PathBuf>,
 
+    /// Which of the checkout's it is.
+    #[arg(long)]
+    which: Option<String>,
+
     /// End when standard input does, and so with whoever holds its other end.
     #[arg(long)]
     bound: bool,
@@ -68,7 +72,7 @@ impl Keep {
                 ended.store(true, Ordering::Release);
             });
         }
-        let cluster = Cluster::begin(self.nodes, self.checkout.clone())?;
+        let cluster = Cluster::begin(self.nodes, self.checkout.clone(), self.which.clone())?;
         let mut running = Running { cluster: cluster.clone(), processes: Vec::new(), ended };
         let kept = running.start().and_then(|pki| {
             say(READY);

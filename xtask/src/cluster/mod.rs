@@ -15,6 +15,7 @@ mod state;
 pub(crate) mod tested;
 pub(crate) mod tools;
 
+use std::env;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::CommandExt as _;
@@ -27,6 +28,9 @@ use clap::{Args, Subcommand};
 use self::state::Cluster;
 use crate::process::attached;
 use crate::{image, privilege, root, say, this};
+
+/// The environment variable that says which of its clusters a checkout means. Nobody but tests needs it.
+pub(crate) const WHICH: &str = "MALLA_CLUSTER";
 
 /// What the keeper says when the cluster can be used.
 const READY: &str = "cluster: ready";
@@ -90,12 +94,12 @@ impl Up {
         if let Some(missing) = tools::missing() {
             return say_skipped(&missing);
         }
-        if Cluster::of_this_checkout()?.is_some() {
+        if Cluster::of_this_checkout(None)?.is_some() {
             say("cluster: one runs already; `cargo xtask cluster down` ends it");
         } else {
-            start(self.nodes, Life::Detached)?;
+            start(self.nodes, Life::Detached, None)?;
         }
-        say(&format!("export KUBECONFIG={}", kubeconfig()?.display()));
+        say(&format!("export KUBECONFIG={}", kubeconfig(None)?.display()));
         say(&format!("export PATH={}:$PATH", tools::KUBERNETES.dir()?.display()));
         Ok(())
     }
@@ -117,16 +121,20 @@ enum Life {
 
 /// A cluster that ends with this value, or with this process however that ends.
 #[derive(Debug)]
-pub(crate) struct Bound(Child);
+pub(crate) struct Bound {
+    child: Child,
+    which: Option<String>,
+}
 
 impl Bound {
-    /// Starts one.
+    /// Starts one, `which` of this checkout's.
     ///
     /// # Errors
     ///
     /// Fails, with the logs, if it does not become ready.
-    pub(crate) fn start() -> Result<Self> {
-        start(NODES, Life::Bound).map(Self)
+    pub(crate) fn start(which: Option<&str>) -> Result<Self> {
+        let child = start(NODES, Life::Bound, which)?;
+        Ok(Self { child, which: which.map(str::to_owned) })
     }
 
     /// Ends it.
@@ -135,10 +143,10 @@ impl Bound {
     ///
     /// Fails if something of it could not be removed.
     pub(crate) fn end(mut self) -> Result<()> {
-        drop(self.0.stdin.take());
-        let status = self.0.wait().context("wait for the cluster's keeper")?;
+        drop(self.child.stdin.take());
+        let status = self.child.wait().context("wait for the cluster's keeper")?;
         ensure!(status.success(), "the cluster's keeper: {status}");
-        forget_kubeconfig()
+        forget_kubeconfig(self.which.as_deref())
     }
 }
 
@@ -147,7 +155,7 @@ impl Bound {
 const WITHOUT_INHERITED: &str = r#"exec "$0" "$@" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-"#;
 
 /// Starts a keeper and waits until its cluster is ready.
-fn start(nodes: usize, life: Life) -> Result<Child> {
+fn start(nodes: usize, life: Life, which: Option<&str>) -> Result<Child> {
     ensure!((1..=net::MAX_NODES).contains(&nodes), "1 to {} nodes", net::MAX_NODES);
     tools::ready()?;
     for left in Cluster::left()? {
@@ -159,6 +167,7 @@ fn start(nodes: usize, life: Life) -> Result<Child> {
     let mut keep = privilege::command("sh")?;
     keep.args(["-c", WITHOUT_INHERITED]).arg(this()?);
     keep.args(["cluster", "keep", "--nodes", &nodes.to_string(), "--checkout"]).arg(root()?);
+    keep.args(which.map(|which| format!("--which={which}")));
     keep.stdout(Stdio::piped()).stderr(Stdio::null()).stdin(Stdio::null());
     if life == Life::Bound {
         keep.arg("--bound").stdin(Stdio::piped()).stderr(Stdio::inherit());
@@ -169,8 +178,8 @@ fn start(nodes: usize, life: Life) -> Result<Child> {
     for line in output.lines() {
         let line = line.context("read what the keeper says")?;
         if line == READY {
-            let cluster = Cluster::of_this_checkout()?.context("a cluster without a state file")?;
-            remember_kubeconfig(&cluster)?;
+            let cluster = Cluster::of_this_checkout(which)?;
+            remember_kubeconfig(&cluster.context("a cluster without a state file")?, which)?;
             say(&format!("{READY} after {:.1} s", started.elapsed().as_secs_f32()));
             return Ok(keeper);
         }
@@ -180,7 +189,7 @@ fn start(nodes: usize, life: Life) -> Result<Child> {
 }
 
 fn down() -> Result<()> {
-    let running = Cluster::of_this_checkout()?;
+    let running = meant()?;
     let left = Cluster::left()?;
     for cluster in running.iter().chain(&left) {
         cluster.end()?;
@@ -189,25 +198,26 @@ fn down() -> Result<()> {
     if running.is_none() && left.is_empty() {
         say("cluster: none was there");
     }
-    forget_kubeconfig()
+    forget_kubeconfig(which().as_deref())
 }
 
 fn status() -> Result<()> {
-    let Some(cluster) = Cluster::of_this_checkout()? else {
+    let Some(cluster) = meant()? else {
         say("cluster: this checkout has none");
         return Ok(());
     };
     say(&format!("cluster: kept by process {}, logs in {}", cluster.pid, cluster.dir.display()));
-    say(&format!("export KUBECONFIG={}", kubeconfig()?.display()));
+    let kubeconfig = kubeconfig(which().as_deref())?;
+    say(&format!("export KUBECONFIG={}", kubeconfig.display()));
     let mut kubectl = std::process::Command::new(tools::KUBERNETES.program("kubectl")?);
-    kubectl.arg("--kubeconfig").arg(kubeconfig()?);
+    kubectl.arg("--kubeconfig").arg(kubeconfig);
     kubectl.args(["get", "nodes,pods", "--all-namespaces", "--output", "wide"]);
     attached(kubectl)
 }
 
 impl Load {
     fn run(&self) -> Result<()> {
-        let cluster = Cluster::of_this_checkout()?.context("this checkout has no cluster")?;
+        let cluster = meant()?.context("this checkout has no cluster")?;
         let archive = match self.image.to_str().and_then(image::by_name) {
             Some(image) => image.archive()?,
             None => self.image.clone(),
@@ -236,20 +246,30 @@ impl Load {
     }
 }
 
-/// Where whoever works in this checkout finds the way to its cluster.
-pub(crate) fn kubeconfig() -> Result<PathBuf> {
-    Ok(root()?.join("target/cluster/kubeconfig"))
+fn which() -> Option<String> {
+    env::var(WHICH).ok()
 }
 
-fn remember_kubeconfig(cluster: &Cluster) -> Result<()> {
-    let file = kubeconfig()?;
+/// The running cluster of this checkout that is meant.
+fn meant() -> Result<Option<Cluster>> {
+    Cluster::of_this_checkout(which().as_deref())
+}
+
+/// Where whoever works in this checkout finds the way to its cluster, `which` of several.
+pub(crate) fn kubeconfig(which: Option<&str>) -> Result<PathBuf> {
+    let name = which.map_or_else(|| "kubeconfig".to_owned(), |which| format!("kubeconfig-{which}"));
+    Ok(root()?.join("target/cluster").join(name))
+}
+
+fn remember_kubeconfig(cluster: &Cluster, which: Option<&str>) -> Result<()> {
+    let file = kubeconfig(which)?;
     let dir = file.parent().context("the file is in a directory")?;
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     certificates::private(&file, &state::read_as_root(&cluster.kubeconfig())?)
 }
 
-fn forget_kubeconfig() -> Result<()> {
-    let file = kubeconfig()?;
+fn forget_kubeconfig(which: Option<&str>) -> Result<()> {
+    let file = kubeconfig(which)?;
     if file.exists() {
         fs::remove_file(&file).with_context(|| format!("remove {}", file.display()))?;
     }

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Subcommand;
 
 use crate::cluster::keep::kubectl;
+use crate::cluster::meant;
 use crate::cluster::state::Cluster;
 use crate::privilege;
 use crate::process::must;
@@ -36,7 +37,7 @@ pub(crate) enum Task {
 
 impl Task {
     pub(crate) fn run(&self) -> Result<()> {
-        let cluster = Cluster::of_this_checkout()?.context("this checkout has no cluster")?;
+        let cluster = meant()?.context("this checkout has no cluster")?;
         let outage = Outage::of(&cluster);
         match self {
             Self::Away => {

@@ -30,6 +30,9 @@ pub(crate) struct Cluster {
     started: u64,
     /// The checkout that calls it its own.
     checkout: Option<PathBuf>,
+    /// Which of the checkout's it is: tests that run at the same time have one each, with a name, and the one of
+    /// `cluster up` has none.
+    which: Option<String>,
     /// How many nodes it has.
     pub(crate) nodes: usize,
     /// Where all its files are.
@@ -42,28 +45,38 @@ impl Cluster {
     /// # Errors
     ///
     /// Fails if it cannot be made.
-    pub(crate) fn begin(nodes: usize, checkout: Option<PathBuf>) -> Result<Self> {
+    pub(crate) fn begin(
+        nodes: usize,
+        checkout: Option<PathBuf>,
+        which: Option<String>,
+    ) -> Result<Self> {
         let pid = std::process::id();
         let started = started(pid).context("read when this process started")?;
         let dir = std::env::temp_dir().join(format!("malla-{pid}-cluster"));
-        let this = Self { pid, started, checkout, nodes, dir };
+        let this = Self { pid, started, checkout, which, nodes, dir };
         fs::create_dir(&this.dir).with_context(|| format!("create {}", this.dir.display()))?;
         let mut text = format!("PID={pid}\nSTARTED={started}\nNODES={nodes}\n");
         if let Some(checkout) = &this.checkout {
             text.push_str(&format!("CHECKOUT={}\n", checkout.display()));
         }
+        if let Some(which) = &this.which {
+            text.push_str(&format!("WHICH={which}\n"));
+        }
         fs::write(this.dir.join(FILE), text).context("write the state file")?;
         Ok(this)
     }
 
-    /// The running cluster of this checkout.
+    /// The running cluster of this checkout, `which` of several.
     ///
     /// # Errors
     ///
     /// Fails if the directories cannot be read.
-    pub(crate) fn of_this_checkout() -> Result<Option<Self>> {
+    pub(crate) fn of_this_checkout(which: Option<&str>) -> Result<Option<Self>> {
         let root = Some(root()?);
-        Ok(all()?.into_iter().find(|cluster| cluster.checkout == root && cluster.is_alive()))
+        let is_it = |cluster: &Self| {
+            cluster.checkout == root && cluster.which.as_deref() == which && cluster.is_alive()
+        };
+        Ok(all()?.into_iter().find(is_it))
     }
 
     /// Those whose keeper is gone, of any checkout.
@@ -152,6 +165,7 @@ impl Cluster {
             started: value("STARTED")?.parse().ok()?,
             nodes: value("NODES")?.parse().ok()?,
             checkout: value("CHECKOUT").map(PathBuf::from),
+            which: value("WHICH").map(str::to_owned),
             dir: dir.to_owned(),
         })
     }
@@ -191,6 +205,7 @@ mod tests {
             pid: child.id(),
             started: started(child.id()).unwrap(),
             checkout: None,
+            which: None,
             nodes: 1,
             dir: "/x".into(),
         };

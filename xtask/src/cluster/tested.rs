@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 use crate::cluster::state::Cluster;
-use crate::cluster::{Bound, kubeconfig, tools};
+use crate::cluster::{Bound, WHICH, kubeconfig, tools};
 use crate::{image, root, this};
 
 /// What the harness is told (`tests/src/cluster.rs` reads it).
@@ -20,36 +20,50 @@ pub(crate) struct Tested {
 }
 
 impl Tested {
-    /// Finds or starts a cluster. Where there can be none the tests are told why, and skip themselves.
+    /// The one cluster that there is to test on: somebody else's, or one that is up already; or none, where there
+    /// can be none: the tests are told why, and skip themselves. Nothing if clusters can be made for the tests.
     ///
     /// # Errors
     ///
-    /// Fails if one should start here and does not.
-    pub(crate) fn prepare(theirs: Option<&Path>, load: Option<&str>) -> Result<Self> {
-        let xtask = this()?;
-        let mut environment = vec![("MALLA_XTASK", xtask.clone().into_os_string())];
+    /// Fails if the agent's image cannot be made.
+    pub(crate) fn given(theirs: Option<&Path>, load: Option<&str>) -> Result<Option<Self>> {
         if let Some(file) = theirs {
             let file = file.canonicalize().with_context(|| format!("find {}", file.display()))?;
+            let mut environment = vec![xtask()?];
             environment.push(("MALLA_KUBECONFIG", file.into()));
             environment.push(("MALLA_KUBECTL", "kubectl".into()));
             environment.extend(load.map(|load| ("MALLA_LOAD_IMAGE", load.into())));
             environment.extend(agent()?);
-            return Ok(Self { environment, bound: None });
+            return Ok(Some(Self { environment, bound: None }));
         }
         if let Some(missing) = tools::missing() {
-            environment.push(("MALLA_NO_CLUSTER", missing.into()));
-            return Ok(Self { environment, bound: None });
+            let environment = vec![xtask()?, ("MALLA_NO_CLUSTER", missing.into())];
+            return Ok(Some(Self { environment, bound: None }));
         }
-        // Before a cluster takes its share of the machine.
-        environment.extend(agent()?);
-        let is_up = Cluster::of_this_checkout()?.is_some();
-        let bound = if is_up { None } else { Some(Bound::start()?) };
-        environment.push(("MALLA_KUBECONFIG", kubeconfig()?.into()));
-        environment.push(("MALLA_KUBECTL", tools::KUBERNETES.program("kubectl")?.into()));
-        let load = format!("{} cluster load", xtask.display());
-        environment.push(("MALLA_LOAD_IMAGE", load.into()));
-        environment.push(("MALLA_OWN_CLUSTER", "1".into()));
-        Ok(Self { environment, bound })
+        if Cluster::of_this_checkout(None)?.is_none() {
+            return Ok(None);
+        }
+        Ok(Some(Self { environment: ours(None)?, bound: None }))
+    }
+
+    /// Makes what every cluster needs, before one takes its share of the machine.
+    ///
+    /// # Errors
+    ///
+    /// Fails with what the programs say that make it.
+    pub(crate) fn prepare() -> Result<()> {
+        tools::ready()?;
+        agent().map(drop)
+    }
+
+    /// Starts a cluster, `which` of this checkout's.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it does not become ready.
+    pub(crate) fn start(which: Option<&str>) -> Result<Self> {
+        let bound = Some(Bound::start(which)?);
+        Ok(Self { environment: ours(which)?, bound })
     }
 
     /// Ends the cluster, if it was started for the tests.
@@ -60,6 +74,23 @@ impl Tested {
     pub(crate) fn end(self) -> Result<()> {
         self.bound.map_or(Ok(()), Bound::end)
     }
+}
+
+/// Of a cluster that was made here.
+fn ours(which: Option<&str>) -> Result<Vec<(&'static str, OsString)>> {
+    let mut environment = vec![xtask()?];
+    environment.extend(which.map(|which| (WHICH, which.into())));
+    environment.push(("MALLA_KUBECONFIG", kubeconfig(which)?.into()));
+    environment.push(("MALLA_KUBECTL", tools::KUBERNETES.program("kubectl")?.into()));
+    let load = format!("{} cluster load", this()?.display());
+    environment.push(("MALLA_LOAD_IMAGE", load.into()));
+    environment.push(("MALLA_OWN_CLUSTER", "1".into()));
+    environment.extend(agent()?);
+    Ok(environment)
+}
+
+fn xtask() -> Result<(&'static str, OsString)> {
+    Ok(("MALLA_XTASK", this()?.into_os_string()))
 }
 
 /// Makes the agent's image: where it is, and what it is called.
