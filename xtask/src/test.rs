@@ -17,7 +17,7 @@ use clap::Args;
 
 use crate::build::{self, Executable};
 use crate::check;
-use crate::cluster::tested::Tested;
+use crate::cluster::tested::{self, Tested};
 use crate::process::{self, Finished};
 use crate::{privilege, say, setup};
 
@@ -167,10 +167,10 @@ impl Tally {
             }
             return Ok(());
         }
-        Tested::prepare()?;
+        let agent_image = tested::prepare()?;
         if options.long {
             // What takes minutes wants the machine for itself.
-            let cluster = Tested::start(None)?;
+            let cluster = Tested::start(None, &agent_image)?;
             for test in tests {
                 self.record(&name(test), run(test, &cluster));
             }
@@ -179,7 +179,7 @@ impl Tally {
         }
         let on_its_own = |nth: usize, test: &Executable| {
             let which = (nth > 0).then_some(test.name.as_str());
-            let cluster = Tested::start(which)?;
+            let cluster = Tested::start(which, &agent_image)?;
             Ok((run(test, &cluster), cluster.end()))
         };
         let ran: Vec<Result<_>> = thread::scope(|scope| {

@@ -43,17 +43,7 @@ impl Tested {
         if Cluster::of_this_checkout(None)?.is_none() {
             return Ok(None);
         }
-        Ok(Some(Self { environment: ours(None)?, bound: None }))
-    }
-
-    /// Makes what every cluster needs, before one takes its share of the machine.
-    ///
-    /// # Errors
-    ///
-    /// Fails with what the programs say that make it.
-    pub(crate) fn prepare() -> Result<()> {
-        tools::ready()?;
-        agent().map(drop)
+        Ok(Some(Self { environment: ours(None, &agent()?)?, bound: None }))
     }
 
     /// Starts a cluster, `which` of this checkout's.
@@ -61,9 +51,9 @@ impl Tested {
     /// # Errors
     ///
     /// Fails if it does not become ready.
-    pub(crate) fn start(which: Option<&str>) -> Result<Self> {
+    pub(crate) fn start(which: Option<&str>, agent: &Image) -> Result<Self> {
         let bound = Some(Bound::start(which)?);
-        Ok(Self { environment: ours(which)?, bound })
+        Ok(Self { environment: ours(which, agent)?, bound })
     }
 
     /// Ends the cluster, if it was started for the tests.
@@ -77,7 +67,7 @@ impl Tested {
 }
 
 /// Of a cluster that was made here.
-fn ours(which: Option<&str>) -> Result<Vec<(&'static str, OsString)>> {
+fn ours(which: Option<&str>, agent: &Image) -> Result<Vec<(&'static str, OsString)>> {
     let mut environment = vec![xtask()?];
     environment.extend(which.map(|which| (WHICH, which.into())));
     environment.push(("MALLA_KUBECONFIG", kubeconfig(which)?.into()));
@@ -85,7 +75,7 @@ fn ours(which: Option<&str>) -> Result<Vec<(&'static str, OsString)>> {
     let load = format!("{} cluster load", this()?.display());
     environment.push(("MALLA_LOAD_IMAGE", load.into()));
     environment.push(("MALLA_OWN_CLUSTER", "1".into()));
-    environment.extend(agent()?);
+    environment.extend(agent.clone());
     Ok(environment)
 }
 
@@ -93,8 +83,20 @@ fn xtask() -> Result<(&'static str, OsString)> {
     Ok(("MALLA_XTASK", this()?.into_os_string()))
 }
 
-/// Makes the agent's image: where it is, and what it is called.
-fn agent() -> Result<[(&'static str, OsString); 2]> {
+/// The agent's image: where it is, and what it is called.
+pub(crate) type Image = [(&'static str, OsString); 2];
+
+/// Makes what every cluster needs, before one takes its share of the machine.
+///
+/// # Errors
+///
+/// Fails with what the programs say that make it.
+pub(crate) fn prepare() -> Result<Image> {
+    tools::ready()?;
+    agent()
+}
+
+fn agent() -> Result<Image> {
     let archive = root()?.join("target/cluster/mesh-agent.tar");
     let dir = archive.parent().context("the file is in a directory")?;
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;

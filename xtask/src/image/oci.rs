@@ -75,7 +75,8 @@ impl Image<'_> {
         });
         write(&work.join("index.json"), &index.to_string())?;
         write(&work.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
-        let partial = out.with_extension("partial");
+        // Another process may make the same one at the same time.
+        let partial = out.with_file_name(format!("malla-{}-image.partial", std::process::id()));
         // What the layout's own files may do depends on who makes them, and says nothing.
         pack(work, &partial, &["--mode=a+rX,u+w,go-w"])?;
         fs::rename(&partial, out).with_context(|| format!("write {}", out.display()))
