@@ -6,6 +6,7 @@
 //! (`TCP_FASTOPEN_CONNECT`) leaves when the application writes. So what is announced of a direct connection
 //! names its two pods.
 
+use crate::addr::WireIp;
 use crate::maps::{PodInbound, is_within, map_struct, number};
 
 /// [`Announcement::until`]: the SYN is not answered yet.
@@ -32,6 +33,9 @@ pub const PLAIN: u32 = 3;
 map_struct! {
     /// What is known of a tuple. The value of `DELIVERIES`.
     pub struct Announcement {
+        /// Address of the client pod, if direct: what it has its entry by. The tuple's source may be another one of
+        /// its, which a route prefers.
+        pub client_ip: WireIp,
         /// Hash of the client pod's UID, if direct.
         pub client: [u32; 2],
         /// Hash of the server pod's UID, if direct.
@@ -60,13 +64,13 @@ impl Announcement {
     /// A tuple of this kind, whose SYN is going to leave.
     #[inline(always)]
     pub const fn of(kind: u32) -> Self {
-        Self { client: [0; 2], server: [0; 2], kind, until: UNANSWERED }
+        Self { client_ip: [0; 4], client: [0; 2], server: [0; 2], kind, until: UNANSWERED }
     }
 
-    /// A direct connection between these two pods.
+    /// A direct connection between these two pods, the first of which has this address.
     #[inline(always)]
-    pub const fn direct(client: [u32; 2], server: [u32; 2]) -> Self {
-        Self { client, server, ..Self::of(DIRECT) }
+    pub const fn direct(client: [u32; 2], client_ip: WireIp, server: [u32; 2]) -> Self {
+        Self { client_ip, client, server, ..Self::of(DIRECT) }
     }
 
     /// The same when the SYN has been answered, at `now`.
@@ -77,14 +81,14 @@ impl Announcement {
         Self { until: if until == UNANSWERED { 1 } else { until }, ..self }
     }
 
-    /// What it says at `now` of a SYN to `server`, the pod that has the address. `client` is the pod that
-    /// has the other one, if it is of this node; `is_member` whether any pod of the mesh has it.
+    /// What it says at `now` of a SYN to `server`, the pod that has the address. `pod_at` knows the pods of this
+    /// node by their addresses; `is_member` whether any pod of the mesh has the tuple's source.
     #[inline(always)]
     pub fn says<'a>(
         &self,
         now: u32,
         server: &PodInbound,
-        client: impl FnOnce() -> Option<&'a PodInbound>,
+        pod_at: impl FnOnce(&WireIp) -> Option<&'a PodInbound>,
         is_member: impl FnOnce() -> bool,
     ) -> Announced {
         if self.is_over(now) {
@@ -94,7 +98,7 @@ impl Announcement {
             DELIVERY => Announced::Delivery,
             FOR_MEMBER if is_member() => Announced::Delivery,
             PLAIN => Announced::Plain,
-            DIRECT => match client() {
+            DIRECT => match pod_at(&self.client_ip) {
                 // Without a generation it is about to leave.
                 Some(pod) if pod.pod == self.client && number(pod.generation) != 0 => {
                     if server.pod == self.server {
@@ -134,6 +138,8 @@ mod tests {
     use super::*;
     use crate::maps::{MAX_PORTS, PortRanges};
 
+    const AT: WireIp = crate::addr::v4_mapped(u32::from_ne_bytes([10, 0, 0, 7]));
+
     fn pod(uid: u32, generation: u32) -> PodInbound {
         PodInbound {
             skip: PortRanges::NONE,
@@ -151,7 +157,7 @@ mod tests {
         fn tuple_is_known_for_about_a_second_after_the_answer(now: u32, later in 0..GRACE * 3) {
             let made = Announcement::of(DELIVERY).answered(now);
             prop_assert_ne!(made.until, UNANSWERED);
-            let said = made.says(now.wrapping_add(later), &pod(1, 1), || None, || false);
+            let said = made.says(now.wrapping_add(later), &pod(1, 1), |_| None, || false);
             // One unit more where zero means something else.
             prop_assert!(said == Announced::Delivery || later >= GRACE);
             prop_assert!(said == Announced::Nothing || later < GRACE + 1);
@@ -161,7 +167,7 @@ mod tests {
         fn members_tuple_ends_with_the_membership(now: u32, later in 0..GRACE) {
             let made = Announcement::of(FOR_MEMBER).answered(now);
             let say = |later, member| {
-                made.says(now.wrapping_add(later), &pod(1, 1), || None, || member)
+                made.says(now.wrapping_add(later), &pod(1, 1), |_| None, || member)
             };
             prop_assert_eq!(say(later, true), Announced::Delivery);
             prop_assert_eq!(say(later, false), Announced::Nothing);
@@ -179,22 +185,23 @@ mod tests {
             let later = now.wrapping_add(later);
             for made in [made, made.answered(now)] {
                 let delivers = made.delivers(later, || member);
-                let to_a_pod = made.says(later, &pod(1, 1), || None, || member);
+                let to_a_pod = made.says(later, &pod(1, 1), |_| None, || member);
                 prop_assert_eq!(delivers, to_a_pod == Announced::Delivery);
                 prop_assert!(!delivers || kind == DELIVERY || (kind == FOR_MEMBER && member));
             }
-            let direct = Announcement::direct([7, 0], [1, 0]);
+            let direct = Announcement::direct([7, 0], AT, [1, 0]);
             prop_assert!(!direct.delivers(later, || true));
         }
     }
 
     #[test]
     fn direct_tuple_is_of_its_two_pods() {
-        let made = Announcement::direct([7, 0], [8, 0]);
+        let made = Announcement::direct([7, 0], AT, [8, 0]);
         let (client, server) = (pod(7, 1), pod(8, 1));
         for made in [made, made.answered(50)] {
             let say = |client: Option<PodInbound>, server: PodInbound| {
-                made.says(60, &server, || client.as_ref(), || true)
+                let pod_at = |ip: &WireIp| client.as_ref().filter(|_| *ip == AT);
+                made.says(60, &server, pod_at, || true)
             };
             assert_eq!(say(Some(client), server), Announced::Delivery);
             assert_eq!(say(Some(pod(7, 2)), pod(8, 2)), Announced::Delivery, "as they are now");
@@ -203,14 +210,14 @@ mod tests {
             assert_eq!(say(None, server), Announced::Nothing, "the client has left the mesh");
             assert_eq!(say(Some(pod(7, 0)), server), Announced::Nothing, "or is leaving");
         }
-        let later = made.answered(50).says(50 + GRACE, &pod(9, 1), || Some(&client), || true);
+        let later = made.answered(50).says(50 + GRACE, &pod(9, 1), |_| Some(&client), || true);
         assert_eq!(later, Announced::Nothing);
     }
 
     #[test]
     fn plain_tuple_is_that_until_it_ends() {
         let made = Announcement::of(PLAIN);
-        let say = |made: Announcement| made.says(60, &pod(1, 1), || None, || true);
+        let say = |made: Announcement| made.says(60, &pod(1, 1), |_| None, || true);
         assert_eq!(say(made), Announced::Plain);
         assert_eq!(say(made.answered(59)), Announced::Plain);
         assert_eq!(say(made.answered(60u32.wrapping_sub(GRACE))), Announced::Nothing);
@@ -219,6 +226,6 @@ mod tests {
     #[test]
     fn syn_without_an_answer_passes_for_as_long_as_it_takes() {
         let made = Announcement::of(DELIVERY);
-        assert_eq!(made.says(u32::MAX, &pod(1, 1), || None, || false), Announced::Delivery);
+        assert_eq!(made.says(u32::MAX, &pod(1, 1), |_| None, || false), Announced::Delivery);
     }
 }

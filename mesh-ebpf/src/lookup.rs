@@ -174,8 +174,8 @@ fn announced(server: &PodInbound, tuple: &DeliveryKey) -> Announced {
         return Announced::Nothing;
     };
     // SAFETY: as for the server's; two fields are read.
-    let client = || unsafe { POD_INBOUND.get(tuple.src.ip) };
-    there.says(now_ms(), server, client, || is_member(&tuple.src.ip))
+    let pod_at = |ip: &WireIp| unsafe { POD_INBOUND.get(ip) };
+    there.says(now_ms(), server, pod_at, || is_member(&tuple.src.ip))
 }
 
 /// Whether this is a direct connection that comes from another source port than it left from.

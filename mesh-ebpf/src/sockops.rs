@@ -15,7 +15,7 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
-use mesh_common::addr::v4_mapped;
+use mesh_common::addr::{WireIp, is_v4, v4_mapped};
 use mesh_common::announce::{Announcement, DELIVERY, FOR_MEMBER, PLAIN};
 use mesh_common::direct::{
     CLOSED, DirectConn, DirectEvent, FAILED, FIN_RECEIVED, FIN_SENT, FIN_UNKNOWN, Flow, OPENED,
@@ -74,7 +74,7 @@ fn connecting(ctx: &SockOpsContext) {
     let meta = unsafe { *meta };
     if is_announced(meta.role) {
         let ends = ends(ctx.ops);
-        let announced = DELIVERIES.insert(ends, announcement(&meta), 0).is_ok();
+        let announced = DELIVERIES.insert(ends, announcement(ctx, &meta, &ends), 0).is_ok();
         if meta.role == ROLE_DIRECT {
             admit(ctx, &meta, &ends);
         }
@@ -120,11 +120,26 @@ fn is_announced(role: u8) -> bool {
     role == ROLE_DELIVER || role == ROLE_DIRECT || role == ROLE_PLAIN
 }
 
+/// The address by which the client's pod has its entry: the kernel may have chosen another one of its for the
+/// source, where a route says so.
+#[inline(always)]
+fn own_ip(ctx: &SockOpsContext, ends: &DeliveryKey) -> WireIp {
+    // SAFETY: the helper only reads the context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: RCU keeps the element mapped for this call. One address is read, and if the element is recycled the
+    // pod that has it is not the one that is announced.
+    match unsafe { POD_OUTBOUND.get(netns) } {
+        Some(pod) if is_v4(&ends.dst.ip) => pod.ip4,
+        Some(pod) => pod.ip6,
+        None => ends.src.ip,
+    }
+}
+
 /// What is announced of such a socket when its SYN leaves.
 #[inline(always)]
-fn announcement(meta: &SockMeta) -> Announcement {
+fn announcement(ctx: &SockOpsContext, meta: &SockMeta, ends: &DeliveryKey) -> Announcement {
     match meta.role {
-        ROLE_DIRECT => Announcement::direct(meta.client, meta.server),
+        ROLE_DIRECT => Announcement::direct(meta.client, own_ip(ctx, ends), meta.server),
         ROLE_PLAIN => Announcement::of(PLAIN),
         _ => Announcement::of(DELIVERY),
     }
@@ -209,7 +224,8 @@ fn answered(ctx: &SockOpsContext, meta: &SockMeta, new: u32) {
     let key = ends(ctx.ops);
     if new == TCP_ESTABLISHED {
         let is_members = meta.role == ROLE_DELIVER && is_member(&key.src.ip);
-        let what = if is_members { Announcement::of(FOR_MEMBER) } else { announcement(meta) };
+        let what =
+            if is_members { Announcement::of(FOR_MEMBER) } else { announcement(ctx, meta, &key) };
         // A tuple that cannot be updated stays open until it is pushed out: worth no reset.
         let _unbounded = DELIVERIES.insert(key, what.answered(now_ms()), 0);
     } else {

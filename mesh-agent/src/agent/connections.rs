@@ -22,7 +22,7 @@ use tracing::warn;
 use super::ending::Fate;
 use crate::capture::{DirectFacts, DirectRecord, Ended, KernelEvents, PodTag};
 use crate::net::{Ends, SockDiag};
-use crate::node::Node;
+use crate::node::{LocalPod, Node};
 use crate::telemetry::{DirectTracked, Failure, Neighbours, Outcome, Party, Path, ResponseFlags};
 
 /// How often the kernel is asked what happened: the ring has room for ten times what a busy node tells in
@@ -139,7 +139,7 @@ impl Table {
     fn turn(&mut self) {
         self.drain();
         for open in self.open.values_mut() {
-            open.fate.end(&open.facts);
+            open.fate.end(&self.node, &open.facts);
         }
         let is_full = is_full(self.is_full, self.open.len(), self.limit);
         if is_full != std::mem::replace(&mut self.is_full, is_full) {
@@ -225,7 +225,14 @@ impl Table {
     fn record(&self, snapshot: &Snapshot, facts: DirectFacts) -> Open {
         // The kernel noted which pods they are; that the addresses still mean those pods says so twice.
         let pod = |ip, tag| snapshot.workload_at(ip).filter(|pod| PodTag::of(&pod.uid) == tag);
-        let client = pod(facts.src.ip(), facts.client);
+        // The client may have used another of its addresses: then its namespace says which of our pods it is.
+        let pods = self.node.pods.load();
+        let in_its_namespace = || {
+            let is_it = |pod: &&Arc<LocalPod>| pod.netns.cookie() == facts.netns;
+            let uid = &pods.values().find(is_it)?.uid;
+            snapshot.workload(uid).filter(|_| PodTag::of(uid) == facts.client)
+        };
+        let client = pod(facts.src.ip(), facts.client).or_else(in_its_namespace);
         let server = pod(facts.to.0.ip(), facts.server);
         let party = |addr, workload: Option<&Arc<Workload>>| match workload {
             Some(workload) => Party::proven(addr, workload),

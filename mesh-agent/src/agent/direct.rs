@@ -1,7 +1,8 @@
 //! Writes the verdicts of the direct way, and the generations by which they end.
 //!
 //! Everything is decided from the snapshot in [`mesh_core::direct`]; what is written is only what the
-//! kernel's generations agree with. Whatever goes wrong here, the agent carries.
+//! kernel's generations agree with. Whatever goes wrong here, the agent carries; generations that the kernel
+//! does not take are written again, also when no other snapshot comes.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -9,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use mesh_core::addr::{EndpointAddr, OrigDst};
 use mesh_core::affinity::Client;
+use mesh_core::backoff::Backoff;
 use mesh_core::direct::{self, Choice};
 use mesh_core::generation::Generation;
 use mesh_core::snapshot::{Snapshot, Workload};
 use thiserror::Error;
-use tracing::{debug, warn};
+use tokio::time::sleep;
+use tracing::{debug, info, warn};
 
 use crate::capture::{CaptureError, Generations, VerdictEntry, Written};
 use crate::net;
@@ -21,6 +24,11 @@ use crate::node::{Node, Wish};
 
 /// Wishes that may wait. Each is a connection that was carried all the same.
 pub(super) const WISHES: usize = 1024;
+
+/// Pauses between attempts to write generations. Memory may be short for a moment, and meanwhile what is
+/// carried costs more of it; an attempt that has little to write looks through all destinations.
+const RETRY: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// Why there is no verdict.
 #[derive(Debug, Error)]
@@ -39,11 +47,14 @@ pub(super) struct Verdicts {
     numbers: HashMap<(u64, u64), u32>,
     /// Why the last one was not written: told once.
     failing: Option<String>,
+    /// Until generations are written again that the kernel did not take. No failure: it has taken all.
+    unwritten: Backoff,
 }
 
 impl Verdicts {
     pub(super) fn new(node: Arc<Node>) -> Self {
-        Self { node, numbers: HashMap::new(), failing: None }
+        let unwritten = Backoff::new(RETRY, RETRY_MAX);
+        Self { node, numbers: HashMap::new(), failing: None, unwritten }
     }
 
     /// Ends every verdict that `snapshot` touches. Before anything else that follows it: a verdict must
@@ -66,8 +77,44 @@ impl Verdicts {
                 .collect(),
             pods: snapshot.local_enrolled().filter_map(of_pod).collect(),
         };
-        if let Err(error) = self.node.capture.set_generations(generations) {
-            warn!(error = %crate::telemetry::chain(&error), stage = "capture", "verdicts may outlive a change");
+        let written = self.node.capture.set_generations(generations);
+        self.note(written);
+    }
+
+    /// Returns when generations are to be written again. Cancel-safe.
+    pub(super) async fn due(&self) {
+        if self.unwritten.failures() == 0 {
+            std::future::pending::<()>().await;
+        }
+        sleep(self.unwritten.wait(Instant::now()).unwrap_or_default()).await;
+    }
+
+    /// Writes the generations that the kernel did not take.
+    pub(super) fn write_again(&mut self) {
+        let written = self.node.capture.write_generations();
+        self.note(written);
+    }
+
+    /// Has generations written again if need be. Told once until all are written.
+    fn note(&mut self, written: Result<(), CaptureError>) {
+        let is_first = self.unwritten.failures() == 0;
+        match written {
+            Ok(()) if is_first => {}
+            Ok(()) => {
+                self.unwritten.succeeded();
+                info!(stage = "capture", "verdicts follow every change again");
+            }
+            Err(error) => {
+                if is_first {
+                    let error = crate::telemetry::chain(&error);
+                    warn!(
+                        error,
+                        stage = "capture",
+                        "a change is not in the kernel yet: the agent carries what it is about"
+                    );
+                }
+                self.unwritten.failed(Instant::now(), |n| fastrand::u32(..n));
+            }
         }
     }
 

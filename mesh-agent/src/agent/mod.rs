@@ -300,6 +300,7 @@ impl Agent {
                         break;
                     }
                     () = &mut due => break,
+                    () = self.verdicts.due() => self.verdicts.write_again(),
                     Some(wish) = self.wished.recv() => self.verdicts.grant(&wish),
                 }
             }

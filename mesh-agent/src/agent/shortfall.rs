@@ -150,8 +150,30 @@ impl Shortfall {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::path::PathBuf;
+
     use super::*;
     use crate::telemetry::fixture::workload;
+    use crate::telemetry::{
+        AccessLogFormat, Options, SnapshotState, Sources, Telemetry, TunnelNumbers,
+    };
+
+    /// What is scraped of an agent with this shortfall.
+    fn metrics(shortfall: Shortfall) -> String {
+        let quiet = Options { access_log: AccessLogFormat::Off, ..Options::default() };
+        let telemetry = Telemetry::with_output(&quiet, io::sink()).unwrap();
+        telemetry.set_sources(Sources {
+            capture: Box::new(Vec::new),
+            not_enrolled: Box::new(move || shortfall.not_enrolled_by_reason()),
+            tunnels: Box::new(TunnelNumbers::default),
+            certificates: Box::new(Vec::new),
+            snapshot: Box::new(SnapshotState::default),
+            look_at_direct: Box::new(|| {}),
+            direct_events_lost: Box::new(|| 0),
+        });
+        telemetry.exposition()
+    }
 
     #[test]
     fn pod_that_stays_broken_is_tried_ever_more_seldom() {
@@ -176,6 +198,53 @@ mod tests {
         let broken = NotEnrolled::new(&pod, &EnrolError::NoNetns, now);
         let corrected = Workload { netns: Some("/run/netns/web".into()), ..Workload::clone(&pod) };
         assert!(!broken.is_due(&pod, now) && broken.is_due(&corrected, now));
+    }
+
+    /// The reason, and what `status`, the pod's annotation and its Event say.
+    #[test]
+    fn pod_that_is_not_in_the_namespace_of_its_processes_is_told() {
+        let pod = workload("web", "node-1", "10.0.1.5");
+        let cgroup = || PathBuf::from("/sys/fs/cgroup/kubepods/pod1");
+        let found = |kind: io::ErrorKind| NotFound::Read { path: cgroup(), source: kind.into() };
+        for (mismatch, reason, why) in [
+            (
+                NotFound::NoAddress { ip: pod.ips[0] },
+                "no_address",
+                "no process of this pod is in a network namespace that has 10.0.1.5",
+            ),
+            (
+                NotFound::HostNetwork,
+                "host_network",
+                "its processes are in the node's network namespace",
+            ),
+            (
+                NotFound::NoProcess { cgroup: cgroup() },
+                "no_process",
+                "no process of this pod in /sys/fs/cgroup/kubepods/pod1",
+            ),
+            (
+                NotFound::NoCgroup { cgroup: cgroup() },
+                "no_cgroup",
+                "no cgroup of this pod below /sys/fs/cgroup/kubepods/pod1",
+            ),
+            (
+                found(io::ErrorKind::PermissionDenied),
+                "read",
+                "read /sys/fs/cgroup/kubepods/pod1: permission denied",
+            ),
+        ] {
+            let broken = NotEnrolled::new(&pod, &EnrolError::from(mismatch), Instant::now());
+            let why = format!("find its network namespace: {why}");
+            assert_eq!(broken.why, why);
+            let shortfall = Shortfall { not_enrolled: vec![broken], ..Shortfall::default() };
+            let problems: Vec<_> = shortfall.problems().collect();
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            assert_eq!(problems[0].place, "Pod shop/web-0");
+            assert_eq!(problems[0].message, format!("not enrolled: {why}"));
+            let metrics = metrics(shortfall);
+            let told = format!("mesh_pods_not_enrolled{{reason=\"{reason}\"}} 1\n");
+            assert!(metrics.contains(&told), "{told} is not in {metrics}");
+        }
     }
 
     #[test]

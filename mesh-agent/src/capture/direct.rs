@@ -79,9 +79,19 @@ impl Capture {
     ///
     /// # Errors
     ///
-    /// The kernel refuses a change: verdicts that should have ended may not have.
+    /// The kernel refuses a change; all others are made. Until [`Self::write_generations`] has made it too,
+    /// there is no verdict on what it is about.
     pub fn set_generations(&self, wanted: Generations) -> Result<(), CaptureError> {
         lock(&self.pods).set_generations(wanted)
+    }
+
+    /// Writes what could not be written of them. Nothing to do is no error.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Self::set_generations`].
+    pub fn write_generations(&self) -> Result<(), CaptureError> {
+        lock(&self.pods).write_generations()
     }
 
     /// As [`Self::set_generations`], of one pod.
@@ -97,7 +107,7 @@ impl Capture {
         lock(&self.pods).set_pod_generation(uid, generation)
     }
 
-    /// The generation under which the kernel knows an enrolled pod.
+    /// The generation under which the kernel knows an enrolled pod, if it is the one that was set.
     pub fn pod_generation(&self, uid: &str) -> Option<Generation> {
         lock(&self.pods).pod_generation(uid)
     }
@@ -148,7 +158,7 @@ impl Capture {
     ///
     /// The kernel refuses.
     pub fn remove_verdict(&self, netns: u64, dst: OrigDst) -> Result<(), CaptureError> {
-        remove(&mut lock(&self.pods), netns, &VerdictKey::new(netns, dst.0.into()))
+        remove_verdict(&mut lock(&self.pods), netns, &VerdictKey::new(netns, dst.0.into()))
     }
 
     /// Removes verdicts that do not hold any more, and says how many do. They take up room and nothing
@@ -185,12 +195,16 @@ fn make_room(
     sweep(pods)?;
     match pods.verdicts.yields(netns, key, now) {
         Ok(None) => Ok(()),
-        Ok(Some((victim, oldest))) => remove(pods, victim, &oldest),
+        Ok(Some((victim, oldest))) => remove_verdict(pods, victim, &oldest),
         Err(Full) => Err(pods.maps.full("VERDICTS")),
     }
 }
 
-fn remove(pods: &mut Pods, netns: u64, key: &VerdictKey) -> Result<(), CaptureError> {
+pub(super) fn remove_verdict(
+    pods: &mut Pods,
+    netns: u64,
+    key: &VerdictKey,
+) -> Result<(), CaptureError> {
     let failed = pods.maps.failed("VERDICTS");
     absent_is_ok(pods.maps.verdicts.remove(key)).map_err(failed)?;
     pods.verdicts.remove(netns, key);
@@ -207,7 +221,7 @@ fn sweep(pods: &mut Pods) -> Result<usize, CaptureError> {
                 && *destination != 0
         };
         for (netns, key) in pods.verdicts.dead(holds) {
-            remove(pods, netns, &key)?;
+            remove_verdict(pods, netns, &key)?;
         }
         pods.may_be_dead = false;
     }

@@ -4,6 +4,8 @@
 //! Out: `connect`, then the inbound side. Every step may be repeated, so an enrolment that failed half-way is
 //! completed, or undone, by the next one.
 
+mod generations;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -39,7 +41,8 @@ struct Enrolled {
     /// Inbound listeners per address.
     shards: u32,
     settings: Settings,
-    generation: Generation,
+    /// `None`: not all of its entries have the one that they should have.
+    generation: Option<Generation>,
 }
 
 impl Enrolled {
@@ -55,8 +58,8 @@ pub(super) struct Pods {
     pub(super) routes: Routes,
     pub(super) networks: Networks,
     enrolled: BTreeMap<String, Enrolled>,
-    /// What lies in the map, with the generations there.
-    destinations: HashMap<WireIp, Generation>,
+    /// What lies in the map, with the generations there. `None`: not the one that should be there.
+    destinations: HashMap<WireIp, Option<Generation>>,
     /// As they should be, also of what is not in the maps yet.
     generations: Generations,
     /// There was no room for all destinations: every pod captures everything. Read without the lock on the rest,
@@ -81,7 +84,8 @@ impl Pods {
     ) -> Result<Self, CaptureError> {
         let networks = Networks::new(networks).map_err(maps.failed("NETWORKS"))?;
         let failed = maps.failed("DESTINATIONS");
-        let destinations = maps.destinations.iter().collect::<Result<_, _>>().map_err(failed)?;
+        let found = maps.destinations.iter().map(|one| one.map(|(ip, there)| (ip, Some(there))));
+        let destinations = found.collect::<Result<_, _>>().map_err(failed)?;
         let verdicts = super::direct::found(&maps)?;
         Ok(Self {
             maps,
@@ -97,66 +101,9 @@ impl Pods {
         })
     }
 
-    /// Writes the generations of what is in the maps, and keeps those of what is going to be.
-    pub(super) fn set_generations(&mut self, wanted: Generations) -> Result<(), CaptureError> {
-        self.generations = wanted;
-        self.may_be_dead = true;
-        // Pods first: one of them ends more verdicts than any destination does.
-        let uids: Vec<String> = self.enrolled.keys().cloned().collect();
-        for uid in uids {
-            self.set_pod_generation(&uid, self.generations.of_pod(&uid))?;
-        }
-        let stale = |(ip, generation): (&WireIp, &Generation)| {
-            let now = self.generations.of_destination(*ip);
-            (now != *generation).then_some((*ip, now))
-        };
-        let changed: Vec<_> = self.destinations.iter().filter_map(stale).collect();
-        for (ip, generation) in changed {
-            self.set_destination(ip, generation)?;
-        }
-        Ok(())
-    }
-
-    /// As [`Self::set_generations`], of one pod.
-    pub(super) fn set_pod_generation(
-        &mut self,
-        uid: &str,
-        generation: Generation,
-    ) -> Result<(), CaptureError> {
-        self.generations.pods.insert(uid.to_owned(), generation);
-        self.may_be_dead = true;
-        let Some(before) = self.enrolled.get(uid) else {
-            return Ok(());
-        };
-        if before.generation == generation {
-            return Ok(());
-        }
-        let now = Enrolled { generation, ..before.clone() };
-        self.write_inbound(uid, &now)?;
-        self.maps
-            .set_outbound(now.netns, &outbound_entry(uid, &now, self.captures_everything()))?;
-        self.enrolled.insert(uid.to_owned(), now);
-        Ok(())
-    }
-
-    /// The generation in the map of an enrolled pod's namespace.
-    pub(super) fn pod_generation(&self, uid: &str) -> Option<Generation> {
-        self.enrolled.get(uid).map(|pod| pod.generation)
-    }
-
-    /// The generation in the map of an address.
-    pub(super) fn destination_generation(&self, ip: WireIp) -> Option<Generation> {
-        self.destinations.get(&ip).copied()
-    }
-
-    /// By netns cookie, the generations of all enrolled pods.
-    pub(super) fn generations_by_netns(&self) -> HashMap<u64, Generation> {
-        self.enrolled.values().map(|pod| (pod.netns, pod.generation)).collect()
-    }
-
     fn set_destination(&mut self, ip: WireIp, generation: Generation) -> Result<(), CaptureError> {
         self.maps.set_destination(ip, generation)?;
-        self.destinations.insert(ip, generation);
+        self.destinations.insert(ip, Some(generation));
         Ok(())
     }
 
@@ -275,7 +222,7 @@ impl Pods {
             ports,
             shards,
             settings: pod.settings.clone(),
-            generation: self.generations.of_pod(pod.uid),
+            generation: Some(self.generations.of_pod(pod.uid)),
         };
         let before = self.enrolled.insert(pod.uid.to_owned(), now.clone());
         self.may_be_dead = true;
@@ -423,12 +370,14 @@ impl Pods {
         self.enrolled.iter().map(place).collect()
     }
 
+    /// At all of its addresses, also when one fails.
     fn write_inbound(&mut self, uid: &str, pod: &Enrolled) -> Result<(), CaptureError> {
-        for (ip, ports) in &pod.ports {
-            let entry = maps::inbound(uid, &pod.settings, ports, pod.shards, pod.generation);
-            self.maps.set_inbound(*ip, &entry)?;
-        }
-        Ok(())
+        let generation = pod.generation.unwrap_or(0);
+        let written = pod.ports.iter().map(|(ip, ports)| {
+            let entry = maps::inbound(uid, &pod.settings, ports, pod.shards, generation);
+            self.maps.set_inbound(*ip, &entry)
+        });
+        written.fold(Ok(()), Result::and)
     }
 
     /// The exceptions first: without them too much would be captured for a moment.
@@ -489,5 +438,5 @@ impl Pods {
 /// The value of `POD_OUTBOUND` for a pod.
 fn outbound_entry(uid: &str, pod: &Enrolled, everything: bool) -> PodOutbound {
     let outbound = if everything { Outbound::All } else { pod.settings.outbound };
-    maps::outbound(uid, &pod.settings, outbound, &pod.ports, pod.generation)
+    maps::outbound(uid, &pod.settings, outbound, &pod.ports, pod.generation.unwrap_or(0))
 }

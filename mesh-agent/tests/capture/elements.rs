@@ -17,7 +17,7 @@ use crate::world::*;
 const ASKED: usize = 30_000;
 
 /// The agent's map of this name.
-fn pinned<K: Pod, V: Pod>(world: &World, name: &str) -> HashMap<MapData, K, V> {
+pub(crate) fn pinned<K: Pod, V: Pod>(world: &World, name: &str) -> HashMap<MapData, K, V> {
     let layout = fs::read_dir(&world.config.bpffs).unwrap().next().unwrap().unwrap().path();
     let map = MapData::from_pin(layout.join("maps").join(name)).unwrap();
     HashMap::try_from(Map::HashMap(map)).unwrap()

@@ -9,6 +9,7 @@
 
 mod elements;
 mod enrol;
+mod generations;
 mod inbound;
 mod networks;
 mod outbound;

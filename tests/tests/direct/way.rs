@@ -261,6 +261,51 @@ fn socket_bound_to_another_address_is_carried() -> Result<()> {
     Ok(())
 }
 
+/// A second address of the pod, which its route names as the source of what leaves.
+#[test]
+fn pod_whose_route_prefers_another_address_is_still_that_pod() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("a2", "a").annotation("malla.dev/mode", "strict"))
+        .start()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    let client = mesh.pod("a1");
+    let (v4, v6) = (client.v4_ip(), client.ip(Family::V6));
+    mesh.node("a")
+        .netns()
+        .ip(&format!("route add 198.18.0.7/32 via {v4}\nroute add 2001:db8:7::7/128 via {v6}\n"))?;
+    client.netns().ip("addr add 198.18.0.7/32 dev eth0\n\
+         addr add 2001:db8:7::7/128 dev eth0 nodad\n\
+         route replace default via 169.254.1.1 dev eth0 src 198.18.0.7\n\
+         route replace default via fe80::1 dev eth0 src 2001:db8:7::7\n")?;
+    for (family, from) in [(Family::V4, "198.18.0.7"), (Family::V6, "2001:db8:7::7")] {
+        let to = mesh.service("a").addr(family, 80);
+        // None of them is refused until then.
+        let mut stream = wait::until_some(wait::SOON, "a direct connection", || {
+            connect(client, to, &server)
+                .map(|(stream, direct)| direct.then_some(stream))
+                .transpose()
+        })??;
+        assert_eq!(stream.local_addr()?.ip().to_string(), from);
+        // Nor is it ended by a change that does not touch it.
+        let known = mesh.agent("a").log().len();
+        mesh.annotate(
+            "b1",
+            "malla.dev/mode",
+            if family == Family::V4 { "strict" } else { "permissive" },
+        )?;
+        mesh.agent("a").logged_at(known, "new snapshot")?;
+        exchange(&mut stream, b"again")?;
+        let from = stream.local_addr()?.to_string();
+        let ended =
+            [("way", "direct"), ("src.addr", from.as_str()), ("message", "connection complete")];
+        drop(stream);
+        let record = mesh.agent("a").wait_for_record(&ended)?;
+        assert_eq!(record.text("src.identity"), client.identity());
+    }
+    Ok(())
+}
+
 #[test]
 fn what_the_kernel_could_not_tell_is_counted_and_forgotten() -> Result<()> {
     harness::require!();
