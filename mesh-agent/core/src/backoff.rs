@@ -2,7 +2,8 @@
 //!
 //! The n-th failure in a row waits between half and all of `min × 2ⁿ`, at most `max`. The jitter
 //! keeps many clients of a peer that comes back from arriving at once; half of the wait is certain,
-//! so that a failing peer is never hammered.
+//! so that a failing peer is never hammered. A peer that says itself how long it is to be left alone is
+//! left alone for that long, and jitter comes on top: it has said the same to everybody.
 
 use std::time::{Duration, Instant};
 
@@ -16,17 +17,30 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// No failure yet; the first one waits at most `min`, none longer than `max`.
+    /// No failure yet; the first one waits at most `min`, none longer than `max`, and where the peer asks
+    /// for that much, none longer than half as long again.
     pub fn new(min: Duration, max: Duration) -> Self {
         Self { min, max, failures: 0, retry_at: None }
     }
 
     /// An attempt has failed at `now`. `draw(n)` must return a number uniform in `0..n`.
-    pub fn failed(&mut self, now: Instant, mut draw: impl FnMut(u32) -> u32) {
+    pub fn failed(&mut self, now: Instant, draw: impl FnMut(u32) -> u32) {
+        self.failed_for_at_least(now, Duration::ZERO, draw);
+    }
+
+    /// As [`failed`](Self::failed), and the peer asks for no attempt within `asked`. What exceeds `max`
+    /// does not count: a peer must not silence us for long.
+    pub fn failed_for_at_least(
+        &mut self,
+        now: Instant,
+        asked: Duration,
+        mut draw: impl FnMut(u32) -> u32,
+    ) {
         const STEPS: u32 = 1024;
         let factor = 1u32.checked_shl(self.failures).unwrap_or(u32::MAX);
-        let most = self.min.saturating_mul(factor).min(self.max);
-        let wait = most / 2 + most / 2 * draw(STEPS) / STEPS;
+        let half = self.min.saturating_mul(factor).min(self.max) / 2;
+        let asked = asked.min(self.max);
+        let wait = half.max(asked) + half.max(asked / 2) * draw(STEPS) / STEPS;
         self.failures = (self.failures + 1).min(u32::BITS);
         self.retry_at = now.checked_add(wait);
     }
@@ -101,6 +115,47 @@ mod tests {
         backoff.failed(now, |n| n - 1);
         let wait = backoff.wait(now).unwrap();
         assert!(wait > 99 * MS && wait < 100 * MS, "{wait:?}");
+    }
+
+    #[test]
+    fn peer_that_asks_to_be_left_alone_is() {
+        let now = epoch();
+        let mut backoff = Backoff::new(100 * MS, 1000 * MS);
+        backoff.failed_for_at_least(now, 300 * MS, |_| 0);
+        assert_eq!(backoff.wait(now), Some(300 * MS));
+        // It has said so to everybody.
+        backoff.failed_for_at_least(now, 300 * MS, |n| n - 1);
+        let wait = backoff.wait(now).unwrap();
+        assert!(wait > 449 * MS && wait < 450 * MS, "{wait:?}");
+        // These were failures as others are: this is the third.
+        backoff.failed(now, |_| 0);
+        assert_eq!(backoff.wait(now), Some(200 * MS));
+    }
+
+    #[test]
+    fn peer_that_asks_for_less_than_the_wait_changes_nothing() {
+        let now = epoch();
+        for draw in [0, 500, 1023] {
+            let (mut asked, mut other) =
+                (Backoff::new(100 * MS, 1000 * MS), Backoff::new(100 * MS, 1000 * MS));
+            for _ in 0..6 {
+                asked.failed_for_at_least(now, 50 * MS, |_| draw);
+                other.failed(now, |_| draw);
+                assert_eq!(asked.wait(now), other.wait(now));
+            }
+        }
+    }
+
+    #[test]
+    fn no_peer_silences_us_for_long() {
+        let now = epoch();
+        let mut backoff = Backoff::new(100 * MS, 1000 * MS);
+        for asked in [1001 * MS, Duration::from_secs(86_400), Duration::MAX] {
+            backoff.failed_for_at_least(now, asked, |_| 0);
+            assert_eq!(backoff.wait(now), Some(1000 * MS));
+            backoff.failed_for_at_least(now, asked, |n| n - 1);
+            assert!(backoff.wait(now).unwrap() < 1500 * MS);
+        }
     }
 
     #[test]

@@ -11,13 +11,14 @@
 //! - A watch that falls silent for longer than bookmarks take is given up: a connection may be dead
 //!   without either end knowing.
 //! - Waits double and differ between agents, so that a server that comes back is not hit by all at once.
+//! - A server that says when to ask again is not asked before, within [`LONGEST_WAIT`].
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use kube::Client;
-use kube::core::WatchEvent;
+use kube::core::{Status, WatchEvent};
 use mesh_core::backoff::Backoff;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -41,6 +42,7 @@ const LIST_LIMIT: Duration = Duration::from_secs(60);
 /// One object that a connection waits for.
 const READ_LIMIT: Duration = Duration::from_secs(3);
 const FIRST_WAIT: Duration = Duration::from_millis(500);
+/// Also of what a server asks for: whatever it says, its return is noticed.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// A server that has forgotten versions has forgotten everybody's: lists are spread over so long.
 const EXPIRED_WAIT: Duration = Duration::from_secs(3);
@@ -127,10 +129,16 @@ enum Ended {
     Expired,
     /// As the server had said.
     InTime,
-    /// Something failed.
-    Failed(String),
+    /// Something failed, and is not to be tried again before so long.
+    Failed(String, Duration),
     /// Nobody reads any more.
     Unread,
+}
+
+impl Ended {
+    fn silent(why: &str) -> Self {
+        Self::Failed(why.into(), Duration::ZERO)
+    }
 }
 
 /// Follows all objects of a kind that `selector` (such as `fieldSelector=…`) lets through, for ever.
@@ -151,11 +159,12 @@ pub(super) async fn follow<T: Followed>(
                 feed.version = None;
                 sleep(EXPIRED_WAIT.mul_f32(fastrand::f32())).await;
             }
-            Ended::Failed(why) => {
+            Ended::Failed(why, asked) => {
                 if began.elapsed() > LONGEST_WAIT {
                     backoff.succeeded();
                 }
-                backoff.failed(Instant::now().into_std(), |n| fastrand::u32(0..n));
+                let now = Instant::now().into_std();
+                backoff.failed_for_at_least(now, asked, |n| fastrand::u32(0..n));
                 if backoff.failures() == 1 {
                     warn!(kind = ?T::KIND, error = why, "the API server cannot be followed; the last state holds");
                 }
@@ -221,7 +230,7 @@ impl Feed {
         };
         let asked = timeout(SILENCE, self.client.request_events::<T>(request)).await;
         let events = match asked {
-            Err(_elapsed) => return Ended::Failed("the watch was not answered".into()),
+            Err(_elapsed) => return Ended::silent("the watch was not answered"),
             Ok(Err(error)) => return ended(error),
             Ok(Ok(events)) => events,
         };
@@ -231,7 +240,7 @@ impl Feed {
         let mut events = std::pin::pin!(events);
         loop {
             let event = match timeout(SILENCE, events.next()).await {
-                Err(_elapsed) => return Ended::Failed("the watch has fallen silent".into()),
+                Err(_elapsed) => return Ended::silent("the watch has fallen silent"),
                 Ok(None) => return Ended::InTime,
                 Ok(Some(Err(error))) => return ended(error),
                 Ok(Some(Ok(event))) => event,
@@ -247,7 +256,9 @@ impl Feed {
                 }
                 WatchEvent::Bookmark(mark) => (Some(mark.metadata.resource_version), What::Current),
                 WatchEvent::Error(status) if status.code == 410 => return Ended::Expired,
-                WatchEvent::Error(status) => return Ended::Failed(status.message.clone()),
+                WatchEvent::Error(status) => {
+                    return Ended::Failed(status.message.clone(), not_before(&status));
+                }
             };
             if version.is_some() {
                 self.version = version;
@@ -329,6 +340,18 @@ fn taken<T: Followed>(mut item: T) -> (Object, Option<String>) {
 fn ended(error: kube::Error) -> Ended {
     match error {
         kube::Error::Api(status) if status.code == 410 => Ended::Expired,
-        error => Ended::Failed(crate::telemetry::chain(&error)),
+        error => {
+            let asked = match &error {
+                kube::Error::Api(status) => not_before(status),
+                _ => Duration::ZERO,
+            };
+            Ended::Failed(crate::telemetry::chain(&error), asked)
+        }
     }
+}
+
+/// How long the server asks not to be asked again. `discovery::client` has put its header there too.
+fn not_before(status: &Status) -> Duration {
+    let seconds = status.details.as_ref().map_or(0, |details| details.retry_after_seconds);
+    Duration::from_secs(seconds.into())
 }

@@ -35,6 +35,7 @@ use std::time::Duration;
 use kube::Client;
 use mesh_core::addr::Cidr;
 use mesh_core::snapshot::Snapshot;
+use time::OffsetDateTime;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, timeout, timeout_at};
@@ -199,7 +200,8 @@ impl ClusterSource {
                 snapshots.send_replace(snapshot);
             }
             state.answer();
-            for write in state.reports(&outcomes.borrow(), Instant::now()) {
+            let at = OffsetDateTime::now_utc();
+            for write in state.reports(&outcomes.borrow(), Instant::now(), at) {
                 let (client, places) = (client.clone(), Arc::clone(&write_places));
                 writes.spawn(async move {
                     let _place = places.acquire_owned().await;
@@ -407,8 +409,8 @@ impl State {
         self.remote.prefetch(&self.objects, &self.context.node, now)
     }
 
-    /// What is to be written into the API now.
-    fn reports(&mut self, outcomes: &Outcomes, now: Instant) -> Vec<Write> {
+    /// What is to be written into the API now, which is `at` by the time of day.
+    fn reports(&mut self, outcomes: &Outcomes, now: Instant, at: OffsetDateTime) -> Vec<Write> {
         if !std::mem::take(&mut self.is_reportable) || self.is_failing() {
             return Vec::new();
         }
@@ -417,6 +419,7 @@ impl State {
             snapshot: &self.snapshot,
             outcomes,
             problems: &self.found,
+            at,
         };
         self.reports.due(known, now)
     }

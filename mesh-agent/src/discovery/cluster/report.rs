@@ -21,8 +21,9 @@ use crate::discovery::{Outcome, Outcomes, Problem, shown_long};
 
 /// After a write that failed.
 const AGAIN: Duration = Duration::from_secs(60);
-/// What still holds is told again: the API keeps an Event for an hour (apiserver's `--event-ttl`).
-const EVENT_AGAIN: Duration = Duration::from_secs(1800);
+/// What still holds is told again, by another name: the API keeps an Event for an hour after it was made
+/// (apiserver's `--event-ttl`), and whoever tells it by the same name prolongs nothing.
+const EVENT_AGAIN: Duration = Duration::from_secs(2700);
 /// Of an object's name in that of an Event, which has 253 (RFC 1123, as Kubernetes has it).
 const NAMED: usize = 200;
 
@@ -42,8 +43,8 @@ pub(super) struct Write {
 pub(super) struct Reports {
     /// By key: what a pod was last told to say.
     told: HashMap<String, String>,
-    /// By key: when the API was told.
-    events: HashMap<String, Instant>,
+    /// By key, which is another one when it is time to tell it again: what the API was told.
+    events: HashSet<String>,
     failed: HashMap<String, Instant>,
 }
 
@@ -54,6 +55,8 @@ pub(super) struct Known<'a> {
     pub(super) snapshot: &'a Snapshot,
     pub(super) outcomes: &'a Outcomes,
     pub(super) problems: &'a [Problem],
+    /// The time of day, which all agents share.
+    pub(super) at: OffsetDateTime,
 }
 
 impl Reports {
@@ -84,11 +87,9 @@ impl Reports {
         }
         self.told.retain(|key, _| annotations.contains(key));
         // What is over may come again, and is told again then.
-        self.events.retain(|key, told| {
-            events.contains_key(key) && now.duration_since(*told) < EVENT_AGAIN
-        });
+        self.events.retain(|key| events.contains_key(key));
         for (key, write) in events {
-            if !self.failed.contains_key(&key) && self.events.insert(key, now).is_none() {
+            if !self.failed.contains_key(&key) && self.events.insert(key) {
                 writes.push(write);
             }
         }
@@ -168,16 +169,19 @@ fn event(known: Known<'_>, of: &ObjectKey, reason: &str, message: &str) -> Optio
         _ => return None,
     };
     // The same on every node and after every restart, so that it is there once: the API refuses a
-    // second one of the name.
+    // second one of the name. And another one in time, at a moment that is not that of all others.
     let mut hasher = DefaultHasher::new();
     (&uid, reason, message).hash(&mut hasher);
+    let again_s = EVENT_AGAIN.as_secs();
+    let at_s = u64::try_from(known.at.unix_timestamp()).unwrap_or_default();
+    ((at_s + hasher.finish() % again_s) / again_s).hash(&mut hasher);
     let whose: String = of.name.chars().take(NAMED).collect();
     // Each part of a name ends with a letter or digit.
     let whose = whose.trim_end_matches(['-', '.']);
     let name = format!("{whose}.malla.{:016x}", hasher.finish());
     // Events of what is in no namespace are in this one.
     let namespace = if of.namespace.is_empty() { "default" } else { &of.namespace };
-    let now = OffsetDateTime::now_utc().replace_nanosecond(0).ok()?.format(&Rfc3339).ok()?;
+    let now = known.at.replace_nanosecond(0).ok()?.format(&Rfc3339).ok()?;
     let mut involved = json!({"apiVersion": "v1", "kind": kind, "name": of.name, "uid": uid});
     if !of.namespace.is_empty() {
         involved["namespace"] = json!(of.namespace);
@@ -275,28 +279,58 @@ mod tests {
         (objects, snapshot)
     }
 
+    /// Of the API server, from when an Event was made.
+    const EVENT_TTL: Duration = Duration::from_secs(3600);
+
     #[test]
     fn event_is_told_again_before_the_api_forgets_it_and_what_is_gone_is_forgotten() {
         let long = format!("{}-{}", "a".repeat(NAMED - 1), "b".repeat(52));
         let (objects, snapshot) = known(&long);
         let outcomes = Outcomes::from([("uid-1".into(), Outcome::Failing("no room".into()))]);
-        let (mut reports, mut now) = (Reports::default(), Instant::now());
-        let mut due = |known, now| -> Vec<String> {
-            let writes = reports.due(known, now);
-            let names = writes.iter().map(|write| write.body["metadata"]["name"].clone());
-            names.filter_map(|name| name.as_str().map(str::to_owned)).collect()
-        };
-        let failing =
-            Known { objects: &objects, snapshot: &snapshot, outcomes: &outcomes, problems: &[] };
-        let names = due(failing, now);
-        assert_eq!(names.len(), 1, "{names:?}");
-        assert!(names[0].len() < 253 && names[0].contains("a.malla."), "{names:?}");
-        assert!(due(failing, now).is_empty());
-        now += EVENT_AGAIN;
-        assert_eq!(due(failing, now), names);
+        let (start, noon) = (Instant::now(), OffsetDateTime::UNIX_EPOCH + EVENT_TTL * 12);
+        // The second one comes 20 minutes later, as another node's or after a restart.
+        let mut agents = [(0, Reports::default()), (1200, Reports::default())];
+        // Until when the API has which: what is told by a name that it has changes nothing.
+        let mut kept: HashMap<String, OffsetDateTime> = HashMap::new();
+        let (mut told, mut made) = (0, 0);
+        for passed in (0..4 * 3600).step_by(30) {
+            let since = Duration::from_secs(passed);
+            let (now, at) = (start + since, noon + since);
+            let known = Known {
+                objects: &objects,
+                snapshot: &snapshot,
+                outcomes: &outcomes,
+                problems: &[],
+                at,
+            };
+            kept.retain(|_, until| *until > at);
+            assert!(passed == 0 || !kept.is_empty(), "forgotten after {passed} s");
+            for (_, agent) in agents.iter_mut().filter(|(from, _)| *from <= passed) {
+                let writes = agent.due(known, now).into_iter();
+                for write in writes.filter(|write| write.method == http::Method::POST) {
+                    let name = write.body["metadata"]["name"].as_str().unwrap().to_owned();
+                    assert!(name.len() < 253 && name.contains("a.malla."), "{name}");
+                    told += 1;
+                    made += usize::from(!kept.contains_key(&name));
+                    kept.entry(name).or_insert(at + EVENT_TTL);
+                }
+            }
+        }
+        assert!((6..=7).contains(&made), "by the first that tells it, every 45 minutes: {made}");
+        assert!(told > made && told <= 2 * made, "by each of them once: {told}, {made}");
+
         let nothing = Snapshot::empty("a".into(), cluster_local());
         let (objects, none) = (Objects::on_demand(), Outcomes::default());
-        due(Known { objects: &objects, snapshot: &nothing, outcomes: &none, problems: &[] }, now);
+        let known = Known {
+            objects: &objects,
+            snapshot: &nothing,
+            outcomes: &none,
+            problems: &[],
+            at: noon,
+        };
+        let [(_, mut reports), _] = agents;
+        assert!(!reports.told.is_empty() && !reports.events.is_empty());
+        reports.due(known, start);
         assert!(reports.told.is_empty() && reports.events.is_empty());
     }
 }

@@ -295,6 +295,34 @@ async fn pod_that_has_another_address_is_read_again_before_anybody_talks_to_it()
     assert_eq!(behind_service(&moved), ["10.0.0.1:8080", "192.0.2.2:8080"]);
 }
 
+/// As when a StatefulSet has replaced a pod, and the slice is the older one of the two.
+#[tokio::test]
+async fn pod_of_the_name_that_has_another_uid_is_not_taken_for_the_one_that_is_meant() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut other = pod("there", "10.0.1.1");
+    other["metadata"]["uid"] = json!("uid-other");
+    other["metadata"]["annotations"] = json!({"malla.dev/mesh": "enabled"});
+    other["spec"]["nodeName"] = json!("b");
+    let path = "/api/v1/namespaces/default/pods/there";
+    api.held.lock().unwrap().elsewhere.insert(path.into(), other);
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    let is_left_out = |snapshot: &Snapshot| {
+        let endpoints = &snapshot.service("default", "web").unwrap().ports[0].endpoints;
+        endpoints.iter().all(|endpoint| endpoint.addr.0.ip() != ip("10.0.1.1"))
+    };
+    let after = followed.know(VIP).await;
+    assert_eq!(api.asked("list there"), 1, "it was read");
+    assert!(after.workload("uid-there").is_none() && after.workload("uid-other").is_none());
+    assert!(is_left_out(&after) && !after.is_unread(ip(VIP)), "the pod that is meant is gone");
+    assert!(after.is_unread(ip("10.0.1.1")), "somebody else may have its address");
+    // As whoever is there it is found by the address, and is not behind the service then either.
+    let after = followed.know("10.0.1.1").await;
+    assert_eq!(&*after.workload_at(ip("10.0.1.1")).unwrap().uid, "uid-other");
+    assert!(is_left_out(&after));
+}
+
 /// A kubelet writes what its node says: who has taken one over must not have others' pods left alone.
 #[tokio::test]
 async fn node_that_says_others_pods_are_its_own_addresses_takes_nobody_out_of_the_mesh() {

@@ -4,6 +4,7 @@ mod demand;
 mod policies;
 mod report;
 mod seen;
+mod waits;
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -16,6 +17,7 @@ use futures_util::stream;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
+use hyper::header::{HeaderValue, RETRY_AFTER};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -45,8 +47,12 @@ struct Held {
     watches: HashMap<String, Vec<mpsc::UnboundedSender<String>>>,
     /// What was asked, without the times.
     asked: Vec<String>,
+    /// When.
+    asked_at: Vec<tokio::time::Instant>,
     /// Answered to everything.
     down: Option<StatusCode>,
+    /// Beside that, in its header.
+    retry_after: Option<&'static str>,
     /// Kinds that are not answered.
     silent: Vec<String>,
     /// What is written is not answered.
@@ -145,8 +151,13 @@ impl Api {
         let kind = path.rsplit('/').next().unwrap().to_owned();
         let what = if query.contains_key("watch") { "watch" } else { "list" };
         held.asked.push(format!("{what} {kind}"));
+        held.asked_at.push(tokio::time::Instant::now());
         if let Some(status) = held.down {
-            return refuse(status);
+            let mut response = refuse(status);
+            if let Some(seconds) = held.retry_after {
+                response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(seconds));
+            }
+            return response;
         }
         if held.silent.contains(&kind) {
             let never = stream::pending::<Result<Frame<Bytes>, Infallible>>();
@@ -229,6 +240,12 @@ impl Api {
 
     fn asked(&self, what: &str) -> usize {
         self.held.lock().unwrap().asked.iter().filter(|asked| *asked == what).count()
+    }
+
+    fn asked_at(&self, what: &str) -> Vec<tokio::time::Instant> {
+        let held = self.held.lock().unwrap();
+        let all = held.asked.iter().zip(&held.asked_at);
+        all.filter(|(asked, _)| *asked == what).map(|(_, at)| *at).collect()
     }
 
     fn client(&self) -> Client {

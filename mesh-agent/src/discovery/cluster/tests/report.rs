@@ -56,6 +56,7 @@ async fn what_became_of_a_pod_is_written_on_it_once() {
     assert_eq!(path, "/api/v1/namespaces/default/events");
     assert_eq!((&event["reason"], &event["type"]), (&json!("NotEnrolled"), &json!("Warning")));
     assert_eq!(event["involvedObject"]["uid"], "uid-two");
+    assert_eq!(event["message"], "not enrolled: no room; it is tried again");
 
     // What is there already is not written; somebody who takes it away gets it back.
     let mut annotated = one.clone();
