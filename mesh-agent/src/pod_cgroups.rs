@@ -294,90 +294,179 @@ mod tests {
 
     const ONE: &str = "d5a5c9f2-90d5-43b4-b1b4-2a7a0a1b6c11";
     const TWO: &str = "d5a5c9f2-90d5-43b4-b1b4-2a7a0a1b6c12";
+    const THREE: &str = "d5a5c9f2-90d5-43b4-b1b4-2a7a0a1b6c13";
 
-    struct Tree(TempDir);
+    /// How a kubelet calls the cgroups of pods, and a runtime that of a container.
+    #[derive(Clone, Copy, Debug)]
+    struct Form {
+        root: &'static [&'static str],
+        is_systemd: bool,
+        container: &'static str,
+    }
+
+    const FORMS: [Form; 5] = [
+        Form { root: &["kubepods"], is_systemd: false, container: "3f9a" },
+        Form { root: &["kubepods"], is_systemd: false, container: "crio-3f9a" },
+        Form { root: &["kubepods"], is_systemd: true, container: "cri-containerd-3f9a.scope" },
+        Form { root: &["kubepods"], is_systemd: true, container: "crio-3f9a.scope" },
+        // A node that is a container itself.
+        Form {
+            root: &["kubelet", "kubepods"],
+            is_systemd: true,
+            container: "cri-containerd-3f9a.scope",
+        },
+    ];
+
+    impl Form {
+        /// Where that of `parts` is, below that of all pods.
+        fn path(self, parts: &[&str]) -> String {
+            let parts = [self.root, parts].concat();
+            if !self.is_systemd {
+                return parts.join("/");
+            }
+            // A slice is called after all that it lies in.
+            let parts: Vec<String> = parts.iter().map(|part| part.replace('-', "_")).collect();
+            let slices = (1..=parts.len()).map(|n| format!("{}.slice", parts[..n].join("-")));
+            slices.collect::<Vec<_>>().join("/")
+        }
+
+        fn pod(self, class: &str, uid: &str) -> String {
+            let pod = format!("pod{uid}");
+            match class {
+                // Pods whose requests are their limits lie beside the other classes.
+                "guaranteed" => self.path(&[pod.as_str()]),
+                class => self.path(&[class, pod.as_str()]),
+            }
+        }
+    }
+
+    struct Tree {
+        dir: TempDir,
+        form: Form,
+    }
 
     impl Tree {
         /// One of this node: it has a process.
-        fn new() -> Self {
-            let this = Self(TempDir::new());
-            this.make("node-1/kubepods/besteffort");
-            fs::write(this.path("node-1/kubepods/cgroup.procs"), "7\n").unwrap();
+        fn new(form: Form) -> Self {
+            let this = Self { dir: TempDir::new(), form };
+            this.make("node-1", &form.path(&["besteffort"]));
+            let root = this.make("node-1", &form.path(&[]));
+            fs::write(root.join("cgroup.procs"), "7\n").unwrap();
             this
         }
 
-        fn path(&self, below: &str) -> PathBuf {
-            self.0.path().join(below)
+        fn root(&self) -> &Path {
+            self.dir.path()
         }
 
-        fn make(&self, below: &str) -> PathBuf {
-            let path = self.path(below);
+        fn make(&self, node: &str, below: &str) -> PathBuf {
+            let path = self.root().join(node).join(below);
             fs::create_dir_all(&path).unwrap();
             path
         }
 
-        fn pod(&self, uid: &str) -> PodCgroup {
-            let path = self.make(&format!("node-1/kubepods/besteffort/pod{uid}"));
+        fn pod_of(&self, class: &str, uid: &str) -> PodCgroup {
+            let path = self.make("node-1", &self.form.pod(class, uid));
             PodCgroup { uid: uid.into(), id: net::inode(&path).unwrap(), path }
         }
+
+        fn pod(&self, uid: &str) -> PodCgroup {
+            self.pod_of("besteffort", uid)
+        }
+    }
+
+    #[test]
+    fn forms_are_those_of_the_drivers() {
+        let paths = FORMS.map(|form| form.pod("burstable", ONE));
+        let systemd = "kubepods.slice/kubepods-burstable.slice/\
+                       kubepods-burstable-podd5a5c9f2_90d5_43b4_b1b4_2a7a0a1b6c11.slice";
+        let kind = "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/\
+                    kubelet-kubepods-burstable-podd5a5c9f2_90d5_43b4_b1b4_2a7a0a1b6c11.slice";
+        let cgroupfs = "kubepods/burstable/podd5a5c9f2-90d5-43b4-b1b4-2a7a0a1b6c11";
+        assert_eq!(paths, [cgroupfs, cgroupfs, systemd, systemd, kind]);
     }
 
     #[tokio::test]
     async fn pod_is_told_when_it_comes_when_it_grows_and_when_it_goes() {
-        let tree = Tree::new();
-        let before = tree.pod(ONE);
-        let (mut cgroups, there) = PodCgroups::open(tree.0.path()).unwrap();
-        assert_eq!(there, [before]);
-        let began = Instant::now();
-        let pod = tree.pod(TWO);
-        assert_eq!(cgroups.next().await, [Seen::Came(pod.clone())]);
-        assert_eq!(cgroups.watch(TWO), []);
-        fs::create_dir(pod.path.join("container")).unwrap();
-        assert_eq!(cgroups.next().await, [Seen::Grew(TWO.into())]);
-        assert_eq!(cgroups.watch(TWO), [Seen::Grew(TWO.into())], "it has grown already");
-        fs::remove_dir_all(&pod.path).unwrap();
-        assert_eq!(cgroups.next().await, [Seen::Went(TWO.into(), pod.id)]);
-        assert!(began.elapsed() < LOOK / 2, "nobody had to look");
-        assert!(cgroups.watched.values().all(|one| matches!(one, Watched::Parent(_))));
+        for form in FORMS {
+            let tree = Tree::new(form);
+            let before = tree.pod(ONE);
+            let (mut cgroups, there) = PodCgroups::open(tree.root()).unwrap();
+            assert_eq!(there, [before], "{form:?}");
+            let began = Instant::now();
+            let pod = tree.pod(TWO);
+            assert_eq!(cgroups.next().await, [Seen::Came(pod.clone())], "{form:?}");
+            assert_eq!(cgroups.watch(TWO), []);
+            fs::create_dir(pod.path.join(form.container)).unwrap();
+            assert_eq!(cgroups.next().await, [Seen::Grew(TWO.into())], "{form:?}");
+            assert_eq!(cgroups.watch(TWO), [Seen::Grew(TWO.into())], "it has grown already");
+            fs::remove_dir_all(&pod.path).unwrap();
+            assert_eq!(cgroups.next().await, [Seen::Went(TWO.into(), pod.id)], "{form:?}");
+            assert!(began.elapsed() < LOOK / 2, "nobody had to look: {form:?}");
+            assert!(cgroups.watched.values().all(|one| matches!(one, Watched::Parent(_))));
+        }
     }
 
     #[tokio::test]
     async fn tree_that_comes_later_is_found_with_what_is_in_it() {
-        let tree = Tree::new();
-        let (mut cgroups, there) = PodCgroups::open(tree.0.path()).unwrap();
-        assert_eq!(there, []);
-        // Both before the new parent can be watched.
-        let path = tree.make(&format!("node-1/kubepods/burstable/pod{ONE}"));
-        let pod = PodCgroup { uid: ONE.into(), id: net::inode(&path).unwrap(), path };
-        assert_eq!(cgroups.next().await, [Seen::Came(pod)]);
-        let path = tree.make(&format!("node-1/kubepods/burstable/pod{TWO}"));
-        let pod = PodCgroup { uid: TWO.into(), id: net::inode(&path).unwrap(), path };
-        assert_eq!(cgroups.next().await, [Seen::Came(pod)], "and its parent is watched");
+        for form in FORMS {
+            let tree = Tree::new(form);
+            let (mut cgroups, there) = PodCgroups::open(tree.root()).unwrap();
+            assert_eq!(there, []);
+            let began = Instant::now();
+            // Both before the new parent can be watched.
+            let pod = tree.pod_of("burstable", ONE);
+            assert_eq!(cgroups.next().await, [Seen::Came(pod)], "{form:?}");
+            let pod = tree.pod_of("burstable", TWO);
+            assert_eq!(cgroups.next().await, [Seen::Came(pod)], "its parent is watched: {form:?}");
+            let pod = tree.pod_of("guaranteed", THREE);
+            assert_eq!(cgroups.next().await, [Seen::Came(pod)], "and that one's: {form:?}");
+            assert!(began.elapsed() < LOOK / 2, "nobody had to look: {form:?}");
+        }
+    }
+
+    /// An agent may be there before the kubelet.
+    #[tokio::test(start_paused = true)]
+    async fn all_of_a_node_that_comes_later_is_found_by_looking() {
+        for form in FORMS {
+            let dir = TempDir::new();
+            let (mut cgroups, there) = PodCgroups::open(dir.path()).unwrap();
+            assert_eq!(there, []);
+            let tree = Tree { dir, form };
+            let pod = tree.pod(ONE);
+            assert_eq!(cgroups.next().await, [Seen::Came(pod.clone())], "{form:?}");
+            let parent = pod.path.parent().unwrap();
+            assert!(cgroups.parents.contains(parent), "it is watched: {form:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_events_did_not_tell_is_found_by_looking() {
-        let tree = Tree::new();
-        let gone = tree.pod(ONE);
-        let (mut cgroups, _there) = PodCgroups::open(tree.0.path()).unwrap();
-        let watches: Vec<_> = cgroups.watched.drain().map(|(watch, _)| watch).collect();
-        for watch in watches {
-            cgroups.events.get_ref().watches().remove(watch).unwrap();
+        for form in FORMS {
+            let tree = Tree::new(form);
+            let gone = tree.pod(ONE);
+            let (mut cgroups, _there) = PodCgroups::open(tree.root()).unwrap();
+            let watches: Vec<_> = cgroups.watched.drain().map(|(watch, _)| watch).collect();
+            for watch in watches {
+                cgroups.events.get_ref().watches().remove(watch).unwrap();
+            }
+            fs::remove_dir_all(&gone.path).unwrap();
+            let came = tree.pod(TWO);
+            let seen = cgroups.next().await;
+            assert_eq!(seen, [Seen::Went(ONE.into(), gone.id), Seen::Came(came)], "{form:?}");
         }
-        fs::remove_dir_all(&gone.path).unwrap();
-        let came = tree.pod(TWO);
-        let seen = cgroups.next().await;
-        assert_eq!(seen, [Seen::Went(ONE.into(), gone.id), Seen::Came(came)]);
     }
 
     #[tokio::test]
     async fn pods_of_another_node_are_not_told() {
-        let tree = Tree::new();
-        let other = tree.make(&format!("node-2/kubepods/pod{TWO}"));
-        // How a process of another PID namespace is shown.
-        fs::write(other.join("cgroup.procs"), "0\n").unwrap();
-        let ours = tree.pod(ONE);
-        let (_cgroups, there) = PodCgroups::open(tree.0.path()).unwrap();
-        assert_eq!(there, [ours]);
+        for form in FORMS {
+            let tree = Tree::new(form);
+            let other = tree.make("node-2", &form.pod("guaranteed", TWO));
+            // How a process of another PID namespace is shown.
+            fs::write(other.join("cgroup.procs"), "0\n").unwrap();
+            let ours = tree.pod(ONE);
+            let (_cgroups, there) = PodCgroups::open(tree.root()).unwrap();
+            assert_eq!(there, [ours], "{form:?}");
+        }
     }
 }

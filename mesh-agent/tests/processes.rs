@@ -93,6 +93,12 @@ impl Node {
         let mut processes = Processes::new(&self.root, &self.proc).unwrap();
         processes.netns(UID, &ips).map(|netns| netns.inode())
     }
+
+    /// Those that are seen of the pod whose cgroup is at `place`.
+    fn addresses(&self, place: &str) -> Option<Vec<IpAddr>> {
+        let processes = Processes::new(&self.root, &self.proc).unwrap();
+        processes.addresses(UID, &self.root.join(place))
+    }
 }
 
 impl Drop for Node {
@@ -161,6 +167,53 @@ fn namespace_of_a_pod_is_found_by_its_cgroup_and_its_addresses() {
         node.end();
         assert!(matches!(node.find(&["10.9.1.2"]), Err(NotFound::NoProcess { .. })), "{place}");
     }
+}
+
+/// What a pod is captured by before the API tells of any address.
+#[test]
+fn addresses_of_a_pod_are_those_of_its_sandbox_while_nothing_else_is_in_it() {
+    if !skip::unless_root("makes network namespaces and cgroups: run as root") {
+        return;
+    }
+    for place in PLACES {
+        let mut node = Node::new();
+        let pod = Sandbox::new(&node, "pod", &["10.9.1.2/24", "fd09:1::2/64"]);
+        let (cgroup, sandbox) = place.rsplit_once('/').unwrap();
+        assert_eq!(node.addresses(cgroup), None, "{place}: no cgroup");
+        // What watches over the sandbox is in the node's namespace, and there first: CRI-O has it in the
+        // pod's cgroup or outside of it, as it is configured.
+        node.run("system.slice/crio-conmon-3f9a.scope", None);
+        node.run(&format!("{cgroup}/crio-conmon-3f9a.scope"), None);
+        assert_eq!(node.addresses(cgroup), None, "{place}: nothing but what watches over it");
+        fs::create_dir(node.root.join(place)).unwrap();
+        assert_eq!(node.addresses(cgroup), None, "{place}: no process of its own");
+        node.run(place, Some(&pod.0));
+        let both = ["10.9.1.2", "fd09:1::2"].map(|ip| ip.parse::<IpAddr>().unwrap());
+        assert_eq!(node.addresses(cgroup).as_deref(), Some(&both[..]), "{place}");
+        // A container, which may have changed them, and what watches over that.
+        node.run(&format!("{cgroup}/crio-conmon-4b1c.scope"), None);
+        assert_eq!(node.addresses(cgroup).as_deref(), Some(&both[..]), "{place}: no container yet");
+        let container = sandbox.replace("3f9a", "4b1c");
+        node.run(&format!("{cgroup}/{container}"), Some(&pod.0));
+        assert_eq!(node.addresses(cgroup), None, "{place}: a container");
+    }
+}
+
+/// A sandbox without a network of its own, or with somebody else's.
+#[test]
+fn addresses_of_the_node_are_no_pods() {
+    if !skip::unless_root("makes network namespaces and cgroups: run as root") {
+        return;
+    }
+    let mut node = Node::new();
+    let (cgroup, _) = PLACES[0].rsplit_once('/').unwrap();
+    node.run(PLACES[0], None);
+    assert_eq!(node.addresses(cgroup), None);
+    // A process of another pod is none of this one's, whatever it is asked by.
+    let other = Sandbox::new(&node, "other", &["10.9.1.3/24"]);
+    let elsewhere = "kubepods/burstable/podd5a5c9f2-90d5-43b4-b1b4-2a7a0a1b6c12";
+    node.run(&format!("{elsewhere}/3f9a"), Some(&other.0));
+    assert_eq!(node.addresses(elsewhere), None);
 }
 
 /// What a cgroup says is not enough: the namespace is the pod's only if it has the pod's addresses.

@@ -1,7 +1,9 @@
 //! `cargo xtask fuzz`: every fuzz target for a bounded time, with the project's own compiler.
 //!
-//! Without a sanitizer, which only nightly compilers offer: parsers here are safe Rust, and what they
-//! may break are their promises, which the targets and debug assertions check.
+//! Without a sanitizer, which only nightly compilers offer: nearly all parsers here are safe Rust, and what
+//! they may break are their promises, which the targets and debug assertions check. `events` and `packet`
+//! read structures with `unsafe`, once they have looked at how many bytes there are: what the fuzzer finds of
+//! them are broken promises too, and a read past the end would go unnoticed.
 
 use std::fs;
 use std::time::Duration;

@@ -94,6 +94,29 @@ mod tests {
         assert_eq!(pod_of_path(&format!("/kubepods/pod{hash}/x")).as_deref(), Some(hash));
     }
 
+    /// The fuzz target `cgroup` holds the rest.
+    #[test]
+    fn seeds_of_the_fuzzer_are_of_every_form() {
+        for seed in [
+            include_str!("../../fuzz/seeds/cgroup/cgroupfs"),
+            include_str!("../../fuzz/seeds/cgroup/systemd"),
+            include_str!("../../fuzz/seeds/cgroup/crio"),
+            include_str!("../../fuzz/seeds/cgroup/kind"),
+            include_str!("../../fuzz/seeds/cgroup/hybrid"),
+        ] {
+            assert_eq!(pod_of_process(seed).as_deref(), Some(UID), "{seed}");
+        }
+        let hash = "0123456789abcdef0123456789abcdef";
+        let seed = include_str!("../../fuzz/seeds/cgroup/static");
+        assert_eq!(pod_of_process(seed).as_deref(), Some(hash));
+        for seed in [
+            include_str!("../../fuzz/seeds/cgroup/torn"),
+            include_str!("../../fuzz/seeds/cgroup/none"),
+        ] {
+            assert_eq!(pod_of_process(seed), None, "{seed}");
+        }
+    }
+
     #[test]
     fn what_is_no_pod_is_none() {
         for path in [

@@ -43,6 +43,10 @@ impl Agents {
         Ok(this)
     }
 
+    /// Not quite what users apply, but in a namespace of its own and under other names
+    /// ([`Deployment::read`]), with the image's name, logs that tests read (the access log too, as JSON), a
+    /// drain of 2 s, and a new root that signs after [`SPREAD_S`]; and with the settings `changed`. With
+    /// `roots` those are what the agents trust, and there is no CA.
     pub(super) fn deploy(changed: &[(&str, &str)], roots: Option<&str>) -> Result<Self> {
         let mut deployment = Deployment::read(None)?;
         name_image(&mut deployment)?;

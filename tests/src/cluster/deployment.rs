@@ -1,4 +1,7 @@
-//! `deploy/daemonset.yaml` as it is, in the namespace of a test: what tests try is what users apply.
+//! `deploy/daemonset.yaml`, for tests. [`Deployment::shipped`] is what users apply, as it is.
+//! [`Deployment::read`] differs: it is in a namespace of its own, what belongs to no namespace has names of
+//! its own, and the signer may, so that several can be there at once. Whoever applies either may change
+//! more, and says so (`Agents::ship`: the image's name; `Agents::deploy`: settings too).
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;

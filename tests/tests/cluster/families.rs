@@ -7,34 +7,44 @@ use serde_json::json;
 use crate::agents::{SERVERS, Shop};
 use crate::{host, hosts, hosts_of_pod};
 
-/// Which of these is of IPv6.
-fn v6(hosts: Vec<String>) -> Option<String> {
-    hosts.into_iter().find(|host| host.starts_with('['))
+/// Options of `curl` that leave a name one of its addresses.
+const FAMILIES: [&str; 2] = ["-4", "-6"];
+
+/// Which of these is of this family.
+fn of(family: &str, hosts: Vec<String>) -> Option<String> {
+    let is_v6 = family == "-6";
+    hosts.into_iter().find(|host| host.starts_with('[') == is_v6)
 }
 
 #[test]
-fn v6_is_carried_between_nodes_and_on_one_by_address_service_and_name_in_strict_mode() -> Result<()>
-{
+fn both_families_are_carried_by_address_service_and_name_in_strict_mode() -> Result<()> {
     require_cluster!();
     let agents = Agents::deployed()?;
     let shop = Shop::open(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
-    let Some(service) = v6(hosts(&shop.cluster, "web")?) else {
-        harness::skip!("the cluster gives no IPv6 address to a Service");
-    };
-    let mut pods = Vec::new();
-    for pod in SERVERS {
-        pods.push(v6(hosts_of_pod(&shop.cluster, pod)?).context("a pod without IPv6")?);
+    if hosts(&shop.cluster, "web")?.len() < FAMILIES.len() {
+        harness::skip!("the cluster gives addresses of one family to a Service");
     }
     let outside = Cluster::namespace()?;
     for (node, name) in shop.nodes.iter().zip(["here", "there"]) {
         outside.client(name, node)?;
     }
     shop.wait_until_enrolled(&agents, true)?;
+    for family in FAMILIES {
+        is_carried(family, &agents, &shop, &outside).with_context(|| format!("by {family}"))?;
+    }
+    pods_that_no_service_selects_are_carried_by_address(&agents, &shop, &outside)
+}
 
-    // Names have addresses of both: `-6` takes the other one away.
+/// Between nodes and on one, and nothing else comes in.
+fn is_carried(family: &str, agents: &Agents, shop: &Shop, outside: &Cluster) -> Result<()> {
+    let service = of(family, hosts(&shop.cluster, "web")?).context("a Service without it")?;
+    let mut pods = Vec::new();
+    for pod in SERVERS {
+        pods.push(of(family, hosts_of_pod(&shop.cluster, pod)?).context("a pod without it")?);
+    }
     let names = SERVERS.map(|name| format!("{name}.headless"));
     for hosts in [&[service.clone()][..], &pods, &["web".to_owned()], &names] {
-        shop.hear_both_by(&["-6"], hosts)?;
+        shop.hear_both_by(&[family], hosts)?;
     }
     let namespace = shop.cluster.name();
     let identity = format!("spiffe://cluster.local/ns/{namespace}/sa/default");
@@ -75,7 +85,7 @@ fn v6_is_carried_between_nodes_and_on_one_by_address_service_and_name_in_strict_
             ensure!(Cluster::REFUSED.contains(&code), "refused, from {client} to {pod}: {code}");
         }
     }
-    pods_that_no_service_selects_are_carried_by_address(&agents, &shop, &outside)
+    Ok(())
 }
 
 /// Nothing but their addresses names them; one is in the mesh and strict, one outside of it.

@@ -94,6 +94,15 @@ mod tests {
     }
 
     #[test]
+    fn image_that_the_manifest_names_is_the_one_that_is_made() {
+        let manifest = read("deploy/daemonset.yaml");
+        let lines = manifest.lines().map(|line| line.trim_start().trim_start_matches("- "));
+        let named: Vec<_> = lines.filter_map(|line| line.strip_prefix("image: ")).collect();
+        // The agent's and the CA's: mesh-agent/tests/manifest.rs sees that there are no others.
+        assert_eq!(named, [name(), name()]);
+    }
+
+    #[test]
     fn image_is_built_with_the_pinned_compiler() {
         let pin = read("rust-toolchain.toml");
         let pin = pin.lines().find_map(|line| line.strip_prefix("channel = ")).unwrap();

@@ -19,6 +19,8 @@
 
 mod api;
 pub mod election;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 mod published;
 pub mod requests;
 mod roots;
