@@ -3,7 +3,8 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::process;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, Builder, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
@@ -13,8 +14,9 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinSet;
 
-use crate::server::{ECHO_MANY, ECHO_ONE, SINK};
+use crate::server::{ECHO_MANY, ECHO_ONE, NEW, SINK};
 use crate::stats::Latencies;
+use crate::usage::process_cpu_s;
 
 /// The small exchange: as much there and back.
 const SMALL_BYTES: usize = 64;
@@ -80,6 +82,8 @@ pub(crate) struct Outcome {
     pub(crate) decay: f64,
     /// Connections that failed.
     pub(crate) errors: u64,
+    /// CPU seconds of the client itself, since it was started.
+    pub(crate) cpu_s: f64,
 }
 
 impl Outcome {
@@ -105,18 +109,20 @@ pub(crate) fn run(order: &Order) -> Result<()> {
     let time = Duration::from_secs_f64(order.seconds);
     let at = |port| SocketAddr::new(order.server, port);
     match order.work {
-        Work::Bulk => tell(&bulk(at(SINK), order.connections, time)?),
-        Work::Exchange if order.connections == 1 => tell(&exchange_one(at(ECHO_ONE), time)?),
-        Work::Exchange => tell(&exchange_many(at(ECHO_MANY), order.connections, time)?),
-        Work::Beside => tell(&beside(at(SINK), at(ECHO_ONE), order.connections, time)?),
-        Work::Connect => tell(&connect(at(ECHO_MANY), order.connections, time)?),
-        Work::Hold => hold(at(ECHO_MANY), order.connections),
+        Work::Bulk => tell(bulk(at(SINK), order.connections, time)?),
+        Work::Exchange if order.connections == 1 => tell(exchange_one(at(ECHO_ONE), time)?),
+        Work::Exchange => tell(exchange_many(at(ECHO_MANY), order.connections, time)?),
+        Work::Beside => tell(beside(at(SINK), at(ECHO_ONE), order.connections, time)?),
+        Work::Connect => tell(connect(&NEW.map(at), order.connections, time)?),
+        Work::Hold => hold(&NEW.map(at), order.connections),
     }
 }
 
-fn tell(outcome: &Outcome) -> Result<()> {
+fn tell(outcome: Outcome) -> Result<()> {
+    // By itself: nobody can look at a process that has ended.
+    let outcome = Outcome { cpu_s: process_cpu_s(process::id())?, ..outcome };
     let mut out = io::stdout();
-    writeln!(out, "{}", serde_json::to_string(outcome)?)?;
+    writeln!(out, "{}", serde_json::to_string(&outcome)?)?;
     out.flush().context("write the outcome")
 }
 
@@ -261,19 +267,24 @@ fn beside_one(server: SocketAddr, time: Duration) -> Result<Outcome> {
     exchange(&mut stream)?;
     let mut latencies = Latencies::default();
     let mut before = Instant::now();
-    while before - start < time {
+    // One at least: where that takes all of the time, the median of none would be 0, the best there is.
+    loop {
         exchange(&mut stream)?;
         let after = Instant::now();
         latencies.add(after - before);
         before = after;
+        if before - start >= time {
+            return Ok(exchanged(latencies, before - start));
+        }
     }
-    Ok(exchanged(latencies, before - start))
 }
 
-/// New connections; quarters of the time are counted apart to see whether the rate decays.
-fn connect(server: SocketAddr, clients: usize, time: Duration) -> Result<Outcome> {
+/// New connections to `servers` in turns; quarters of the time are counted apart to see whether the rate
+/// decays.
+fn connect(servers: &[SocketAddr], clients: usize, time: Duration) -> Result<Outcome> {
     let quarters = [const { AtomicU64::new(0) }; 4];
     let errors = AtomicU64::new(0);
+    let next = AtomicUsize::new(0);
     let start = Instant::now();
     let client = || {
         let mut latencies = Latencies::default();
@@ -282,6 +293,7 @@ fn connect(server: SocketAddr, clients: usize, time: Duration) -> Result<Outcome
             let Some(quarter) = quarter_of(before - start, time) else {
                 return latencies;
             };
+            let server = servers[next.fetch_add(1, Ordering::Relaxed) % servers.len()];
             match open(server).and_then(|mut stream| exchange(&mut stream)) {
                 Ok(()) => {
                     latencies.add(before.elapsed());
@@ -319,15 +331,16 @@ fn ratio(last: u64, first: u64) -> f64 {
     if first == 0 { 0.0 } else { last as f64 / first as f64 }
 }
 
-fn hold(server: SocketAddr, connections: usize) -> Result<()> {
+fn hold(servers: &[SocketAddr], connections: usize) -> Result<()> {
     let held = (0..connections)
         .map(|at| {
+            let server = servers[at % servers.len()];
             let mut stream = open(server).with_context(|| format!("open connection {at}"))?;
             exchange(&mut stream).with_context(|| format!("use connection {at}"))?;
             Ok(stream)
         })
         .collect::<Result<Vec<_>>>()?;
-    tell(&Outcome { count: held.len() as u64, ..Outcome::default() })?;
+    tell(Outcome { count: held.len() as u64, ..Outcome::default() })?;
     io::copy(&mut io::stdin(), &mut io::sink()).context("read standard input")?;
     drop(held);
     Ok(())
@@ -407,11 +420,24 @@ mod tests {
     }
 
     #[test]
+    fn a_small_exchange_that_takes_all_of_the_time_is_measured_too() {
+        let outcome = beside_one(echo(false), Duration::ZERO).unwrap();
+        assert!(outcome.count == 1 && outcome.p50_us > 0.0, "{outcome:?}");
+    }
+
+    #[test]
     fn new_connections_that_fail_are_counted_apart() {
-        let outcome = connect(echo(false), 2, SHORT).unwrap();
+        let outcome = connect(&[echo(false)], 2, SHORT).unwrap();
         assert!(outcome.count > 0 && outcome.errors == 0, "{outcome:?}");
-        let outcome = connect(echo(true), 2, SHORT).unwrap();
+        let outcome = connect(&[echo(true)], 2, SHORT).unwrap();
         assert!(outcome.count == 0 && outcome.errors > 0, "{outcome:?}");
+    }
+
+    #[test]
+    fn new_connections_go_to_all_ports_in_turns() {
+        let outcome = connect(&[echo(false), echo(true)], 1, SHORT).unwrap();
+        assert!(outcome.count > 0 && outcome.errors > 0, "{outcome:?}");
+        assert!(outcome.count.abs_diff(outcome.errors) <= 1, "{outcome:?}");
     }
 
     #[test]

@@ -70,6 +70,10 @@ impl Ways {
 ///
 /// Fails when that takes too long, and with the last reason why a connection failed, if one did.
 pub(crate) fn warm_up(agent: &Agent, client: &Pod, destinations: &[SocketAddr]) -> Result<()> {
+    // One to each first: the agent decides about all of them meanwhile. What fails is tried again below.
+    for destination in destinations {
+        connect(client, *destination).ok();
+    }
     for destination in destinations {
         let mut last = Ok(());
         let found = wait::until(wait::SOON, &format!("a direct way to {destination}"), || {
@@ -89,11 +93,16 @@ pub(crate) fn warm_up(agent: &Agent, client: &Pod, destinations: &[SocketAddr]) 
 
 fn goes_direct(agent: &Agent, client: &Pod, destination: SocketAddr) -> Result<bool> {
     let before = Ways::so_far(agent)?;
+    connect(client, destination)?;
+    Ok(Ways::so_far(agent)?.direct > before.direct)
+}
+
+/// A connection that the server has accepted and ended: only those get a verdict.
+fn connect(client: &Pod, destination: SocketAddr) -> Result<()> {
     let mut stream = client.connect(destination)?;
-    // Only what was accepted gets a verdict: wait for the server's end.
     stream.shutdown(Shutdown::Write)?;
     stream.read_to_end(&mut Vec::new())?;
-    Ok(Ways::so_far(agent)?.direct > before.direct)
+    Ok(())
 }
 
 #[cfg(test)]

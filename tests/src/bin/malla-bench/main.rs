@@ -2,14 +2,16 @@
 //! in one run.
 //!
 //! Sides take turns in every round, every other round in the opposite order, so that whatever else the
-//! machine does falls on all of them; medians and the spread of the rounds are told. Clients and the server are processes of this same
-//! executable inside the pods: the CPU of each part is counted apart. On the plain side no agent
-//! runs and no program of ours is attached.
+//! machine does falls on all of them; medians and the spread of the rounds are told. Clients and the server are
+//! processes of this same executable inside the pods, agents are processes, and the hops run in this one, which
+//! waits meanwhile: the CPU of each is counted apart. On the plain side no agent runs and no program of ours is
+//! attached.
 
 mod client;
 mod direct;
 mod hops;
 mod machine;
+mod ports;
 mod results;
 mod run;
 mod server;
@@ -22,7 +24,7 @@ use std::fs;
 use std::io::{Write as _, stderr, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Parser, Subcommand};
@@ -31,6 +33,7 @@ use harness::Interrupt;
 use machine::Machine;
 use results::{Place, Results, Side};
 use run::{Group, Plan, Round, start_server};
+use usage::Part;
 use world::{Dial, World};
 
 /// Measures plain TCP and the mesh between the same pods, of two nodes and of one.
@@ -80,6 +83,11 @@ struct Cli {
     /// Connections held open for the memory of an idle one; fewer where the limit of open files is lower.
     #[arg(long, default_value_t = 10_000)]
     idle: usize,
+
+    /// Seconds until the memory of idle agents and of idle connections is looked at; between two measures it is
+    /// 0.3 of that. Too short and a measure pays for what the one before has left behind.
+    #[arg(long, default_value_t = 1.0)]
+    pause_seconds: f64,
 
     /// Hold agents, clients and server to these cores, as `0` or `0,1`.
     #[arg(long, value_name = "CORES")]
@@ -131,11 +139,11 @@ fn bench(cli: &Cli) -> Result<()> {
     if let Some(missing) = harness::missing(&["taskset", "prlimit", "nft"]) {
         bail!("{missing}");
     }
-    let (rounds, mut plan) = plan(cli);
+    let (rounds, mut plan) = plan(cli)?;
     plan.idle = plan.idle.min(world::most_idle()?);
     ensure!(rounds > 0 && plan.idle > 0, "nothing to measure: --rounds and --idle begin at 1");
     let machine = Machine::new(cli.pin.clone())?;
-    say(&format!("{machine}. {}.", world::SETTINGS))?;
+    say(&format!("{machine}. {}.", ports::SETTINGS))?;
 
     let mut results = Results::default();
     for place in Place::BOTH {
@@ -159,7 +167,7 @@ fn bench(cli: &Cli) -> Result<()> {
         plan.seconds,
         plan.connect_seconds,
         plan.idle,
-        world::SETTINGS,
+        ports::SETTINGS,
         if has_same_node { cli.dial.told() } else { "" },
     );
     writeln!(stdout(), "{table}\n{conditions}").context("write the table")?;
@@ -170,12 +178,14 @@ fn bench(cli: &Cli) -> Result<()> {
     Ok(())
 }
 
-fn plan(cli: &Cli) -> (usize, Plan) {
-    if cli.quick {
-        return (1, Plan { seconds: 0.5, connect_seconds: 2.0, idle: cli.idle.min(200) });
-    }
-    let Cli { seconds, connect_seconds, idle, .. } = *cli;
-    (cli.rounds, Plan { seconds, connect_seconds, idle })
+fn plan(cli: &Cli) -> Result<(usize, Plan)> {
+    let Cli { rounds, seconds, connect_seconds, idle, pause_seconds, .. } = *cli;
+    let pause = Duration::try_from_secs_f64(pause_seconds).context("--pause-seconds")?;
+    Ok(if cli.quick {
+        (1, Plan { seconds: 0.5, connect_seconds: 2.0, idle: idle.min(200), pause })
+    } else {
+        (rounds, Plan { seconds, connect_seconds, idle, pause })
+    })
 }
 
 fn measure(
@@ -190,9 +200,11 @@ fn measure(
     for round in 1..=rounds {
         for side in &sides {
             let started = Instant::now();
-            let agents = world.take(*side).with_context(|| format!("set up {}", side.name()))?;
+            let mut processes =
+                world.take(*side).with_context(|| format!("set up {}", side.name()))?;
             // A server of its own for each side: none has connections left of the one before.
             let server = start_server(&|command| world.start_in_server(command))?;
+            processes.push((Part::ServerProgram, server.pid()));
             let before = world.warm_up(*side)?;
             let opened = Round {
                 client: &|command| {
@@ -200,9 +212,9 @@ fn measure(
                     world.start_in_client(command)
                 },
                 server: world.server_address(),
-                agents,
+                processes: &processes,
                 carries: &|connections| world.carries(*side, connections),
-                stages: &|| agents.map(|_agents| world.stages()).transpose(),
+                stages: &|| world.stages(*side),
                 plan,
                 groups,
                 found: &mut |measure, value| results.add(*side, measure, value),

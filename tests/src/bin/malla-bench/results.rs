@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 pub(crate) use self::measure::{Measure, Place, Side};
 use crate::stats::Spread;
+use crate::usage::Part;
 
 use Measure::{
     BesideP50, Bulk1, CpuPerGb1, NewBy1, NewDecayBy1, NewDecayBy16, NewFailed, P50Of1, RateOf64,
@@ -135,7 +136,7 @@ impl Results {
         let measured = [
             ("p50_64b", least(P50Of1)),
             ("bulk_1", most(Bulk1)),
-            ("cpu_per_gb", least(CpuPerGb1)),
+            ("cpu_per_gb", least(CpuPerGb1(Part::Machine))),
             ("rate_64", most(RateOf64)),
             ("new_conns_1", most(NewBy1)),
             ("small_beside_bulk_ms", least_of(&[BesideP50])),
@@ -219,6 +220,39 @@ mod tests {
             "| 64 B exchanges, 64 connections | 1/s | 200,000 | 50,000 | 80,000 | 0.25 | 0.40 |"
         );
         assert!(lines[4].contains("| - | 3.00 | 6.00 | - | - |"), "{}", lines[4]);
+    }
+
+    #[test]
+    fn the_cpu_of_each_process_is_a_row_below_the_whole_machines() {
+        let mut results = Results::default();
+        for (part, value) in
+            [(Part::ServerAgent, 0.4), (Part::ClientProgram, 0.2), (Part::Machine, 1.0)]
+        {
+            results.add(Side::Lane, CpuPerGb1(part), value);
+        }
+        results.add(Side::Plain, CpuPerGb1(Part::ClientProgram), 0.1);
+        let table = results.markdown();
+        let lines: Vec<_> = table.lines().skip(2).collect();
+        assert_eq!(
+            lines,
+            [
+                "| CPU, 1 connection: whole machine | s/GB | - | 1.00 | - |",
+                "| ... client's program | s/GB | 0.100 | 0.200 | 2.00 |",
+                "| ... server's agent | s/GB | - | 0.400 | - |",
+            ]
+        );
+        let json = results.json(&json!({}));
+        let rows = json["rows"].as_array().unwrap().iter();
+        let named: Vec<_> = rows.map(|row| row["measure"].as_str().unwrap()).collect();
+        assert_eq!(
+            named,
+            [
+                "cpu_per_gb",
+                "cpu_per_gb_client_program",
+                "cpu_per_gb_client_program",
+                "cpu_per_gb_server_agent",
+            ]
+        );
     }
 
     #[test]

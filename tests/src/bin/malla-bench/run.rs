@@ -1,5 +1,5 @@
 //! One round of one side: starts the clients, one kind of work after the other, and accounts what
-//! the machine and the agents used meanwhile.
+//! the machine and each process used meanwhile.
 
 use std::io::{BufRead as _, BufReader};
 use std::net::IpAddr;
@@ -14,12 +14,8 @@ use crate::client::{Order, Outcome, Work};
 use crate::results::Measure;
 use crate::server;
 use crate::stages::Taken;
-use crate::usage::{machine_cpu_s, process_cpu_s, resident_kib};
+use crate::usage::{Part, Used, resident_kib};
 
-/// Between two kinds of work: what the first one left behind (closing connections) settles.
-const SETTLE: Duration = Duration::from_millis(300);
-/// From the last exchange until an agent's memory is that of an idle one.
-const COOL_DOWN: Duration = Duration::from_secs(1);
 /// The bulk flows of [`Work::Beside`], and of the second throughput.
 const BULK_FLOWS: usize = 8;
 
@@ -47,38 +43,18 @@ pub(crate) struct Plan {
     pub(crate) connect_seconds: f64,
     /// Connections held open.
     pub(crate) idle: usize,
+    /// From the last exchange until an agent's memory is that of an idle one.
+    pub(crate) pause: Duration,
 }
 
-/// The agents of both nodes, by process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Agents {
-    /// On the client's node.
-    pub(crate) client: u32,
-    /// On the server's.
-    pub(crate) server: u32,
-}
-
-/// CPU seconds, either the counters' state or what was used between two states.
-#[derive(Debug, Clone, Copy)]
-struct Used {
-    machine: f64,
-    agents: Option<[f64; 2]>,
-}
-
-impl Used {
-    fn so_far(agents: Option<Agents>) -> Result<Self> {
-        let of = |agents: Agents| {
-            anyhow::Ok([process_cpu_s(agents.client)?, process_cpu_s(agents.server)?])
-        };
-        Ok(Self { machine: machine_cpu_s()?, agents: agents.map(of).transpose()? })
+impl Plan {
+    fn cool_down(&self) {
+        thread::sleep(self.pause);
     }
 
-    fn since(self, before: Self) -> Self {
-        let agents = self.agents.zip(before.agents);
-        Self {
-            machine: self.machine - before.machine,
-            agents: agents.map(|(now, then)| [now[0] - then[0], now[1] - then[1]]),
-        }
+    /// Between two kinds of work: what the first one left behind (closing connections) settles.
+    fn settle(&self) {
+        thread::sleep(self.pause.mul_f64(0.3));
     }
 }
 
@@ -112,6 +88,11 @@ impl Held {
         ensure!(!line.is_empty(), "{command:?} ended: its reason is above");
         Ok((held, line.trim_end().to_owned()))
     }
+
+    /// Its process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
 }
 
 impl Drop for Held {
@@ -139,8 +120,8 @@ pub(crate) struct Round<'a> {
     pub(crate) client: Place<'a>,
     /// The server's pod.
     pub(crate) server: IpAddr,
-    /// That carry the bytes, `None` where none does.
-    pub(crate) agents: Option<Agents>,
+    /// Whose CPU is counted beside the machine's and the clients', and whose memory if they are agents.
+    pub(crate) processes: &'a [(Part, u32)],
     /// Fails unless so many connections are open and carried as this side is to carry them.
     pub(crate) carries: &'a dyn Fn(usize) -> Result<()>,
     /// What the stages of the agents have taken until now, `None` where no agent carries.
@@ -167,25 +148,15 @@ impl Round<'_> {
         let [memory, exchange, bulk, beside, connect] =
             [Group::Memory, Group::Exchange, Group::Bulk, Group::Beside, Group::Connect]
                 .map(wanted);
-        if let Some(agents) = self.agents.filter(|_| memory) {
-            self.memory(agents)?;
+        if memory {
+            self.memory()?;
         }
         if exchange {
             self.exchanges()?;
         }
         if bulk {
-            self.bulk(
-                1,
-                Measure::Bulk1,
-                Measure::CpuPerGb1,
-                [Measure::ClientAgentPerGb1, Measure::ServerAgentPerGb1],
-            )?;
-            self.bulk(
-                BULK_FLOWS,
-                Measure::Bulk8,
-                Measure::CpuPerGb8,
-                [Measure::ClientAgentPerGb8, Measure::ServerAgentPerGb8],
-            )?;
+            self.bulk(1, Measure::Bulk1, Measure::CpuPerGb1)?;
+            self.bulk(BULK_FLOWS, Measure::Bulk8, Measure::CpuPerGb8)?;
         }
         if beside {
             let (beside, _) = self.work(Work::Beside, BULK_FLOWS, self.plan.seconds)?;
@@ -199,27 +170,37 @@ impl Round<'_> {
         Ok(self.opened)
     }
 
-    fn memory(&mut self, agents: Agents) -> Result<()> {
+    /// Nothing where no agent runs.
+    fn memory(&mut self) -> Result<()> {
+        let agents = self.processes.iter().filter_map(|(part, pid)| Some((per_idle(*part)?, *pid)));
+        let agents: Vec<_> = agents.collect();
+        if agents.is_empty() {
+            return Ok(());
+        }
         // One exchange, so that an idle agent is one that has worked.
         self.work(Work::Exchange, 1, 0.1)?;
-        thread::sleep(COOL_DOWN);
-        let resident = || anyhow::Ok([resident_kib(agents.client)?, resident_kib(agents.server)?]);
-        let [client, server] = resident()?;
-        (self.found)(Measure::RssIdle, client.max(server) * 1024.0 / 1e6);
+        self.plan.cool_down();
+        let resident =
+            || agents.iter().map(|(_, pid)| resident_kib(*pid)).collect::<Result<Vec<_>>>();
+        let before = resident()?;
+        let most = before.iter().copied().fold(0.0, f64::max);
+        (self.found)(Measure::RssIdle, most * 1024.0 / 1e6);
 
-        let (held, line) =
-            Held::start(self.client, &mut self.order(Work::Hold, self.plan.idle, 0.0)?)?;
-        let opened = serde_json::from_str::<Outcome>(&line).context("read what is held")?.count;
-        ensure!(opened == self.plan.idle as u64, "{opened} connections are held");
-        (self.carries)(self.plan.idle)?;
-        thread::sleep(COOL_DOWN);
-        let [client_held, server_held] = resident()?;
+        let idle = self.plan.idle;
+        let (held, line) = Held::start(self.client, &mut self.order(Work::Hold, idle, 0.0)?)?;
+        let outcome: Outcome = serde_json::from_str(&line).context("read what is held")?;
+        ensure!(outcome.count == idle as u64, "{} connections are held", outcome.count);
+        self.opened += opened(Work::Hold, idle, &outcome);
+        (self.carries)(idle)?;
+        self.plan.cool_down();
+        let now = resident()?;
         drop(held);
         #[expect(clippy::cast_precision_loss, reason = "far below 2^53 connections")]
-        let each = |grown_kib: f64| grown_kib * 1.024 / self.plan.idle as f64;
-        (self.found)(Measure::RssPerIdleClient, each(client_held - client));
-        (self.found)(Measure::RssPerIdleServer, each(server_held - server));
-        thread::sleep(SETTLE);
+        let each = |grown_kib: f64| grown_kib * 1.024 / idle as f64;
+        for (((measure, _), now_kib), before_kib) in agents.iter().zip(now).zip(before) {
+            (self.found)(*measure, each(now_kib - before_kib));
+        }
+        self.plan.settle();
         Ok(())
     }
 
@@ -241,14 +222,12 @@ impl Round<'_> {
         &mut self,
         flows: usize,
         throughput: Measure,
-        machine_per_gb: Measure,
-        agent_per_gb: [Measure; 2],
+        cpu_per_gb: fn(Part) -> Measure,
     ) -> Result<()> {
         let (outcome, used) = self.work(Work::Bulk, flows, self.plan.seconds)?;
         (self.found)(throughput, outcome.gbit_per_s());
-        (self.found)(machine_per_gb, used.machine / outcome.gigabytes());
-        for (measure, used_s) in agent_per_gb.into_iter().zip(used.agents.into_iter().flatten()) {
-            (self.found)(measure, used_s / outcome.gigabytes());
+        for (part, used_s) in used.by_part() {
+            (self.found)(cpu_per_gb(part), used_s / outcome.gigabytes());
         }
         Ok(())
     }
@@ -265,10 +244,8 @@ impl Round<'_> {
         (self.found)(Measure::NewDecayBy1, one.decay);
         #[expect(clippy::cast_precision_loss, reason = "far below 2^53 connections")]
         let each_us = |used_s: f64| used_s * 1e6 / one.count.max(1) as f64;
-        (self.found)(Measure::CpuPerNew, each_us(used.machine));
-        let agents = [Measure::ClientAgentPerNew, Measure::ServerAgentPerNew];
-        for (measure, used_s) in agents.into_iter().zip(used.agents.into_iter().flatten()) {
-            (self.found)(measure, each_us(used_s));
+        for (part, used_s) in used.by_part() {
+            (self.found)(Measure::CpuPerNew(part), each_us(used_s));
         }
         let (many, _) = self.work(Work::Connect, 16, self.plan.connect_seconds)?;
         (self.found)(Measure::NewBy16, many.rate);
@@ -279,17 +256,19 @@ impl Round<'_> {
         Ok(())
     }
 
-    /// Runs a client to its end: what came of it, and what the machine used meanwhile.
+    /// Runs a client to its end: what came of it, and what the machine and each process used meanwhile.
     fn work(&mut self, work: Work, connections: usize, seconds: f64) -> Result<(Outcome, Used)> {
         let mut command = self.order(work, connections, seconds)?;
-        let before = Used::so_far(self.agents)?;
+        let before = Used::so_far(self.processes)?;
         let client = (self.client)(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
         let done = client.wait_with_output().context("wait for a client")?;
-        let used = Used::so_far(self.agents)?.since(before);
+        let used = Used::so_far(self.processes)?.since(&before);
         ensure!(done.status.success(), "{work:?} over {connections}: the reason is above");
-        let outcome = serde_json::from_slice(&done.stdout).context("read a client's outcome")?;
+        let outcome: Outcome =
+            serde_json::from_slice(&done.stdout).context("read a client's outcome")?;
         self.opened += opened(work, connections, &outcome);
-        thread::sleep(SETTLE);
+        self.plan.settle();
+        let used = used.with(Part::ClientProgram, outcome.cpu_s);
         Ok((outcome, used))
     }
 
@@ -298,6 +277,16 @@ impl Round<'_> {
         let mut command = ourselves()?;
         command.args(order.args());
         Ok(command)
+    }
+}
+
+/// What the memory that a connection takes of an agent is called; `None` of what is no agent.
+fn per_idle(part: Part) -> Option<Measure> {
+    match part {
+        Part::ClientAgent => Some(Measure::RssPerIdleClient),
+        Part::ServerAgent => Some(Measure::RssPerIdleServer),
+        Part::NodeAgent => Some(Measure::RssPerIdleNode),
+        Part::Machine | Part::ClientProgram | Part::ServerProgram | Part::Hops => None,
     }
 }
 
@@ -363,6 +352,7 @@ mod tests {
         lasting.args(["-c", "echo here; cat >/dev/null"]);
         let (held, line) = Held::start(&here, &mut lasting).unwrap();
         assert_eq!(line, "here");
+        assert!(std::path::Path::new(&format!("/proc/{}/stat", held.pid())).exists());
         drop(held);
     }
 }

@@ -7,6 +7,7 @@ use std::thread;
 
 use anyhow::{Context as _, Result};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::task::JoinSet;
 
 /// Echoes with a blocking thread per connection: the least that an exchange can cost a server.
 pub(crate) const ECHO_ONE: u16 = 7001;
@@ -14,6 +15,14 @@ pub(crate) const ECHO_ONE: u16 = 7001;
 pub(crate) const ECHO_MANY: u16 = 7002;
 /// Swallows; after the client's end of stream it answers how many bytes came.
 pub(crate) const SINK: u16 = 7003;
+/// The same as [`ECHO_MANY`], for new connections and idle ones, which take turns: [`crate::ports`] says why
+/// it is so many.
+pub(crate) const NEW: [u16; 6] = [7011, 7012, 7013, 7014, 7015, 7016];
+
+/// All that clients dial.
+pub(crate) fn ports() -> Vec<u16> {
+    [ECHO_ONE, ECHO_MANY, SINK].into_iter().chain(NEW).collect()
+}
 
 /// What the server writes on its standard output once all ports listen.
 pub(crate) const READY: &str = "ready";
@@ -29,8 +38,9 @@ const ECHO_BYTES: usize = 4096;
 ///
 /// Fails when a port is taken.
 pub(crate) fn run() -> Result<()> {
-    let many = listen(ECHO_MANY)?;
-    many.set_nonblocking(true)?;
+    let many = [ECHO_MANY].into_iter().chain(NEW);
+    let many: Vec<_> = many.map(listen).collect::<Result<_>>()?;
+    many.iter().try_for_each(|listener| listener.set_nonblocking(true))?;
     let one = listen(ECHO_ONE)?;
     let sink = listen(SINK)?;
     spawn("echo-many", move || echo_many(many))?;
@@ -87,16 +97,29 @@ fn swallow(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
-fn echo_many(listener: TcpListener) -> io::Result<()> {
+fn echo_many(listeners: Vec<TcpListener>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        loop {
-            let (stream, _) = listener.accept().await?;
-            // Ends with its client; the process does not wait for it.
-            tokio::spawn(echo_async(stream));
-        }
-    })
+    runtime.block_on(accept_all(listeners))
+}
+
+async fn accept_all(listeners: Vec<TcpListener>) -> io::Result<()> {
+    let mut accepting = JoinSet::new();
+    for listener in listeners {
+        accepting.spawn(accept(tokio::net::TcpListener::from_std(listener)?));
+    }
+    // Each accepts until it fails.
+    while let Some(ended) = accepting.join_next().await {
+        ended??;
+    }
+    Ok(())
+}
+
+async fn accept(listener: tokio::net::TcpListener) -> io::Result<()> {
+    loop {
+        let (stream, _) = listener.accept().await?;
+        // Ends with its client; the process does not wait for it.
+        tokio::spawn(echo_async(stream));
+    }
 }
 
 async fn echo_async(mut stream: tokio::net::TcpStream) -> io::Result<()> {

@@ -8,19 +8,16 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
-use harness::{Agent, Mesh, Pod, PodSpec, ServiceSpec, wait};
+use harness::{Agent, Mesh, Node, Pod, PodSpec, ServiceSpec, wait};
 
 use crate::direct::{Ways, warm_up};
 use crate::hops::Hop;
+use crate::ports;
 use crate::results::{Place, Side};
-use crate::run::Agents;
-use crate::server::{ECHO_MANY, ECHO_ONE, SINK};
+use crate::server;
 use crate::stages::Taken;
+use crate::usage::Part;
 
-/// What is set in both pods, for readers of the table.
-pub(crate) const SETTINGS: &str = "In both pods net.ipv4.tcp_tw_reuse=1 and \
-     net.ipv4.ip_local_port_range=10240 65535, so that a client's own TIME_WAIT ports are not what \
-     is measured";
 /// What clients on the same node dial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Dial {
@@ -36,9 +33,9 @@ impl Dial {
         match self {
             Self::Service => {
                 " On the same node clients dial the service's ClusterIP on all sides, and nftables \
-                 translates it, as kube-proxy does, where the mesh does not: a rule for each port of \
-                 this one service behind a map of 1,000 others, and connections tracked on all sides. \
-                 Each side has a third of the client's ports."
+                 translates it, as kube-proxy does, where the mesh does not: one map has the ports of \
+                 this service and 1,000 others. Connections are tracked on all sides, for a second after \
+                 their end. Each side has a third of the client's ports."
             }
             Self::Pod => {
                 " On the same node clients dial the server's pod on all sides, and nothing is \
@@ -48,13 +45,7 @@ impl Dial {
     }
 }
 
-/// The same as files; the server's ports lie outside of the range.
-const SYSCTLS: [(&str, &str); 2] =
-    [("net/ipv4/tcp_tw_reuse", "1"), ("net/ipv4/ip_local_port_range", "10240 65535")];
-
 const NODES: [&str; 2] = ["a", "b"];
-/// All that clients dial.
-const PORTS: [u16; 3] = [ECHO_ONE, ECHO_MANY, SINK];
 const CLIENT: &str = "client";
 const SERVER: &str = "server";
 /// Services that the node of both pods translates beside the one that is measured.
@@ -99,45 +90,45 @@ impl World {
             // Across nodes a rule of nftables would turn on connection tracking for all sides.
             Place::SameNode => {
                 let service = ServiceSpec::new(SERVER).pods(&[SERVER]);
-                let service =
-                    PORTS.iter().fold(service, |service, port| service.port(*port, *port));
-                let builder = builder.service(service);
-                if dial == Dial::Service { builder.translated_services() } else { builder }
+                let ports = server::ports().into_iter();
+                builder.service(ports.fold(service, |service, port| service.port(port, port)))
             }
         };
         // Without a mesh to measure, no agent has to be built.
         let agents = sides.iter().any(|side| side.is_mesh());
         let mesh = if agents { builder } else { builder.plain() }.start()?;
+        if !agents {
+            // The harness's own, by which every connection is tracked: the baseline is the same whether
+            // there is a mesh to compare with it or not.
+            let delete = ["delete", "table", "inet", "kube_proxy"];
+            mesh.nodes().iter().try_for_each(|node| nft(node, &delete))?;
+        }
         if place == Place::SameNode && dial == Dial::Service {
-            other_services(&mesh)?;
+            translate(&mesh)?;
+            ports::forget_soon(|key, value| mesh.node(NODES[0]).sysctl(key, value))?;
         }
         for pod in mesh.pods() {
-            pod.run(|| {
-                SYSCTLS.iter().try_for_each(|(key, value)| {
-                    let path = format!("/proc/sys/{key}");
-                    fs::write(&path, value).with_context(|| format!("write {path}"))
-                })
-            })?;
+            ports::provide(|key, value| pod.sysctl(key, value))?;
         }
         Ok(Self { mesh, place, dial, agents, hops: Vec::new() })
     }
 
-    /// Turns to `side`, and says which processes carry it. They are fresh ones; none on the direct
-    /// way, which no agent carries.
+    /// Turns to `side`, and says which processes carry it, or decide how it is carried. They are fresh
+    /// ones, but for the hops, which are here.
     ///
     /// # Errors
     ///
     /// Fails when an agent does not end, or does not become ready.
-    pub(crate) fn take(&mut self, side: Side) -> Result<Option<Agents>> {
-        if let Some(range) = own_ports(side) {
-            self.mesh.pod(CLIENT).sysctl("net/ipv4/ip_local_port_range", range)?;
-        }
+    pub(crate) fn take(&mut self, side: Side) -> Result<Vec<(Part, u32)>> {
+        ports::turn_to(side, |key, value| self.mesh.pod(CLIENT).sysctl(key, value))?;
         self.hops.clear();
+        let mut here = Vec::new();
         if side == Side::Hops {
             self.hops = self.two_hops()?;
+            here.push((Part::Hops, process::id()));
         }
         if !self.agents {
-            return Ok(None);
+            return Ok(here);
         }
         let nodes = nodes(self.place);
         for node in nodes {
@@ -148,7 +139,8 @@ impl World {
             }
         }
         if !side.is_mesh() {
-            return nodes.iter().try_for_each(|node| detach(self.mesh.agent(node))).map(|()| None);
+            nodes.iter().try_for_each(|node| detach(self.mesh.agent(node)))?;
+            return Ok(here);
         }
         for node in nodes {
             let agent = self.mesh.agent_mut(node);
@@ -176,19 +168,25 @@ impl World {
                 pods == self.mesh.pods().len()
             })?;
         }
-        if side.is_direct() {
-            return Ok(None);
-        }
         let pid = |node| self.mesh.agent(node).pid();
-        Ok(Some(Agents { client: pid(NODES[0]), server: pid(NODES[1]) }))
+        Ok(match self.place {
+            Place::Across => {
+                vec![(Part::ClientAgent, pid(NODES[0])), (Part::ServerAgent, pid(NODES[1]))]
+            }
+            Place::SameNode => vec![(Part::NodeAgent, pid(NODES[0]))],
+        })
     }
 
-    /// Checks that `connections` of the client's are open and that it is `side` that carries them.
+    /// Checks that `connections` of the client's are open and that it is `side` that carries them. Of
+    /// the direct sides [`World::went_direct`] counts them with all others.
     ///
     /// # Errors
     ///
     /// Fails when they are not: whatever was measured then is not what it is called.
     pub(crate) fn carries(&self, side: Side, connections: usize) -> Result<()> {
+        if side.is_direct() {
+            return Ok(());
+        }
         let open = self.mesh.agent(NODES[0]).ask(&["connections"])?;
         let open = open.as_array().context("no list of connections")?;
         let carried = open.iter().filter(|one| one["carrier"] == side.name()).count();
@@ -201,14 +199,17 @@ impl World {
         Ok(())
     }
 
-    /// What the stages of both nodes' agents have taken until now.
+    /// What the stages of both nodes' agents have taken until now, `None` where no agent carries.
     ///
     /// # Errors
     ///
     /// Fails when an agent does not tell.
-    pub(crate) fn stages(&self) -> Result<Taken> {
+    pub(crate) fn stages(&self, side: Side) -> Result<Option<Taken>> {
+        if !side.is_mesh() || side.is_direct() {
+            return Ok(None);
+        }
         let [client, server] = NODES.map(|node| self.mesh.agent(node));
-        Taken::so_far(client, server)
+        Taken::so_far(client, server).map(Some)
     }
 
     /// On the direct sides: lets the agent decide about all that clients will dial, and says how
@@ -222,7 +223,9 @@ impl World {
             return Ok(None);
         }
         let agent = self.mesh.agent(NODES[0]);
-        let destinations = PORTS.map(|port| SocketAddr::new(self.server_address(), port));
+        let address = self.server_address();
+        let ports = server::ports().into_iter();
+        let destinations: Vec<_> = ports.map(|port| SocketAddr::new(address, port)).collect();
         warm_up(agent, self.mesh.pod(CLIENT), &destinations)?;
         Ways::so_far(agent).map(Some)
     }
@@ -259,13 +262,14 @@ impl World {
         let [near, far] = NODES.map(|node| self.mesh.node(node));
         // It opens a connection between the nodes for each of the client's; an agent's own ports stay
         // free for those who come after it.
-        near.sysctl("net/ipv4/tcp_tw_reuse", "1")?;
+        ports::provide(|key, value| near.sysctl(key, value))?;
         near.sysctl("net/ipv4/ip_local_port_range", "20480 65535")?;
         let client = self.mesh.pod(CLIENT).netns();
         let server = self.server();
+        let ports = server::ports();
         Ok(vec![
-            Hop::start(far.netns(), &PORTS, server.netns(), server.v4_ip().into())?,
-            Hop::start(client, &PORTS, near.netns(), far.v4().into())?,
+            Hop::start(far.netns(), &ports, server.netns(), server.v4_ip().into())?,
+            Hop::start(client, &ports, near.netns(), far.v4().into())?,
         ])
     }
 
@@ -286,12 +290,15 @@ impl World {
     }
 }
 
-/// Lets the node translate more services than the one that is dialled, as nodes do: one look into a
-/// map for each new connection, as kube-proxy's nftables mode has it.
-fn other_services(mesh: &Mesh) -> Result<()> {
-    let elements: Vec<_> = (0..OTHER_SERVICES)
-        .map(|at| format!("10.111.{}.{} . 80 : 10.112.0.1 . 8080", at / 250, at % 250 + 1))
-        .collect();
+/// Lets the node translate the service that is dialled and more of them, as nodes do: one look into a map
+/// for each new connection, as kube-proxy's nftables mode has it, whichever port it dials.
+fn translate(mesh: &Mesh) -> Result<()> {
+    let (service, pod) = (mesh.service(SERVER).v4_ip(), mesh.pod(SERVER).v4_ip());
+    let dialled = server::ports().into_iter();
+    let dialled = dialled.map(|port| format!("{service} . {port} : {pod} . {port}"));
+    let others = (0..OTHER_SERVICES)
+        .map(|at| format!("10.111.{}.{} . 80 : 10.112.0.1 . 8080", at / 250, at % 250 + 1));
+    let elements: Vec<_> = dialled.chain(others).collect();
     let table = format!(
         "table ip bench_services {{\n map services {{\n  \
          type ipv4_addr . inet_service : ipv4_addr . inet_service; elements = {{ {} }}\n }}\n \
@@ -302,27 +309,17 @@ fn other_services(mesh: &Mesh) -> Result<()> {
     // A file, and not standard input: it is longer than a pipe holds.
     let path = env::temp_dir().join(format!("malla-bench-{}.nft", process::id()));
     fs::write(&path, table).with_context(|| format!("write {}", path.display()))?;
-    let done = mesh
-        .node(NODES[0])
-        .netns()
-        .run(|| Command::new("nft").arg("-f").arg(&path).output().context("run nft"));
+    let done = nft(mesh.node(NODES[0]), &["-f", &path.display().to_string()]);
     let removed = fs::remove_file(&path);
-    let done = done?;
-    removed.with_context(|| format!("remove {}", path.display()))?;
-    ensure!(done.status.success(), "nft: {}", String::from_utf8_lossy(&done.stderr).trim());
-    Ok(())
+    done?;
+    removed.with_context(|| format!("remove {}", path.display()))
 }
 
-/// The client's ports on the same node, as many for each side. All sides' connections end at the
-/// server's pod, and the node tracks one for two minutes after its end: where the other side had
-/// just used a port, a new connection had to be given another one, at 8 times the CPU.
-fn own_ports(side: Side) -> Option<&'static str> {
-    match side {
-        Side::Plain | Side::Hops | Side::Lane | Side::Quic => None,
-        Side::Near => Some("10240 28671"),
-        Side::Direct => Some("28672 47103"),
-        Side::Redirect => Some("47104 65535"),
-    }
+fn nft(node: &Node, args: &[&str]) -> Result<()> {
+    let run = || Command::new("nft").args(args).output().context("run nft");
+    let done = node.netns().run(run)?;
+    ensure!(done.status.success(), "nft: {}", String::from_utf8_lossy(&done.stderr).trim());
+    Ok(())
 }
 
 fn nodes(place: Place) -> &'static [&'static str] {

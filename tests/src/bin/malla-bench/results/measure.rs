@@ -3,6 +3,7 @@
 use clap::ValueEnum;
 
 use crate::stages::Stage;
+use crate::usage::Part;
 
 /// What carries the bytes between the two pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -101,21 +102,15 @@ pub(crate) enum Measure {
     P99Of64,
     RateOf64,
     Bulk1,
-    CpuPerGb1,
-    ClientAgentPerGb1,
-    ServerAgentPerGb1,
+    CpuPerGb1(Part),
     Bulk8,
-    CpuPerGb8,
-    ClientAgentPerGb8,
-    ServerAgentPerGb8,
+    CpuPerGb8(Part),
     BesideP50,
     BesideP99,
     BesideBulk,
     NewBy1,
     NewDecayBy1,
-    CpuPerNew,
-    ClientAgentPerNew,
-    ServerAgentPerNew,
+    CpuPerNew(Part),
     MeanOf(Stage),
     NewBy16,
     NewDecayBy16,
@@ -123,19 +118,32 @@ pub(crate) enum Measure {
     RssIdle,
     RssPerIdleClient,
     RssPerIdleServer,
+    RssPerIdleNode,
 }
 
 use Measure::{
-    BesideBulk, BesideP50, BesideP99, Bulk1, Bulk8, ClientAgentPerGb1, ClientAgentPerGb8,
-    ClientAgentPerNew, CpuPerGb1, CpuPerGb8, CpuPerNew, MeanOf, NewBy1, NewBy16, NewDecayBy1,
-    NewDecayBy16, NewFailed, P50Of1, P50Of16, P50Of64, P99Of1, P99Of16, P99Of64, RateOf1, RateOf16,
-    RateOf64, RssIdle, RssPerIdleClient, RssPerIdleServer, ServerAgentPerGb1, ServerAgentPerGb8,
-    ServerAgentPerNew,
+    BesideBulk, BesideP50, BesideP99, Bulk1, Bulk8, CpuPerGb1, CpuPerGb8, CpuPerNew, MeanOf,
+    NewBy1, NewBy16, NewDecayBy1, NewDecayBy16, NewFailed, P50Of1, P50Of16, P50Of64, P99Of1,
+    P99Of16, P99Of64, RateOf1, RateOf16, RateOf64, RssIdle, RssPerIdleClient, RssPerIdleNode,
+    RssPerIdleServer,
 };
 
 impl Measure {
     /// Its name in the JSON, what the table calls it, and the unit. Names are an interface.
-    pub(crate) fn spec(self) -> (&'static str, &'static str, &'static str) {
+    pub(crate) fn spec(self) -> (String, &'static str, &'static str) {
+        let (name, label, unit) = self.of_the_whole();
+        match self {
+            // The whole machine's row comes first, and says of what.
+            CpuPerGb1(part) | CpuPerGb8(part) | CpuPerNew(part) if part != Part::Machine => {
+                let (suffix, label) = part.spec();
+                (format!("{name}_{suffix}"), label, unit)
+            }
+            _ => (name.to_owned(), label, unit),
+        }
+    }
+
+    /// The same, of the CPU of a part that of the whole machine.
+    fn of_the_whole(self) -> (&'static str, &'static str, &'static str) {
         match self {
             P50Of1 => ("p50_64b", "64 B exchange, 1 connection: p50", "us"),
             P99Of1 => ("p99_64b", "64 B exchange, 1 connection: p99", "us"),
@@ -147,13 +155,9 @@ impl Measure {
             P99Of64 => ("p99_64b_64", "64 B exchange, 64 connections: p99", "us"),
             RateOf64 => ("rate_64", "64 B exchanges, 64 connections", "1/s"),
             Bulk1 => ("bulk_1", "throughput, 1 connection", "Gbit/s"),
-            CpuPerGb1 => ("cpu_per_gb", "CPU, 1 connection: whole machine", "s/GB"),
-            ClientAgentPerGb1 => ("cpu_per_gb_client_agent", "... client's agent", "s/GB"),
-            ServerAgentPerGb1 => ("cpu_per_gb_server_agent", "... server's agent", "s/GB"),
+            CpuPerGb1(_) => ("cpu_per_gb", "CPU, 1 connection: whole machine", "s/GB"),
             Bulk8 => ("bulk_8", "throughput, 8 connections", "Gbit/s"),
-            CpuPerGb8 => ("cpu_per_gb_8", "CPU, 8 connections: whole machine", "s/GB"),
-            ClientAgentPerGb8 => ("cpu_per_gb_8_client_agent", "... client's agent", "s/GB"),
-            ServerAgentPerGb8 => ("cpu_per_gb_8_server_agent", "... server's agent", "s/GB"),
+            CpuPerGb8(_) => ("cpu_per_gb_8", "CPU, 8 connections: whole machine", "s/GB"),
             BesideP50 => ("small_beside_bulk_ms", "64 B exchange beside 8 bulk flows: p50", "ms"),
             BesideP99 => {
                 ("small_beside_bulk_p99_ms", "64 B exchange beside 8 bulk flows: p99", "ms")
@@ -161,9 +165,7 @@ impl Measure {
             BesideBulk => ("bulk_beside_small", "... those bulk flows", "Gbit/s"),
             NewBy1 => ("new_conns_1", "new connections, 1 client", "1/s"),
             NewDecayBy1 => ("new_conns_1_decay", "... last quarter \u{f7} first", "x"),
-            CpuPerNew => ("cpu_per_conn_us", "CPU per new connection: whole machine", "us"),
-            ClientAgentPerNew => ("cpu_per_conn_us_client_agent", "... client's agent", "us"),
-            ServerAgentPerNew => ("cpu_per_conn_us_server_agent", "... server's agent", "us"),
+            CpuPerNew(_) => ("cpu_per_conn_us", "CPU per new connection: whole machine", "us"),
             MeanOf(stage) => {
                 let (name, label) = stage.spec();
                 (name, label, "us")
@@ -177,6 +179,9 @@ impl Measure {
             }
             RssPerIdleServer => {
                 ("rss_per_idle_conn_kb_server", "... per idle connection, server's agent", "KB")
+            }
+            RssPerIdleNode => {
+                ("rss_per_idle_conn_kb_node", "... per idle connection, the node's agent", "KB")
             }
         }
     }
