@@ -112,6 +112,7 @@ fn every_flag_that_the_documents_name_exists() {
             "--seconds",
             "--connect-seconds",
             "--idle",
+            "--pause-seconds",
             "--quick",
             "--pin",
             "--json",

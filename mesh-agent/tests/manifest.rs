@@ -140,6 +140,9 @@ fn new_agent_is_there_before_the_old_one_goes_and_no_port_keeps_it_from_the_node
     assert_eq!(agent["spec"]["updateStrategy"], update);
     let pod = pod_of(AGENT);
     assert_eq!(pod["hostNetwork"], true);
+    // Whose cgroup a process is in, it reads of all processes of the node; of their memory it reads nothing.
+    assert_eq!(pod["hostPID"], true);
+    assert!(all(&pod, "hostIPC").is_empty());
     for container in items(&pod["containers"]) {
         let standby = json!({"name": "MESH_STANDBY", "value": "on"});
         assert!(items(&container["env"]).any(|variable| *variable == standby), "{container}");
@@ -218,6 +221,7 @@ fn prometheus_and_kubelet_ask_where_agent_and_ca_answer() {
                 "prometheus.io/port": served(container, "metrics-addr").port().to_string(),
                 "prometheus.io/path": "/metrics",
             });
+            assert!(!served(container, "metrics-addr").ip().is_loopback(), "{kind}: nobody could");
             assert_eq!(template["metadata"]["annotations"], annotations, "{kind}");
             let ready = served(container, "ready-addr");
             let host = ready.ip().is_loopback().then(|| ready.ip().to_string());

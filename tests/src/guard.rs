@@ -25,7 +25,7 @@ for netns in /run/netns/malla-"$1"-*; do
     [ -e "$netns" ] && ip netns delete "${netns##*/}"
 done
 for dir in "$3"/malla-"$1"-*; do
-    [ -d "$dir" ] || continue
+    [ -e "$dir" ] || continue
     for bpffs in "$dir"/*/bpf; do umount --lazy "$bpffs"; done
     rm -rf --one-file-system "$dir"
 done

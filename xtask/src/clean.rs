@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
 use crate::process::{answer, started};
-use crate::{packages, say, setup};
+use crate::{packages, root, say, setup};
 
 const PREFIX: &str = "malla-";
 
@@ -73,9 +73,13 @@ fn clean(only: Option<u32>, own: Option<u32>) -> Result<()> {
             tell(format!("cgroup {}", root.join(&name).display()), cgroup(&root.join(&name)));
         }
     }
-    for root in [std::env::temp_dir(), PathBuf::from("/sys/fs/bpf"), setup::cache()?] {
-        for name in leftovers(&root)? {
-            tell(format!("directory {}", root.join(&name).display()), directory(&root.join(&name)));
+    let target = root()?.join("target");
+    let images = target.join("cluster");
+    let places =
+        [std::env::temp_dir(), PathBuf::from("/sys/fs/bpf"), setup::cache()?, target, images];
+    for place in places {
+        for name in leftovers(&place)? {
+            tell(place.join(&name).display().to_string(), directory(&place.join(&name)));
         }
     }
     if only.is_none()
@@ -147,8 +151,11 @@ fn cgroup(dir: &Path) -> Result<()> {
     }
 }
 
-/// A directory with what is mounted in it.
+/// A directory with what is mounted in it, or a file.
 fn directory(dir: &Path) -> Result<()> {
+    if dir.symlink_metadata().is_ok_and(|it| !it.is_dir()) {
+        return fs::remove_file(dir).context("remove the file");
+    }
     let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
     let inside = mounts.lines().filter_map(|line| line.split(' ').nth(1));
     for target in inside.filter(|target| Path::new(target).starts_with(dir)) {

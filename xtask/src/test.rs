@@ -127,8 +127,14 @@ impl Tally {
             Ok(built) => built,
             Err(error) => return self.fail("build", &format!("{error:#}")),
         };
-        let agent = built.iter().find(|e| e.name == "mesh-agent" && !e.is_test);
-        let agent = agent.map(|agent| agent.path.clone());
+        let agent = match named_agent() {
+            Ok(Some(named)) => Some(named),
+            Ok(None) => {
+                let built = built.iter().find(|e| e.name == "mesh-agent" && !e.is_test);
+                built.map(|agent| agent.path.clone())
+            }
+            Err(error) => return self.fail("agent", &format!("{error:#}")),
+        };
         let is_test = |e: &&Executable| e.is_test && e.kind != "bench" && wanted(e);
         let mut tests: Vec<_> = built.iter().filter(is_test).collect();
         // What is quick and needs nothing fails first.
@@ -274,6 +280,18 @@ fn name(test: &Executable) -> String {
     }
 }
 
+/// The agent that whoever calls names, such as a release build: it is the one that is tested outside of clusters.
+fn named_agent() -> Result<Option<PathBuf>> {
+    let Some(named) = env::var_os("MALLA_AGENT").filter(|named| !named.is_empty()) else {
+        return Ok(None);
+    };
+    let named = Path::new(&named);
+    let found = named.canonicalize();
+    let found = found.with_context(|| format!("MALLA_AGENT names {}", named.display()))?;
+    say(&format!("the agent of the tests is {}, as MALLA_AGENT says", found.display()));
+    Ok(Some(found))
+}
+
 /// Whether the filter leaves any test of a binary.
 fn has_tests(test: &Executable, options: &E2e) -> bool {
     let mut args = vec!["--list"];
@@ -310,8 +328,7 @@ fn run_binary(
         if options.long {
             command.arg("--show-output").env("MALLA_LONG", "1");
         }
-        // Whoever names another one, such as a release build, means it.
-        if let Some(agent) = agent.filter(|_| env::var_os("MALLA_AGENT").is_none()) {
+        if let Some(agent) = agent {
             command.env("MALLA_AGENT", agent);
         }
     }

@@ -188,4 +188,6 @@ mod policy_tests;
 #[cfg(test)]
 mod property_tests;
 #[cfg(test)]
+mod service_tests;
+#[cfg(test)]
 mod tests;

@@ -26,6 +26,7 @@
 
 mod lane;
 mod local;
+mod outcome;
 mod quic;
 #[cfg(test)]
 mod tests;
@@ -40,16 +41,15 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use mesh_core::stage::Stage;
 use mesh_core::wire::{HEADER_LEN, ResetReason};
 use socket2::SockRef;
 use tokio::io::{AsyncRead as _, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
-use crate::identity::verify::PeerRefused;
+pub use self::outcome::{Outcome, RelayEnd};
 use crate::polling;
-use crate::telemetry::{self, Failure, Live, ResponseFlags};
+use crate::telemetry::Live;
 use crate::tunnel::{Buf, Flow, Held};
 
 /// How much one direction copies before the task gives way to the others of its worker, where
@@ -63,88 +63,6 @@ const BUDGET_ALONE: usize = 256 * 1024 - HEADER_LEN;
 thread_local! {
     /// Directions on this worker that used up [`BUDGET`] when they were looked at last.
     static IN_BULK: Cell<usize> = const { Cell::new(0) };
-}
-
-/// How a connection ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Outcome {
-    /// Both directions ended with FIN.
-    Clean,
-    /// The application reset its connection, or it broke: for this reason the flow was reset.
-    ApplicationReset(ResetReason),
-    /// The peer reset the flow.
-    PeerReset(ResetReason),
-    /// The peer's agent is not trusted any more, for this reason: both ends were reset.
-    Distrusted(PeerRefused),
-    /// The application did not read, and what had arrived for it could be kept no longer: both ends
-    /// were reset.
-    Overloaded,
-    /// The carrier broke: the application got RST.
-    TunnelLost,
-    /// The peer broke the protocol: the application got RST.
-    Protocol,
-}
-
-impl Outcome {
-    /// Metric label and log field.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::Clean => "clean",
-            Self::ApplicationReset(_) => "application_reset",
-            Self::PeerReset(ResetReason::Denied) => "denied",
-            Self::PeerReset(_) => "peer_reset",
-            Self::Distrusted(refused) => refused.reason(),
-            Self::Overloaded => "overloaded",
-            Self::TunnelLost => "tunnel_lost",
-            Self::Protocol => "protocol",
-        }
-    }
-}
-
-/// What a connection came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RelayEnd {
-    /// Bytes of the application that entered the flow.
-    pub sent: u64,
-    /// Bytes of the flow that reached the application.
-    pub received: u64,
-    /// How it ended.
-    pub outcome: Outcome,
-}
-
-/// What a relay's end means in a connection's record.
-impl From<RelayEnd> for telemetry::Outcome {
-    fn from(end: RelayEnd) -> Self {
-        let stage = match end.outcome {
-            Outcome::Distrusted(_)
-            | Outcome::Overloaded
-            | Outcome::PeerReset(ResetReason::Denied) => Stage::Tunnel,
-            _ => Stage::Telemetry,
-        };
-        let detail = match end.outcome {
-            Outcome::Clean => return Self::Complete,
-            Outcome::ApplicationReset(why) => format!("the application on this side: {why}"),
-            Outcome::PeerReset(why) => format!("the far side reset the flow: {why}"),
-            Outcome::Distrusted(why) => format!("not trusted any more: {why}"),
-            Outcome::Overloaded => {
-                "the application did not read, and others needed the room (--quic-memory-mib)"
-                    .into()
-            }
-            Outcome::TunnelLost => "the tunnel broke: bytes may be lost".into(),
-            Outcome::Protocol => "the far agent broke the wire protocol".into(),
-        };
-        let failure = Failure::new(stage, end.outcome.reason(), detail);
-        Self::Failed(match end.outcome {
-            Outcome::Distrusted(_) => failure.with_flags(ResponseFlags::IdentityError),
-            Outcome::PeerReset(ResetReason::Denied) => failure.with_flags(ResponseFlags::Deny),
-            // An application's own way of ending: nothing failed in between.
-            Outcome::ApplicationReset(_) | Outcome::PeerReset(_) => {
-                failure.with_flags(ResponseFlags::None)
-            }
-            _ => failure,
-        })
-    }
 }
 
 /// Copies in both directions until both have ended, or one breaks.

@@ -16,6 +16,10 @@ use crate::world::*;
 /// two cores).
 const ASKED: usize = 30_000;
 
+/// Of as many the count may be lost: it is not atomic, so a program that is preempted while it counts loses what the
+/// one in between has counted.
+const UNCOUNTED: u64 = 100;
+
 /// The agent's map of this name.
 pub(crate) fn pinned<K: Pod, V: Pod>(world: &World, name: &str) -> HashMap<MapData, K, V> {
     let layout = fs::read_dir(&world.config.bpffs).unwrap().next().unwrap().unwrap().path();
@@ -49,6 +53,12 @@ fn while_elements_change_hands<K: Pod + Sync + Send, V: Pod + Sync + Send>(
     });
 }
 
+/// Each that was asked for was refused for one of these reasons.
+fn assert_all(refused: &[u64]) {
+    let (counted, asked) = (refused.iter().sum::<u64>(), ASKED as u64 - 1);
+    assert!((asked - UNCOUNTED..=asked).contains(&counted), "{counted} of {asked}: {refused:?}");
+}
+
 #[test]
 fn connection_that_another_pod_skips_is_never_let_out() {
     if !root() {
@@ -69,7 +79,7 @@ fn connection_that_another_pod_skips_is_never_let_out() {
     });
     assert_eq!(count(&capture, "connect_skipped_port"), 0);
     let refused = ["connect_no_listener", "connect_changed"].map(|name| count(&capture, name));
-    assert_eq!(refused.iter().sum::<u64>(), ASKED as u64 - 1, "{refused:?}");
+    assert_all(&refused);
 }
 
 #[test]
@@ -93,5 +103,5 @@ fn connection_that_another_pod_skips_is_never_let_in() {
     assert_eq!(count(&capture, "lookup_skipped_port"), 0);
     let refused = ["lookup_strict", "lookup_changed", "lookup_strict_elsewhere"]
         .map(|name| count(&capture, name));
-    assert_eq!(refused.iter().sum::<u64>(), ASKED as u64 - 1, "{refused:?}");
+    assert_all(&refused);
 }

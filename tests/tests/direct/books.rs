@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, Result, ensure};
 use harness::{Mesh, Pod, Serve, Server, exchange, is_reset, wait};
 
-use super::{connect, since_read, until_direct};
+use super::{Change, connect, until_direct};
 
 /// More than the ring has room for: two records each, and room for some 6,000.
 const TOO_MANY: usize = 3600;
@@ -149,10 +149,10 @@ fn connections_of_another_layouts_agent_are_followed() -> Result<()> {
     assert_eq!(record.text("reason"), "end_unknown");
     assert_eq!(record.text("src.identity"), mesh.pod("a1").identity());
     assert_eq!(record.number("bytes_sent"), 1005);
-    let known = mesh.agent("a").log().len();
+    let change = Change::begin(&mesh);
     mesh.delete_pod_manifest("a2")?;
     ensure!(is_reset(&mut held), "its server is gone and the connection is not");
-    let took = since_read(&mesh, known, SystemTime::now())?;
+    let took = change.since_read(&mesh, SystemTime::now())?;
     ensure!(took < Duration::from_secs(1), "{took:?}");
     Ok(())
 }

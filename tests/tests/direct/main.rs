@@ -56,10 +56,30 @@ fn kernel(mesh: &Mesh, event: &str) -> Result<f64> {
     mesh.agent("a").metric("mesh_capture_total", &[("event", event)])
 }
 
-/// From when the agent read what has changed since its log had `known` bytes, until `ended`.
-fn since_read(mesh: &Mesh, known: usize, ended: SystemTime) -> Result<Duration> {
-    let read = mesh.agent("a").logged_at(known, "new snapshot")?;
-    ended.duration_since(read).context("it had not been read yet")
+/// How long the agent may take to read what has changed, on a machine that is busy with other tests.
+const READ_WITHIN: Duration = Duration::from_secs(10);
+
+/// The moment before something is changed.
+struct Change {
+    /// So many bytes the agent's log had.
+    known: usize,
+    at: SystemTime,
+}
+
+impl Change {
+    /// Of what is written next.
+    fn begin(mesh: &Mesh) -> Self {
+        Self { known: mesh.agent("a").log().len(), at: SystemTime::now() }
+    }
+
+    /// From when the agent read it, which must not take for ever either, until `ended`.
+    fn since_read(&self, mesh: &Mesh, ended: SystemTime) -> Result<Duration> {
+        let read = mesh.agent("a").logged_at(self.known, "new snapshot")?;
+        // The log's time is cut to microseconds, and so may lie before.
+        let took = read.duration_since(self.at).unwrap_or_default();
+        ensure!(took < READ_WITHIN, "read after {took:?}");
+        ended.duration_since(read).context("it had not been read yet")
+    }
 }
 
 /// Has node `a` do what nftables understands.

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, Result, ensure};
 use harness::{Family, Mesh, PodSpec, Serve, Server, ServiceSpec, exchange, is_reset, wait};
 
-use super::{connect, kernel, since_read, until_direct};
+use super::{Change, connect, kernel, until_direct};
 
 #[test]
 fn direct_off_at_either_end_is_carried() -> Result<()> {
@@ -245,10 +245,10 @@ fn pod_that_takes_over_an_address_inherits_nothing() -> Result<()> {
     let text = std::fs::read_to_string(&successor)?;
     let uid = mesh.pod("a2").uid();
     ensure!(text.contains(uid), "{text}");
-    let known = mesh.agent("a").log().len();
+    let change = Change::begin(&mesh);
     mesh.manifests().write("pod-default-a2", &text.replace(uid, "5ucce550-0000"))?;
     ensure!(is_reset(&mut open), "the connection to the pod before is ended");
-    let took = since_read(&mesh, known, SystemTime::now())?;
+    let took = change.since_read(&mesh, SystemTime::now())?;
     ensure!(took < Duration::from_secs(1), "ended after {took:?}");
     let denied = [("way", "direct"), ("reason", "denied"), ("response_flags", "DENY")];
     mesh.agent("a").wait_for_record(&denied)?;
@@ -299,14 +299,14 @@ fn connection_of_a_deleted_pod_is_ended() -> Result<()> {
         let clients = idle.iter().chain(&busy).map(TcpStream::local_addr);
         let clients = clients.collect::<Result<Vec<_>, _>>()?;
         let busy: Vec<_> = busy.into_iter().map(|stream| thread::spawn(|| talk(stream))).collect();
-        let known = mesh.agent("a").log().len();
+        let change = Change::begin(&mesh);
         mesh.delete_pod_manifest(gone)?;
         let was_reset = idle.iter_mut().all(is_reset);
-        let mut took = vec![since_read(&mesh, known, SystemTime::now())?];
+        let mut took = vec![change.since_read(&mesh, SystemTime::now())?];
         ensure!(was_reset, "{gone} is gone and a connection is not");
         for busy in busy {
             let ended = busy.join().unwrap_or_else(|panic| resume_unwind(panic))?;
-            took.push(since_read(&mesh, known, ended)?);
+            took.push(change.since_read(&mesh, ended)?);
         }
         ensure!(took.iter().all(|took| *took < Duration::from_secs(1)), "{gone}: {took:?}");
         for client in clients {

@@ -9,8 +9,8 @@ mod web;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
-use harness::{Builder, Carrier, Mesh, Pod, ServiceSpec, wait};
+use anyhow::{Context as _, Result, ensure};
+use harness::{Builder, Carrier, Family, Mesh, Pod, Serve, ServiceSpec, exchange, wait};
 
 /// A mesh, or the same nodes and pods without one. The client is the pod a1.
 struct World {
@@ -20,9 +20,18 @@ struct World {
     server: &'static str,
 }
 
+/// Where the kernel has sent the connections of node `a`'s pods.
+#[derive(Clone, Copy, Debug)]
+struct Ways {
+    /// How many to the agent.
+    carried: f64,
+    /// How many from pod to pod.
+    direct: f64,
+}
+
 impl World {
     /// Runs `run` in one world without a mesh, and in one for each way through it. What it returns must
-    /// not differ.
+    /// not differ. The programs connect to `ports`.
     fn all<T: PartialEq + std::fmt::Debug>(
         ports: &[u16],
         mut run: impl FnMut(&Self) -> Result<T>,
@@ -41,8 +50,12 @@ impl World {
             ("direct", "a2", builder("a2")),
         ] {
             let world = Self { name, mesh: builder.start()?, server };
+            let before = if name == "direct" { Some(world.until_decided(ports)?) } else { None };
             let seen = run(&world).with_context(|| format!("in the world {name}"))?;
-            world.was_carried()?;
+            match before {
+                Some(before) => world.was_direct(before)?,
+                None => world.was_carried()?,
+            }
             match &plain {
                 None => plain = Some(seen),
                 Some(plain) => assert_eq!(&seen, plain, "{name} differs from plain"),
@@ -71,29 +84,44 @@ impl World {
         Ok(dir)
     }
 
-    /// Runs a program of one connection, in the direct world until that connection is direct: the agent
-    /// carries the first one, and decides meanwhile.
-    fn by_its_way<T>(&self, mut run: impl FnMut() -> Result<T>) -> Result<T> {
-        let direct = || -> Result<f64> {
-            self.mesh.agent("a").metric("mesh_capture_total", &[("event", "direct_taken")])
-        };
-        loop {
-            let seen = run()?;
-            if self.name != "direct" || direct()? > 0.0 {
-                return Ok(seen);
+    /// Connects to each of these ports until that is direct: the agent carries the first connection to a
+    /// destination, and decides meanwhile. None of those that follow needs it.
+    fn until_decided(&self, ports: &[u16]) -> Result<Ways> {
+        for port in ports {
+            let _server = self.server().serve(*port, Serve::Echo)?;
+            for family in Family::BOTH {
+                let to = self.mesh.service("server").addr(family, *port);
+                let before = self.ways()?;
+                wait::until(wait::SOON, "a direct connection", || {
+                    let asked =
+                        self.client().connect(to).and_then(|mut one| exchange(&mut one, b"hello"));
+                    asked.is_ok() && self.ways().is_ok_and(|now| now.direct > before.direct)
+                })?;
             }
         }
+        self.ways()
+    }
+
+    fn ways(&self) -> Result<Ways> {
+        let metrics = self.mesh.agent("a").metrics()?;
+        let of = |event| metrics.sum("mesh_capture_total", &[("event", event)]);
+        Ok(Ways { carried: of("captured"), direct: of("direct_taken") })
+    }
+
+    /// That every connection since `before` went from pod to pod.
+    fn was_direct(&self, before: Ways) -> Result<()> {
+        let now = self.ways()?;
+        let is_so = now.carried == before.carried && now.direct > before.direct;
+        ensure!(is_so, "not all went directly: {before:?} and then {now:?}");
+        Ok(())
     }
 
     /// That what was seen here went the way that this world is for.
     fn was_carried(&self) -> Result<()> {
-        let agent = match self.name {
-            "plain" => return Ok(()),
-            _ => self.mesh.agent("a"),
-        };
-        if self.name == "direct" {
-            return agent.wait_for_metric("mesh_capture_total", &[("event", "direct_taken")], 1.0);
+        if self.name == "plain" {
+            return Ok(());
         }
+        let agent = self.mesh.agent("a");
         let carried = |record: &harness::Record| record.text("carrier") == self.name;
         wait::until(wait::SOON, "a record of it", || agent.access_log().iter().any(carried))
     }

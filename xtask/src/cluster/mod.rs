@@ -21,6 +21,7 @@ use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, Subcommand};
@@ -158,10 +159,7 @@ const WITHOUT_INHERITED: &str = r#"exec "$0" "$@" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 
 fn start(nodes: usize, life: Life, which: Option<&str>) -> Result<Child> {
     ensure!((1..=net::MAX_NODES).contains(&nodes), "1 to {} nodes", net::MAX_NODES);
     tools::ready()?;
-    for left in Cluster::left()? {
-        say(&format!("cluster: removing what process {} left", left.pid));
-        left.end()?;
-    }
+    clear()?;
     say(&format!("cluster: starting, {nodes} nodes"));
     let started = std::time::Instant::now();
     let mut keep = privilege::command("sh")?;
@@ -186,6 +184,17 @@ fn start(nodes: usize, life: Life, which: Option<&str>) -> Result<Child> {
         say(&line);
     }
     bail!("the cluster did not become ready")
+}
+
+/// Removes what killed keepers have left. One at a time: clusters may be started side by side.
+fn clear() -> Result<()> {
+    static CLEARING: Mutex<()> = Mutex::new(());
+    let _one = CLEARING.lock().unwrap_or_else(PoisonError::into_inner);
+    for left in Cluster::left()? {
+        say(&format!("cluster: removing what process {} left", left.pid));
+        left.end()?;
+    }
+    Ok(())
 }
 
 fn down() -> Result<()> {
@@ -247,7 +256,7 @@ impl Load {
 }
 
 fn which() -> Option<String> {
-    env::var(WHICH).ok()
+    env::var(WHICH).ok().filter(|which| !which.is_empty())
 }
 
 /// The running cluster of this checkout that is meant.

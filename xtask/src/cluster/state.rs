@@ -30,8 +30,8 @@ pub(crate) struct Cluster {
     started: u64,
     /// The checkout that calls it its own.
     checkout: Option<PathBuf>,
-    /// Which of the checkout's it is: tests that run at the same time have one each, with a name, and the one of
-    /// `cluster up` has none.
+    /// Which of the checkout's it is: the one of `cluster up`, and of the first file of tests, has no name, and others
+    /// that tests start beside it have one.
     which: Option<String>,
     /// How many nodes it has.
     pub(crate) nodes: usize,

@@ -69,7 +69,7 @@ impl Tested {
 /// Of a cluster that was made here.
 fn ours(which: Option<&str>, agent: &Image) -> Result<Vec<(&'static str, OsString)>> {
     let mut environment = vec![xtask()?];
-    environment.extend(which.map(|which| (WHICH, which.into())));
+    environment.push((WHICH, which.unwrap_or_default().into()));
     environment.push(("MALLA_KUBECONFIG", kubeconfig(which)?.into()));
     environment.push(("MALLA_KUBECTL", tools::KUBERNETES.program("kubectl")?.into()));
     let load = format!("{} cluster load", this()?.display());
