@@ -121,9 +121,12 @@ fn is_announced(role: u8) -> bool {
 }
 
 /// The address by which the client's pod has its entry: the kernel may have chosen another one of its for the
-/// source, where a route says so.
+/// source, where a route says so. Not for an address of the mesh: that one's own pod has to vouch for it.
 #[inline(always)]
 fn own_ip(ctx: &SockOpsContext, ends: &DeliveryKey) -> WireIp {
+    if is_member(&ends.src.ip) {
+        return ends.src.ip;
+    }
     // SAFETY: the helper only reads the context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: RCU keeps the element mapped for this call. One address is read, and if the element is recycled the

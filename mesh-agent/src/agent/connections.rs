@@ -228,9 +228,10 @@ impl Table {
         // The client may have used another of its addresses: then its namespace says which of our pods it is.
         let pods = self.node.pods.load();
         let in_its_namespace = || {
-            let is_it = |pod: &&Arc<LocalPod>| pod.netns.cookie() == facts.netns;
-            let uid = &pods.values().find(is_it)?.uid;
-            snapshot.workload(uid).filter(|_| PodTag::of(uid) == facts.client)
+            let is_it = |pod: &&Arc<LocalPod>| {
+                pod.netns.cookie() == facts.netns && PodTag::of(&pod.uid) == facts.client
+            };
+            snapshot.workload(&pods.values().find(is_it)?.uid)
         };
         let client = pod(facts.src.ip(), facts.client).or_else(in_its_namespace);
         let server = pod(facts.to.0.ip(), facts.server);

@@ -86,7 +86,10 @@ impl Verdicts {
         if self.unwritten.failures() == 0 {
             std::future::pending::<()>().await;
         }
-        sleep(self.unwritten.wait(Instant::now()).unwrap_or_default()).await;
+        // What is due is so at the first look: others that are looked at with this may always be ready.
+        if let Some(wait) = self.unwritten.wait(Instant::now()) {
+            sleep(wait).await;
+        }
     }
 
     /// Writes the generations that the kernel did not take.
@@ -166,6 +169,13 @@ impl Verdicts {
         let mut entries = Vec::with_capacity(choices.len());
         for choice in &choices {
             entries.push(self.entry(pod.netns.cookie(), &pod.netns, choice)?);
+        }
+        let is_put_off = |(choice, entry): (&Choice, &VerdictEntry)| {
+            matches!((choice, entry), (Choice::Direct { .. }, VerdictEntry::Agent(_)))
+        };
+        if choices.iter().zip(&entries).any(is_put_off) {
+            // Its pod's generation is not in the kernel yet, and that it is then is no change that ends this.
+            until = until.into_iter().chain([RETRY_MAX]).min();
         }
         let source = (pod.netns.cookie(), key.of_pod(source, pod.netns.cookie()));
         Ok(Some(node.capture.set_verdict(source, (dst, destination), until, &entries)?))

@@ -20,6 +20,7 @@ use mesh_core::generation::Generation;
 use mesh_core::settings::{Mode, Outbound, Settings};
 use mesh_core::shares::Shares;
 
+use self::generations::Undecided;
 use super::direct::Generations;
 use super::inherit::Nameless;
 use super::listeners::{self, Ports, inbound_order, shards};
@@ -70,6 +71,8 @@ pub(super) struct Pods {
     pub(super) verdicts: Shares<u64, VerdictKey, (Generation, Generation)>,
     /// Verdicts may be dead: a generation has changed since they were looked through.
     pub(super) may_be_dead: bool,
+    /// Verdicts are to be removed that the kernel's refusal of a generation would leave in force.
+    undecided: Undecided,
     /// The pods of this node have been enrolled, as far as they could be: before that a verdict of an earlier
     /// agent looks dead and is not.
     pub(super) is_settled: bool,
@@ -97,6 +100,7 @@ impl Pods {
             everything: Arc::default(),
             verdicts,
             may_be_dead: true,
+            undecided: Undecided::default(),
             is_settled: false,
         })
     }

@@ -14,6 +14,15 @@ use super::{Enrolled, Pods, outbound_entry};
 use crate::capture::CaptureError;
 use crate::capture::direct::{self, Generations};
 
+/// Why there may be verdicts that a write should have ended.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Undecided {
+    /// A pod's generation was not taken.
+    by_pods: bool,
+    /// A destination's was not.
+    by_destinations: bool,
+}
+
 impl Pods {
     /// Writes the generations of what is in the maps, and keeps those of what is going to be.
     pub(in crate::capture) fn set_generations(
@@ -77,12 +86,14 @@ impl Pods {
         if before.generation == generation {
             return Ok(());
         }
+        let was_written = before.generation.is_some();
         let now = Enrolled { generation, ..before.clone() };
         let inbound = self.write_inbound(uid, &now);
         let entry = outbound_entry(uid, &now, self.captures_everything());
         let outbound = self.maps.set_outbound(now.netns, &entry);
         let written = inbound.and(outbound);
         let generation = generation.filter(|_| written.is_ok());
+        self.undecided.by_pods |= was_written && written.is_err();
         self.enrolled.insert(uid.to_owned(), Enrolled { generation, ..now });
         written
     }
@@ -97,7 +108,8 @@ impl Pods {
         for (ip, wanted) in stale {
             let written = self.set_destination(ip, wanted);
             if written.is_err() {
-                self.destinations.insert(ip, None);
+                let before = self.destinations.insert(ip, None);
+                self.undecided.by_destinations |= before.flatten().is_some();
             }
             all = all.and(written);
         }
@@ -106,18 +118,25 @@ impl Pods {
 
     /// Removes the verdicts that may still hold by a generation that should not be there any more, also while
     /// `sweep` may not remove any. All of them if it is a pod's: which ones lead to that pod is not known here,
-    /// and a pod's elements have their memory from the beginning, so this is rare.
+    /// and a pod's elements have their memory from the beginning, so this is rare. Once: until the generation is
+    /// there, no further one is written.
     fn remove_undecided(&mut self) {
-        let all = self.enrolled.values().any(|pod| pod.generation.is_none());
+        let Undecided { by_pods, by_destinations } = self.undecided;
+        if !by_pods && !by_destinations {
+            return;
+        }
         let stays = |_netns: &u64, key: &VerdictKey, _generations: &(Generation, Generation)| {
-            !all && self.destinations.get(&key.dst.ip) != Some(&None)
+            !by_pods && self.destinations.get(&key.dst.ip) != Some(&None)
         };
         let undecided = self.verdicts.dead(stays);
         let removed =
             undecided.iter().map(|(netns, key)| direct::remove_verdict(self, *netns, key));
-        if let Err(error) = removed.fold(Ok(()), Result::and) {
-            let error = crate::telemetry::chain(&error);
-            tracing::warn!(error, stage = "capture", "verdicts may outlive a change");
+        match removed.fold(Ok(()), Result::and) {
+            Ok(()) => self.undecided = Undecided::default(),
+            Err(error) => {
+                let error = crate::telemetry::chain(&error);
+                tracing::warn!(error, stage = "capture", "verdicts may outlive a change");
+            }
         }
     }
 }
