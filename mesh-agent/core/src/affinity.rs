@@ -4,7 +4,8 @@
 //! until it has not connected for the service's `timeoutSeconds`, as with kube-proxy, or until a
 //! connection of its own could not be made there: then it moves, and stays where it moved to. What
 //! other clients meet at an endpoint moves nobody, and neither does that nobody can say at the moment
-//! whether the endpoint is in the mesh: others serve the client meanwhile.
+//! whether the endpoint is in the mesh: meanwhile another one stands in for it, the same for every
+//! connection. The client goes back to its own, or stays with the other one if its own is gone.
 //!
 //! Only a memory: without an entry a client is sent where balance sends it.
 
@@ -41,6 +42,8 @@ pub struct Affinities {
 struct Bound {
     to: EndpointAddr,
     last: Instant,
+    /// What has served the client last since `to` cannot be a candidate.
+    stand_in: Option<EndpointAddr>,
 }
 
 impl Affinities {
@@ -76,7 +79,8 @@ impl Affinities {
     }
 
     /// Whether `client` keeps to an endpoint that cannot be a candidate now, was not tried in vain, and
-    /// `may_return`: it is to be sent elsewhere without being bound there. Counts as a connection.
+    /// `may_return`: it is to be sent to its [stand-in](Self::stand_in) without being bound there. Counts
+    /// as a connection.
     pub fn waits(
         &mut self,
         client: &Client,
@@ -87,10 +91,32 @@ impl Affinities {
     ) -> bool {
         let Some((to, _)) = self.bound(client, timeout, now) else { return false };
         let waits = !tried.contains(&to) && may_return(to);
-        if waits {
-            self.bind(client, to, now);
+        if waits && let Some(bound) = self.by_client.get_mut(client) {
+            bound.last = now;
         }
         waits
+    }
+
+    /// The index of the endpoint that has served `client` while its own could not be a candidate, if it is
+    /// one of `candidates` and was not tried in vain.
+    pub fn stand_in(
+        &self,
+        client: &Client,
+        timeout: Duration,
+        candidates: &[Endpoint],
+        tried: &[EndpointAddr],
+        now: Instant,
+    ) -> Option<usize> {
+        self.bound(client, timeout, now)?;
+        let to = self.by_client.get(client)?.stand_in.filter(|to| !tried.contains(to))?;
+        candidates.iter().position(|endpoint| endpoint.addr == to)
+    }
+
+    /// `client`, which [waits](Self::waits), is sent to `to` meanwhile.
+    pub fn stands_in(&mut self, client: &Client, to: EndpointAddr) {
+        if let Some(bound) = self.by_client.get_mut(client) {
+            bound.stand_in = Some(to);
+        }
     }
 
     /// `client` is sent to `to`. Returns where it was sent before, if that was somewhere else.
@@ -100,7 +126,7 @@ impl Affinities {
         to: EndpointAddr,
         now: Instant,
     ) -> Option<EndpointAddr> {
-        let bound = Bound { to, last: now };
+        let bound = Bound { to, last: now, stand_in: None };
         if let Some(known) = self.by_client.get_mut(client) {
             let before = std::mem::replace(known, bound).to;
             return (before != to).then_some(before);
@@ -269,6 +295,53 @@ mod tests {
         assert!(!affinities.waits(&one, TIMEOUT, &[], now, |_gone| false));
         now += TIMEOUT;
         assert!(!affinities.waits(&one, TIMEOUT, &[], now, is_unread), "it was away for so long");
+    }
+
+    #[test]
+    fn client_that_waits_keeps_to_one_stand_in_and_goes_back_to_its_own() {
+        let (mut affinities, all, mut now) = (Affinities::default(), endpoints(), epoch());
+        let one = client("one");
+        let [own, second, third] = [0, 1, 2].map(|n: usize| all[n].addr);
+        let read = &all[1..];
+        affinities.bind(&one, own, now);
+        assert_eq!(affinities.stand_in(&one, TIMEOUT, read, &[], now), None, "nobody chose yet");
+        affinities.stands_in(&one, third);
+        for _ in 0..3 {
+            now += TIMEOUT - Duration::from_millis(1);
+            assert!(affinities.waits(&one, TIMEOUT, &[], now, |to| to == own));
+            assert_eq!(affinities.stand_in(&one, TIMEOUT, read, &[], now), Some(1));
+        }
+        assert_eq!(affinities.stand_in(&one, TIMEOUT, read, &[third], now), None, "tried in vain");
+        assert_eq!(affinities.stand_in(&one, TIMEOUT, &all[..2], &[], now), None, "not ready");
+        affinities.stands_in(&one, second);
+        assert_eq!(affinities.stand_in(&one, TIMEOUT, read, &[], now), Some(0), "the next one");
+        assert_eq!(affinities.keep(&one, TIMEOUT, &all, &[], now), Some(0), "its own is read");
+        assert_eq!(affinities.stand_in(&one, TIMEOUT, read, &[], now), None);
+        assert_eq!(affinities.bound(&one, TIMEOUT, now), Some((own, TIMEOUT)));
+    }
+
+    #[test]
+    fn client_whose_endpoint_is_gone_while_it_waits_stays_with_its_stand_in() {
+        let (mut affinities, all, now) = (Affinities::default(), endpoints(), epoch());
+        let one = client("one");
+        affinities.bind(&one, all[0].addr, now);
+        affinities.stands_in(&one, all[2].addr);
+        assert!(!affinities.waits(&one, TIMEOUT, &[], now, |_gone| false));
+        assert_eq!(affinities.stand_in(&one, TIMEOUT, &all[1..], &[], now), Some(1));
+        assert_eq!(affinities.bind(&one, all[2].addr, now), Some(all[0].addr));
+        assert_eq!(affinities.keep(&one, TIMEOUT, &all[1..], &[], now), Some(1));
+        let later = now + TIMEOUT;
+        affinities.stands_in(&one, all[1].addr);
+        assert_eq!(affinities.stand_in(&one, TIMEOUT, &all, &[], later), None, "away for so long");
+    }
+
+    #[test]
+    fn nobody_stands_in_for_a_client_that_keeps_to_none() {
+        let (mut affinities, all, now) = (Affinities::default(), endpoints(), epoch());
+        let one = client("one");
+        affinities.stands_in(&one, all[1].addr);
+        assert_eq!(affinities.stand_in(&one, TIMEOUT, &all, &[], now), None);
+        assert!(affinities.by_client.is_empty(), "a memory that nothing bounds");
     }
 
     #[test]

@@ -274,6 +274,44 @@ mod tests {
         assert_eq!(told.last().unwrap().message, format!("and {more} more, of any objects"));
     }
 
+    /// Who may edit a Namespace is who has it: a tenant with many must not hide those of others.
+    #[test]
+    fn what_is_wrong_with_a_namespace_counts_as_its_own() {
+        let mut problems = Problems::default();
+        let names: Vec<_> = (0..100).map(|n| format!("n{n:03}")).collect();
+        for name in &names {
+            let key =
+                ObjectKey { kind: Kind::Namespace, namespace: String::new(), name: name.clone() };
+            let mut report = Report::of(&key, &mut problems);
+            for field in 0..MOST_OF_ONE {
+                report.say(field, "no", "yes");
+            }
+        }
+        found(&mut problems, "many", 3 * MOST_PROBLEMS);
+        let told = problems.told();
+        for name in names {
+            let object = format!("Namespace {name}");
+            assert!(told.iter().any(|problem| problem.object == object), "{name}");
+        }
+        assert!(told_of(&told, "many") > 0);
+    }
+
+    #[test]
+    fn problems_that_are_only_counted_are_counted_each() {
+        let mut problems = Problems::default();
+        found(&mut problems, "many", MOST_PROBLEMS);
+        let last = service("many", "s99999");
+        let mut report = Report::of(&last, &mut problems);
+        for field in 0..2 * MOST_OF_ONE {
+            report.say(field, "no", "yes");
+        }
+        drop(report);
+        let told = problems.told();
+        assert_eq!(told_of(&told, "many"), MOST_PROBLEMS);
+        let more = 2 * MOST_OF_ONE;
+        assert_eq!(told.last().unwrap().message, format!("and {more} more, of any objects"));
+    }
+
     /// Counts how often it is written out.
     struct Counted<'a>(&'a Cell<usize>);
 

@@ -82,8 +82,8 @@ impl Picker<'_> {
         loads.pick(policy, self.endpoints, tried, now, |n| fastrand::usize(..n))
     }
 
-    /// First the one that the client keeps to. From then on it keeps to the one that is returned, unless
-    /// that fails, or only stands in for one that is not read.
+    /// First the one that the client keeps to, and then the one that has stood in for it. From then on it
+    /// keeps to the one that is returned, unless that fails, or only stands in for one that is not read.
     fn kept(&self, sticky: &Sticky, tried: &[EndpointAddr], now: Instant) -> Option<usize> {
         let Sticky { client, timeout } = sticky;
         // Held until it is decided: of two first connections the second one follows the first.
@@ -94,11 +94,19 @@ impl Picker<'_> {
         }
         let may_return = |to| self.snapshot.has_unread_endpoint(client.dst, to);
         let waits = affinities.waits(client, *timeout, tried, now, may_return);
-        let index = self.balanced(tried, now)?;
+        let index = match affinities.stand_in(client, *timeout, self.endpoints, tried, now) {
+            Some(index) => {
+                self.node.loads().take(self.endpoints[index].addr, now);
+                index
+            }
+            None => self.balanced(tried, now)?,
+        };
+        let to = self.endpoints[index].addr;
         if waits {
+            affinities.stands_in(client, to);
             return Some(index);
         }
-        let has_moved = affinities.bind(client, self.endpoints[index].addr, now).is_some();
+        let has_moved = affinities.bind(client, to, now).is_some();
         drop(affinities);
         if has_moved {
             // What the kernel was told of the endpoint before must not outlive the move.

@@ -32,6 +32,11 @@ use crate::discovery::objects::{Kind, Object, ObjectKey};
 
 /// Objects asked for at once: a list of 100,000 pods is not one answer.
 const PAGE: usize = 500;
+/// The same where one is searched for: answers of many searches are in memory at once.
+const SEARCH_PAGE: usize = 100;
+/// Objects that a search looks at. Kubernetes is made for 3,000 pods of a namespace
+/// (<https://github.com/kubernetes/community/blob/master/sig-scalability/configs-and-limits/thresholds.md>).
+const MOST_SEARCHED: usize = 5000;
 /// The server ends a watch after this many seconds, and up to a half more: agents that began together
 /// must not ask again together.
 const WATCH_S: u64 = 240;
@@ -39,7 +44,7 @@ const WATCH_S: u64 = 240;
 const SILENCE: Duration = Duration::from_secs(180);
 /// A page that takes longer is not coming.
 const LIST_LIMIT: Duration = Duration::from_secs(60);
-/// One object that a connection waits for.
+/// One object that a connection waits for, or a page of a search for it.
 const READ_LIMIT: Duration = Duration::from_secs(3);
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// Also of what a server asks for: whatever it says, its return is noticed.
@@ -281,19 +286,75 @@ pub(super) async fn pages<T: DeserializeOwned>(
     selector: &str,
     mut take: impl FnMut(Vec<T>),
 ) -> Result<String, kube::Error> {
-    let mut query = format!("limit={PAGE}");
+    let mut from: Option<String> = None;
     loop {
-        let request = get(path, &query, selector)?;
-        let asked = timeout(LIST_LIMIT, client.request::<List<T>>(request)).await;
-        let page = asked.unwrap_or_else(|_elapsed| {
-            Err(kube::Error::Service(format!("no list within {LIST_LIMIT:?}").into()))
-        })?;
-        take(page.items);
-        match page.metadata.next.filter(|next| !next.is_empty()) {
-            Some(next) => query = format!("limit={PAGE}&continue={}", escaped(&next)),
-            None => return Ok(page.metadata.resource_version.unwrap_or_default()),
+        let list = page::<T>(client, path, selector, from.as_deref(), PAGE, LIST_LIMIT).await?;
+        take(list.items);
+        from = list.metadata.next;
+        if from.is_none() {
+            return Ok(list.metadata.resource_version.unwrap_or_default());
         }
     }
+}
+
+/// What came of a search.
+#[derive(Debug)]
+pub(super) enum Searched {
+    /// These, of one page.
+    Found(Vec<Object>),
+    /// There is none.
+    Nothing,
+    /// There are more than are looked at, and it is none of the first.
+    TooMany,
+}
+
+/// Looks for what `is_it` is true of among what is at `path` and `selector` lets through: page by page, no
+/// further than to the page that has it, and keeps nothing else.
+pub(super) async fn search<T: Followed>(
+    client: &Client,
+    path: &str,
+    selector: &str,
+    is_it: impl Fn(&Object) -> bool,
+) -> Result<Searched, String> {
+    let mut from: Option<String> = None;
+    for _ in 0..MOST_SEARCHED / SEARCH_PAGE {
+        let from_here = from.as_deref();
+        let list = page::<T>(client, path, selector, from_here, SEARCH_PAGE, READ_LIMIT).await;
+        let list = list.map_err(|error| crate::telemetry::chain(&error))?;
+        let objects = list.items.into_iter().map(|item| taken(item).0);
+        let found: Vec<Object> = objects.filter(&is_it).collect();
+        if !found.is_empty() {
+            return Ok(Searched::Found(found));
+        }
+        from = list.metadata.next;
+        if from.is_none() {
+            return Ok(Searched::Nothing);
+        }
+    }
+    Ok(Searched::TooMany)
+}
+
+/// So `many` objects, `from` where the page before has ended.
+async fn page<T: DeserializeOwned>(
+    client: &Client,
+    path: &str,
+    selector: &str,
+    from: Option<&str>,
+    many: usize,
+    limit: Duration,
+) -> Result<List<T>, kube::Error> {
+    let mut query = format!("limit={many}");
+    if let Some(from) = from {
+        query.push_str("&continue=");
+        query.push_str(&escaped(from));
+    }
+    let request = get(path, &query, selector)?;
+    let asked = timeout(limit, client.request::<List<T>>(request)).await;
+    let mut list = asked.unwrap_or_else(|_elapsed| {
+        Err(kube::Error::Service(format!("no list within {limit:?}").into()))
+    })?;
+    list.metadata.next = list.metadata.next.filter(|next| !next.is_empty());
+    Ok(list)
 }
 
 fn get(path: &str, query: &str, selector: &str) -> Result<http::Request<Vec<u8>>, kube::Error> {
@@ -312,17 +373,6 @@ pub(super) async fn read<T: Followed>(
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
         Err(error) => Err(crate::telemetry::chain(&error)),
     }
-}
-
-/// The few objects at `path` that `selector` lets through.
-pub(super) async fn list<T: Followed>(
-    client: &Client,
-    path: &str,
-    selector: &str,
-) -> Result<Vec<Object>, String> {
-    let list = request::<List<T>>(client, format!("{path}?{selector}")).await;
-    let list = list.map_err(|error| crate::telemetry::chain(&error))?;
-    Ok(list.items.into_iter().map(|item| taken(item).0).collect())
 }
 
 async fn request<T: DeserializeOwned>(client: &Client, uri: String) -> Result<T, kube::Error> {

@@ -22,6 +22,7 @@
 
 mod demand;
 mod feed;
+mod find;
 mod policies;
 mod report;
 #[cfg(test)]
@@ -41,14 +42,15 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, timeout, timeout_at};
 use tracing::warn;
 
-use self::demand::{Found, Remote, Wanted, has};
-use self::feed::{Followed as _, News, What, follow, list, read};
+use self::demand::{Found, Remote, Wanted};
+use self::feed::{News, What, follow};
+use self::find::find;
 pub use self::policies::network_policies;
 use self::report::{Known, Reports, Write};
 use super::client::escaped;
 use super::file::Settings;
 use super::kube::{EndpointSlice, Namespace, Node, Pod, Service};
-use super::objects::{Kind, Object, Objects};
+use super::objects::{Kind, Objects};
 use super::translate::{Context, NetnsFrom, translate};
 use super::{Demand, Outcomes, Problem};
 
@@ -236,46 +238,6 @@ async fn put(client: &Client, write: Write) -> Result<(), String> {
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => Ok(()),
         Ok(Err(error)) => Err(crate::telemetry::chain(&error)),
         Err(_elapsed) => Err("no answer in time".into()),
-    }
-}
-
-/// Reads what is wanted.
-async fn find(client: &Client, wanted: &Wanted) -> Found {
-    match wanted {
-        Wanted::Pod { namespace, name, uid, at: _ } => {
-            let path = format!("/api/v1/namespaces/{}/pods/{}", escaped(namespace), escaped(name));
-            match read::<Pod>(client, &path).await {
-                Ok(Some(Object::Pod(pod)))
-                    if uid.is_some() && pod.metadata.uid.as_ref() != uid.as_ref() =>
-                {
-                    Found::None
-                }
-                Ok(Some(pod)) => Found::Pods(vec![pod]),
-                Ok(None) => Found::None,
-                Err(why) => Found::Failed(why),
-            }
-        }
-        Wanted::Address { ip, account, node } => {
-            let selector = format!("fieldSelector=status.podIP%3D{}", escaped(&ip.to_string()));
-            let mut pods = list::<Pod>(client, Pod::PATH, &selector).await;
-            // By that only the first address of a pod is found.
-            if let (Ok([]), Some((namespace, name))) = (pods.as_deref(), account) {
-                let path = format!("/api/v1/namespaces/{}/pods", escaped(namespace));
-                let selector = format!("fieldSelector=spec.serviceAccountName%3D{}", escaped(name));
-                pods = list::<Pod>(client, &path, &selector).await;
-            }
-            if let (Ok([]), Some(node)) = (pods.as_deref(), node) {
-                let selector = format!("fieldSelector=spec.nodeName%3D{}", escaped(node));
-                pods = list::<Pod>(client, Pod::PATH, &selector).await;
-            }
-            match pods {
-                Ok(mut pods) => {
-                    pods.retain(|pod| has(pod, *ip));
-                    if pods.is_empty() { Found::None } else { Found::Pods(pods) }
-                }
-                Err(why) => Found::Failed(why),
-            }
-        }
     }
 }
 

@@ -68,6 +68,11 @@ impl ApiError {
         self.code() == Some(410)
     }
 
+    /// Nobody has said that it was not done: a server may do what it gives no answer to.
+    pub(super) fn may_be_done(&self) -> bool {
+        self.code().is_none_or(|code| code >= 500)
+    }
+
     fn is_not_found(&self) -> bool {
         self.code() == Some(404)
     }

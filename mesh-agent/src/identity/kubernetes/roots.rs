@@ -15,7 +15,8 @@
 //! - What has a successor signs no more, whichever signer has seen that, unless the Secret holds it again.
 //! - A Secret that cannot be used changes nothing: what could sign before still does.
 //! - A ConfigMap that is deleted, emptied or changed is put back as it was. Only who starts without one
-//!   takes what the Secret names for all there is.
+//!   takes what the Secret names for all there is. What a signer has written itself is no change, though it
+//!   may never have heard that it was written.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,7 +30,7 @@ use serde_json::json;
 use tracing::{info, warn};
 use zeroize::{Zeroize as _, Zeroizing};
 
-use super::api::{Api, ConfigMap, Named, Secret};
+use super::api::{Api, ApiError, ConfigMap, Named, Secret};
 use super::published::{
     BUNDLE, Certs, Held, Published, SINCE, follow, has, mark, recount, signs_on,
 };
@@ -70,6 +71,8 @@ pub(super) struct Roots {
     current: Option<Arc<Authority>>,
     /// What was published last, and the certificate of each.
     last: Option<(Vec<Published>, Certs)>,
+    /// The same of what may have been published: there was no answer.
+    attempted: Option<(Vec<Published>, Certs)>,
     /// Whether `last` is of this term, so that no other signer has published since.
     is_sure: bool,
     /// When a change was put back last.
@@ -91,6 +94,7 @@ impl Roots {
             spread,
             current: None,
             last: None,
+            attempted: None,
             is_sure: false,
             put_back: None,
         }
@@ -119,6 +123,7 @@ impl Roots {
             Err(_malformed) if self.is_sure => None,
             Err(error) => return Err(error),
         };
+        self.recognise(held.as_ref());
         let is_lost = held.as_ref().is_some_and(|held| held.certs.is_empty());
         // What another signer has published meanwhile is told by the annotation, also beside an empty bundle.
         let is_told = held.as_ref().is_some_and(|held| held.annotated.is_some());
@@ -162,9 +167,16 @@ impl Roots {
         if let Some((_, trusted)) = &signing {
             mark(&mut roots, trusted);
         }
+        certs.retain(|(_, cert)| roots.iter().any(|root| root.fingerprint == cert.fingerprint));
         let is_due = is_lost || known != Some(&roots);
         if is_due || (is_changed && !self.was_put_back(now)) {
-            self.publish(map.as_ref(), &roots, &certs).await?;
+            if let Err(error) = self.publish(map.as_ref(), &roots, &certs).await {
+                if error.may_be_done() {
+                    self.attempted = Some((roots, certs));
+                }
+                return Err(error.into());
+            }
+            self.attempted = None;
             if is_changed {
                 self.put_back = Some(now);
                 warn!(
@@ -177,12 +189,21 @@ impl Roots {
                 );
             }
         }
-        certs.retain(|(_, cert)| roots.iter().any(|root| root.fingerprint == cert.fingerprint));
         self.last = Some((roots, certs));
         self.is_sure = true;
         let Some((authority, _)) = signing else { return Err(CaError::NotSpread) };
         self.current = Some(Arc::clone(&authority));
         Ok(Standing { authority, waits })
+    }
+
+    /// Takes what the ConfigMap holds for published if it is what this one has tried to publish.
+    fn recognise(&mut self, held: Option<&Held>) {
+        let is_it = |attempted: &mut (Vec<Published>, Certs)| {
+            held.is_some_and(|held| held.says(&attempted.0))
+        };
+        if let Some(attempted) = self.attempted.take_if(is_it) {
+            self.last = Some(attempted);
+        }
     }
 
     /// Whether what the ConfigMap holds, `None` if that cannot be read, is not what a signer has
@@ -319,7 +340,7 @@ impl Roots {
         map: Option<&ConfigMap>,
         roots: &[Published],
         certs: &Certs,
-    ) -> Result<(), CaError> {
+    ) -> Result<(), ApiError> {
         let mut text = String::new();
         for root in roots {
             let cert = certs.iter().find(|(_, cert)| cert.fingerprint == root.fingerprint);

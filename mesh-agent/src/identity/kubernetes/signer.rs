@@ -172,7 +172,7 @@ impl Signer {
             }
             // As it is now: it may have been answered, or approved and no more.
             match self.api.get::<SigningRequest>(&request.path()).await {
-                Ok(Some(now)) if !now.is_answered() => request = now,
+                Ok(Some(now)) if self.is_to_answer(&now) => request = now,
                 Ok(_) => return true,
                 Err(error) => debug!(error = telemetry::chain(&error), "not read again"),
             }
@@ -183,16 +183,19 @@ impl Signer {
     /// The same for one that could not be answered before: it may have been answered since, or be gone.
     async fn answer_again(&self, name: &str, authority: &Authority) -> bool {
         match self.api.get::<SigningRequest>(&request_path(name)).await {
-            // Another one may have its name by now, and be somebody else's to answer.
-            Ok(Some(now)) if !now.is_answered() && now.spec.signer_name == self.settings.signer => {
-                self.answer_one(now, authority).await
-            }
+            Ok(Some(now)) if self.is_to_answer(&now) => self.answer_one(now, authority).await,
             Ok(_) => true,
             Err(error) => {
                 debug!(request = name, error = telemetry::chain(&error), "not read again");
                 false
             }
         }
+    }
+
+    /// Whether a request, as it is now, waits for this signer: another one may have its name by now, and be
+    /// somebody else's to answer.
+    fn is_to_answer(&self, request: &SigningRequest) -> bool {
+        !request.is_answered() && request.spec.signer_name == self.settings.signer
     }
 
     async fn decide(&self, request: &SigningRequest, authority: &Authority) -> Result<(), CaError> {

@@ -39,6 +39,8 @@ struct Held {
     asked: Vec<String>,
     /// What the next watches are told before they end; the one after these is told nothing, for ever.
     watches: VecDeque<String>,
+    /// What is written is, and nobody is told so.
+    loses_answers: bool,
 }
 
 impl Server {
@@ -82,6 +84,11 @@ impl Server {
     pub(super) fn tell(&self, events: &[Value]) {
         let lines = events.iter().map(|event| format!("{event}\n")).collect();
         self.0.lock().unwrap().watches.push_back(lines);
+    }
+
+    /// Whether who writes is told, from now on, that it may have been done or not.
+    pub(super) fn lose_answers(&self, loses: bool) {
+        self.0.lock().unwrap().loses_answers = loses;
     }
 
     pub(super) async fn until(&self, what: &str, is_so: impl Fn(&Self) -> bool) {
@@ -131,13 +138,20 @@ impl Server {
                 })
             }
         };
-        let none = json!({
-            "kind": "Status", "apiVersion": "v1", "status": "Failure", "metadata": {},
-            "message": "there is none", "reason": "NotFound", "code": 404,
-        });
+        let refused = |code: http::StatusCode, message| {
+            let body = json!({
+                "kind": "Status", "apiVersion": "v1", "status": "Failure", "metadata": {},
+                "message": message, "reason": "Test", "code": code.as_u16(),
+            });
+            (code, body)
+        };
         let (status, body) = match found {
+            Some(_) if held.loses_answers && method != "GET" => {
+                let code = http::StatusCode::INTERNAL_SERVER_ERROR;
+                refused(code, "etcdserver: request timed out")
+            }
             Some(object) => (http::StatusCode::OK, object),
-            None => (http::StatusCode::NOT_FOUND, none),
+            None => refused(http::StatusCode::NOT_FOUND, "there is none"),
         };
         let mut response = http::Response::new(BodyExt::boxed(Full::from(body.to_string())));
         *response.status_mut() = status;

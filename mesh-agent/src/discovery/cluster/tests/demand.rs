@@ -126,6 +126,80 @@ async fn client_that_is_behind_no_service_is_found_by_its_address() {
     assert_eq!(api.asked("list pods"), asked, "not again at once");
 }
 
+/// So many pods of one service account, all on the other node, before those that are there.
+fn crowd(api: &Api, many: u16) {
+    let mut held = api.held.lock().unwrap();
+    for n in 0..many {
+        let [high, low] = n.to_be_bytes();
+        let mut pod = pod(&format!("p{n:05}"), &format!("10.9.{high}.{low}"));
+        pod["spec"] = json!({"nodeName": "b", "serviceAccountName": "lonely", "containers": []});
+        held.elsewhere.insert(format!("crowd-{n:05}"), pod);
+    }
+}
+
+/// The API finds a pod by its first address only.
+#[tokio::test]
+async fn pod_is_found_on_any_page_and_no_other_of_its_account_or_node_is_kept() {
+    // One page of what has that address, which is empty, and then as many as come until it is found.
+    for (many, pages) in [(0, 2), (98, 2), (100, 3), (250, 4)] {
+        let api = Api::start().await;
+        shop(&api);
+        crowd(&api, many);
+        let mut by_node = api.follow();
+        by_node.until_pods(&["here"]).await;
+        let before = api.asked("list pods");
+        let after = by_node.know("fd00::9").await;
+        assert_eq!(&*after.workload_at(ip("fd00::9")).unwrap().name, "bare", "{many}");
+        assert_eq!(after.workloads().count(), 2, "{many}");
+        assert_eq!(api.asked("list pods") - before, pages, "{many}");
+
+        api.has("/api/v1/nodes", vec![json!({"metadata": {"name": "b"}})]);
+        let mut by_account = api.follow();
+        by_account.until_pods(&["here"]).await;
+        let before = api.asked("list pods");
+        let after = by_account.know_caller("fd00::9", Some("lonely")).await;
+        assert_eq!(&*after.workload_at(ip("fd00::9")).unwrap().name, "bare", "{many}");
+        assert_eq!(after.workloads().count(), 2, "{many}");
+        assert_eq!(api.asked("list pods") - before, pages, "{many}");
+    }
+}
+
+#[tokio::test]
+async fn pod_is_looked_for_no_further_than_to_the_page_that_has_it() {
+    let api = Api::start().await;
+    shop(&api);
+    crowd(&api, 250);
+    let both = json!([{"ip": "10.9.0.9"}, {"ip": "fd00::8"}]);
+    let path = "crowd-00009";
+    api.held.lock().unwrap().elsewhere.get_mut(path).unwrap()["status"]["podIPs"] = both;
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    let before = api.asked("list pods");
+    let after = followed.know("fd00::8").await;
+    assert_eq!(&*after.workload_at(ip("fd00::8")).unwrap().name, "p00009");
+    assert_eq!(api.asked("list pods") - before, 2);
+}
+
+/// It is captured as long as nobody knows.
+#[tokio::test]
+async fn address_that_is_none_of_the_first_thousands_of_pods_stays_unread() {
+    let api = Api::start().await;
+    shop(&api);
+    crowd(&api, 5000);
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    for caller in [None, Some("lonely")] {
+        // Those of a caller's account, and then those of the node.
+        let most = if caller.is_some() { 1 + 50 + 50 } else { 1 + 50 };
+        let at = if caller.is_some() { "fd00::78" } else { "fd00::77" };
+        let before = api.asked("list pods");
+        let after = followed.know_caller(at, caller).await;
+        assert_eq!(api.asked("list pods") - before, most, "{at}");
+        assert!(after.is_unread(ip(at)) && is_captured(&after, at), "{at}");
+        assert_eq!(after.workloads().count(), 1, "{at}");
+    }
+}
+
 /// Whether the kernel captures connections to this address.
 fn is_captured(snapshot: &Snapshot, at: &str) -> bool {
     let block = |at: IpAddr| {

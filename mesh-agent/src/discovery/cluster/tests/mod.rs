@@ -6,7 +6,7 @@ mod report;
 mod seen;
 mod waits;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -60,7 +60,7 @@ struct Held {
     /// What was written: method, path and body.
     written: Vec<(String, String, Value)>,
     /// Pods that are only read, by path.
-    elsewhere: HashMap<String, Value>,
+    elsewhere: BTreeMap<String, Value>,
 }
 
 #[derive(Clone)]
@@ -166,24 +166,18 @@ impl Api {
         if let Some(at) = query.get("fieldSelector").and_then(|s| s.strip_prefix("status.podIP%3D"))
         {
             let is_at = |pod: &&Value| pod["status"]["podIPs"][0]["ip"] == *at;
-            let found: Vec<_> = held.elsewhere.values().filter(is_at).collect();
-            let list = json!({"metadata": {}, "items": found});
-            return Response::new(BodyExt::boxed(Full::from(list.to_string())));
+            return page(&held.elsewhere.values().filter(is_at).collect::<Vec<_>>(), &query, 0);
         }
         let on = query.get("fieldSelector").and_then(|s| s.strip_prefix("spec.nodeName%3D"));
         if let Some(node) = on.filter(|node| **node != *"a") {
             let is_on = |pod: &&Value| pod["spec"]["nodeName"] == *node;
-            let found: Vec<_> = held.elsewhere.values().filter(is_on).collect();
-            let list = json!({"metadata": {}, "items": found});
-            return Response::new(BodyExt::boxed(Full::from(list.to_string())));
+            return page(&held.elsewhere.values().filter(is_on).collect::<Vec<_>>(), &query, 0);
         }
         let of =
             query.get("fieldSelector").and_then(|s| s.strip_prefix("spec.serviceAccountName%3D"));
         if let Some(account) = of {
             let is_of = |pod: &&Value| pod["spec"]["serviceAccountName"] == *account;
-            let found: Vec<_> = held.elsewhere.values().filter(is_of).collect();
-            let list = json!({"metadata": {}, "items": found});
-            return Response::new(BodyExt::boxed(Full::from(list.to_string())));
+            return page(&held.elsewhere.values().filter(is_of).collect::<Vec<_>>(), &query, 0);
         }
         if path.starts_with("/api/v1/namespaces/") {
             return match held.elsewhere.get(&path) {
@@ -200,16 +194,8 @@ impl Api {
             });
             return Response::new(BodyExt::boxed(StreamBody::new(lines)));
         }
-        let all = held.lists.get(&path).cloned().unwrap_or_default();
-        let limit: usize = query["limit"].parse().unwrap();
-        let from: usize = query.get("continue").map_or(0, |at| at.parse().unwrap());
-        let page: Vec<_> = all.iter().skip(from).take(limit).cloned().collect();
-        let next = from + page.len();
-        let next = if next < all.len() { next.to_string() } else { String::new() };
-        let version = held.version.to_string();
-        let list =
-            json!({"metadata": {"resourceVersion": version, "continue": next}, "items": page});
-        Response::new(BodyExt::boxed(Full::from(list.to_string())))
+        let all: Vec<_> = held.lists.get(&path).into_iter().flatten().collect();
+        page(&all, &query, held.version)
     }
 
     fn has(&self, path: &str, objects: Vec<Value>) {
@@ -267,6 +253,22 @@ impl Api {
         let task = tokio::spawn(source.run(outcomes.subscribe()));
         Followed { snapshots, problems, confirmed, demands, outcomes, task }
     }
+}
+
+/// So many of them as are asked for.
+fn page(
+    all: &[&Value],
+    query: &HashMap<String, String>,
+    version: u64,
+) -> Response<BoxBody<Bytes, Infallible>> {
+    let limit: usize = query["limit"].parse().unwrap();
+    let from: usize = query.get("continue").map_or(0, |at| at.parse().unwrap());
+    let items: Vec<_> = all.iter().skip(from).take(limit).collect();
+    let next = from + items.len();
+    let next = if next < all.len() { next.to_string() } else { String::new() };
+    let metadata = json!({"resourceVersion": version.to_string(), "continue": next});
+    let list = json!({"metadata": metadata, "items": items});
+    Response::new(BodyExt::boxed(Full::from(list.to_string())))
 }
 
 fn refuse(status: StatusCode) -> Response<BoxBody<Bytes, Infallible>> {

@@ -172,6 +172,83 @@ async fn bundle_that_was_changed_while_nobody_led_is_put_back_by_who_leads_next(
     assert_eq!(state(&server), published);
 }
 
+/// Rewrites what is written beside each root.
+fn rewrite(map: &mut Value, change: fn(&mut Published)) {
+    let text = &mut map["metadata"]["annotations"][SINCE];
+    let mut roots: Vec<Published> = serde_json::from_str(text.as_str().unwrap()).unwrap();
+    roots.iter_mut().for_each(change);
+    *text = json!(serde_json::to_string(&roots).unwrap());
+}
+
+#[tokio::test]
+async fn root_that_retires_signs_no_more_whatever_somebody_writes_into_the_config_map() {
+    let edits: [fn(&mut Value); 7] = [
+        |map| rewrite(map, |root| root.signs = true),
+        |map| rewrite(map, |root| root.signs = root.since.is_none()),
+        |map| rewrite(map, |root| (root.signs, root.until) = (false, None)),
+        |map| map["metadata"]["annotations"] = json!({}),
+        |map| map["metadata"]["annotations"][SINCE] = json!("[]"),
+        |map| map["metadata"]["annotations"][SINCE] = json!("yesterday"),
+        |map| *map = json!({"metadata": {"name": "malla-trust"}}),
+    ];
+    for (nth, edit) in edits.into_iter().enumerate() {
+        // The first one could still sign: it has the key of the root that retires.
+        let (server, mut one, _, now, _) = replaced().await;
+        server.put(AT, new_root().1);
+        let now = now + MINUTE;
+        assert_eq!(lead_again(&mut one, now).await.unwrap_err().reason(), "not_spread");
+        let published = state(&server);
+        let mut map = server.get(MAP);
+        edit(&mut map);
+        server.put(MAP, map);
+        assert_eq!(one.look(now + MINUTE).await.unwrap_err().reason(), "not_spread", "{nth}");
+        assert_eq!(state(&server), published, "{nth}");
+    }
+}
+
+/// The annotation beside it says still what has signed last.
+#[tokio::test]
+async fn what_signs_alone_signs_on_when_the_bundle_is_emptied_between_two_terms() {
+    let (server, mut one, mut other, now, second) = replaced().await;
+    let published = bundle(&server);
+    server.put(AT, new_root().1);
+    edit(&server, "");
+    let standing = lead_again(&mut other, now + MINUTE).await.unwrap();
+    assert!(standing.waits && fingerprint(&standing) == second);
+    let (whole, end) = (bundle(&server), "-----END CERTIFICATE-----\n");
+    assert!(published.split_inclusive(end).all(|root| whole.contains(root)), "{whole}");
+    edit(&server, "");
+    assert_eq!(lead_again(&mut one, now + MINUTE).await.unwrap_err().reason(), "not_spread");
+}
+
+#[tokio::test]
+async fn publication_whose_answer_is_lost_is_no_change_of_somebody_else() {
+    let (server, _, mut roots, begin) = started().await;
+    server.put(AT, new_root().1);
+    server.lose_answers(true);
+    assert_eq!(roots.look(begin).await.unwrap_err().reason(), "api");
+    server.lose_answers(false);
+    let written = state(&server);
+    assert!(roots.look(begin + MINUTE).await.unwrap().waits);
+    assert_eq!(roots.put_back, None, "nobody is warned");
+    assert_eq!(state(&server), written);
+    assert!(!roots.look(begin + SPREAD).await.unwrap().waits, "it has spread since it was written");
+}
+
+#[tokio::test]
+async fn change_of_what_was_published_without_an_answer_is_put_back() {
+    let (server, _, mut roots, begin) = started().await;
+    server.put(AT, new_root().1);
+    server.lose_answers(true);
+    roots.look(begin).await.unwrap_err();
+    server.lose_answers(false);
+    let written = bundle(&server);
+    edit(&server, &(written.clone() + &new_root().0));
+    assert!(roots.look(begin + MINUTE).await.unwrap().waits);
+    assert_eq!(roots.put_back, Some(begin + MINUTE));
+    assert_eq!(bundle(&server), written);
+}
+
 /// As by a tool that applies its own state for ever.
 #[tokio::test]
 async fn bundle_that_is_changed_again_and_again_is_put_back_once_a_minute() {

@@ -181,9 +181,8 @@ impl<'a> Desk<'a> {
     }
 
     async fn take(&mut self, request: SigningRequest) {
-        // The field selector has said so already, if the server honours it.
-        let is_ours = request.spec.signer_name == self.signer.settings.signer;
-        if request.is_answered() || !is_ours || self.names.contains(request.name()) {
+        // Whose it is the field selector has said already, if the server honours it.
+        if !self.signer.is_to_answer(&request) || self.names.contains(request.name()) {
             return;
         }
         while self.answering.len() >= AT_ONCE {

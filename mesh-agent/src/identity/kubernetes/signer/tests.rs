@@ -19,6 +19,7 @@ use crate::identity::testing::{cluster_local, id};
 use crate::identity::verify::{PeerRole, verify_peer};
 
 const SIGNER: &str = "a.example/b";
+const OTHER: &str = "a.example/c";
 
 /// A signer in a cluster with one node, `a`, and an enrolled namespace.
 struct World {
@@ -66,19 +67,12 @@ impl World {
 
     /// The node's agent asks for a certificate of that service account.
     fn ask(&self, name: &str) {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
-        let asked = request::make(&id("web"), &key).unwrap();
-        let spec = json!({
-            "request": ByteString(asked.into_bytes()),
-            "signerName": SIGNER,
-            "usages": USAGES,
-            "expirationSeconds": 3600,
-            "username": "system:serviceaccount:malla-system:malla-agent",
-            "extra": {NODE_NAME: ["a"], NODE_UID: ["uid-a"]},
-        });
-        let metadata = json!({"name": name, "resourceVersion": "1"});
-        let path = format!("{REQUESTS}/{name}");
-        self.server.put(&path, json!({"metadata": metadata, "spec": spec}));
+        self.ask_of(SIGNER, name);
+    }
+
+    /// The same of this signer.
+    fn ask_of(&self, signer: &str, name: &str) {
+        self.server.put(&format!("{REQUESTS}/{name}"), request_of(signer, name, "1"));
     }
 
     /// Its `status`, when it is answered.
@@ -92,6 +86,21 @@ impl World {
         self.server.until("an answer", is_answered).await;
         self.server.get(&path)["status"].clone()
     }
+}
+
+/// What the node's agent asks of a signer.
+fn request_of(signer: &str, name: &str, version: &str) -> Value {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+    let asked = request::make(&id("web"), &key).unwrap();
+    let spec = json!({
+        "request": ByteString(asked.into_bytes()),
+        "signerName": signer,
+        "usages": USAGES,
+        "expirationSeconds": 3600,
+        "username": "system:serviceaccount:malla-system:malla-agent",
+        "extra": {NODE_NAME: ["a"], NODE_UID: ["uid-a"]},
+    });
+    json!({"metadata": {"name": name, "resourceVersion": version}, "spec": spec})
 }
 
 /// Whether the certificate in `status` was signed below this root.
@@ -143,6 +152,69 @@ async fn watch_goes_on_from_where_the_last_one_has_ended() {
         assert!(watch.contains(&format!("&resourceVersion={version}&")), "{watches:?}");
         assert!(watch.contains("&allowWatchBookmarks=true&"), "{watch}");
     }
+}
+
+#[tokio::test]
+async fn request_that_a_watch_tells_of_is_answered_and_the_next_watch_begins_after_it() {
+    let world = World::new().await;
+    world.server.put(SECRET, new_root().1);
+    world.pod(json!({"name": "web-1"}));
+    // As if it had been made after the list.
+    world.ask_of(OTHER, "new");
+    let new = json!({"type": "ADDED", "object": request_of(SIGNER, "new", "7")});
+    let gone = json!({"type": "DELETED", "object": request_of(SIGNER, "gone", "9")});
+    world.server.tell(&[new, gone]);
+    world.leads.send_replace(true);
+    let status = world.answer("new").await;
+    assert!(status["certificate"].is_string(), "{status}");
+    world.server.until("two watches", |server| followed(server).1.len() == 2).await;
+    let (lists, watches) = followed(&world.server);
+    assert_eq!(lists.len(), 1, "{lists:?}");
+    assert!(watches[1].contains("&resourceVersion=9&"), "{watches:?}");
+}
+
+/// Also by a server that does not honour the selector, as this one.
+#[tokio::test]
+async fn request_to_another_signer_is_left_alone() {
+    let world = World::new().await;
+    world.server.put(SECRET, new_root().1);
+    world.pod(json!({"name": "web-1"}));
+    world.ask_of(OTHER, "a-theirs");
+    world.ask("b-ours");
+    world.leads.send_replace(true);
+    let status = world.answer("b-ours").await;
+    assert!(status["certificate"].is_string(), "{status}");
+    let asked = world.server.asked();
+    assert_eq!(asked.iter().filter(|asked| *asked == "/api/v1/nodes/a").count(), 1, "{asked:?}");
+    assert!(world.server.get(&format!("{REQUESTS}/a-theirs"))["status"].is_null());
+    let selector = "?fieldSelector=spec.signerName%3Da.example%2Fb&";
+    let (lists, watches) = followed(&world.server);
+    assert!(lists.iter().chain(&watches).all(|asked| asked.contains(selector)), "{asked:?}");
+}
+
+/// The API lets whoever has made a request delete it, and make another one of that name.
+#[tokio::test]
+async fn request_that_has_become_another_signers_is_left_alone() {
+    let world = World::new().await;
+    world.server.put(SECRET, new_root().1);
+    // The API says something that is none.
+    let pods = "/api/v1/namespaces/default/pods";
+    let pod = json!({"metadata": {"name": "web-1", "namespace": "default"}, "spec": 5});
+    world.server.put(&format!("{pods}/web-1"), pod);
+    world.ask("a");
+    world.ask("b");
+    world.leads.send_replace(true);
+    let list = format!("{pods}?");
+    let attempts =
+        |server: &Server| server.asked().iter().filter(|asked| asked.starts_with(&list)).count();
+    world.server.until("both attempts", |server| attempts(server) == 2).await;
+    // Each is read again a second after its attempt.
+    world.ask_of(OTHER, "a");
+    world.pod(json!({"name": "web-1"}));
+    let status = world.answer("b").await;
+    assert!(status["certificate"].is_string(), "{status}");
+    assert_eq!(attempts(&world.server), 3);
+    assert!(world.server.get(&format!("{REQUESTS}/a"))["status"].is_null());
 }
 
 #[tokio::test]
