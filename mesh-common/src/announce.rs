@@ -149,6 +149,7 @@ mod tests {
             flags: 0,
             pod: [uid, 0],
             generation: [0, generation],
+            written: 0,
         }
     }
 

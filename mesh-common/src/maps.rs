@@ -125,6 +125,9 @@ map_struct! {
         pub pod: [u32; 2],
         /// Generation, two words: verdicts about other generations do not hold. Zero: none does.
         pub generation: [u32; 2],
+        /// The number of the write that this is of: no other write of any pod's entry has it while somebody reads
+        /// this one. The kernel may give the element to another pod meanwhile, and to this one again.
+        pub written: u32,
     }
 }
 
@@ -145,6 +148,8 @@ map_struct! {
         pub pod: [u32; 2],
         /// Generation, as in [`PodOutbound`].
         pub generation: [u32; 2],
+        /// Number of the write, as in [`PodOutbound`].
+        pub written: u32,
     }
 }
 

@@ -89,9 +89,15 @@ fn capture(
     let dst = dst(ctx.sock_addr);
     // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
     let pod = unsafe { &*slot };
+    // SAFETY: as above. Volatile: read now, whatever is read of it later.
+    let written = unsafe { core::ptr::read_volatile(&raw const (*slot).written) };
     let verdict = decide(pod, netns, &dst);
     // After this only what names the pod is read: another one's hash or generation matches nothing.
-    let is_still = POD_OUTBOUND.get_ptr_mut(netns).is_some_and(|now| now == slot);
+    let is_still = POD_OUTBOUND.get_ptr(netns).is_some_and(|now| {
+        // SAFETY: as above.
+        let now = unsafe { core::ptr::read_volatile(&raw const (*now).written) };
+        now == written
+    });
     let verdict = if is_still { verdict } else { Connect::Deny(Counter::ConnectChanged) };
     let listener = match verdict {
         Connect::Pass(reason) => {

@@ -86,12 +86,18 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp, elsewhere: 
     }
     // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
     let pod = unsafe { &*slot };
+    // SAFETY: as above. Volatile: read now, whatever is read of it later.
+    let written = unsafe { core::ptr::read_volatile(&raw const (*slot).written) };
     let announced = || match announced(pod, &DeliveryKey { src: remote, dst: local }) {
         Announced::Nothing if is_admitted(pod, &remote, &local) => Announced::Delivery,
         announced => announced,
     };
     let verdict = decide_lookup(pod, &local, &remote, announced, agent);
-    let is_still = POD_INBOUND.get_ptr(local_ip).is_some_and(|now| now == slot);
+    let is_still = POD_INBOUND.get_ptr(local_ip).is_some_and(|now| {
+        // SAFETY: as above.
+        let now = unsafe { core::ptr::read_volatile(&raw const (*now).written) };
+        now == written
+    });
     let verdict = if is_still { verdict } else { Lookup::Drop(Counter::LookupChanged) };
     answer(ctx, verdict, &local, &remote)
 }

@@ -20,11 +20,12 @@ use mesh_common::verdict::Agent;
 /// Read in place: a copy of its 192 bytes is a call and a loop. The kernel replaces an element that the agent
 /// writes, and gives the old one to the next key that is written on that CPU, without waiting for who reads
 /// it; since Linux 6.1 that is so with `BPF_F_NO_PREALLOC` too (`alloc_htab_elem()`, `bpf_mem_cache_free()`).
-/// So what was decided from an element holds only if the key still leads to it afterwards: it has been taken
-/// out before anybody else's settings are written into it. (Not by a key in the value: whether that is written
-/// before the rest or after it depends on the processor's `memcpy()`.) On processors that reorder loads this
-/// makes a mix unlikely, and not impossible. What else is read of it compares hashes or generations, of which
-/// two pods have no equal ones.
+/// So what was decided from an element holds only if the key still leads to the same write afterwards: an
+/// element is taken out before anybody else's settings are written into it, and what lies in it when it is
+/// found is whole. (That it leads to the same element is not enough: the element may have been another's in
+/// between. A number at either end of the value would not be either: which end is written first depends on the
+/// processor's `memcpy()`.) On processors that reorder loads this makes a mix unlikely, and not impossible.
+/// What else is read of it compares hashes or generations, of which two pods have no equal ones.
 #[map]
 pub(crate) static POD_OUTBOUND: HashMap<u64, PodOutbound> = HashMap::with_max_entries(1024, 0);
 

@@ -35,6 +35,8 @@ pub(super) struct Maps {
     pub(super) direct: HashMap<MapData, u64, DirectConn>,
     pub(super) counters: PerCpuArray<MapData, u64>,
     peers: HashMap<MapData, WireIp, Peer>,
+    /// The number of the last write of a pod's entry.
+    written: u32,
     config: CaptureConfig,
 }
 
@@ -57,6 +59,8 @@ impl Maps {
             direct: typed(ebpf, "DIRECT_CONNS")?,
             counters: typed(ebpf, "COUNTERS")?,
             peers: typed(ebpf, "PEERS")?,
+            // Unlike those of the agent before, whose last one may still be read.
+            written: fastrand::u32(..),
             config: config.clone(),
         })
     }
@@ -106,6 +110,8 @@ impl Maps {
         pod: &PodOutbound,
     ) -> Result<(), CaptureError> {
         let failed = self.failed("POD_OUTBOUND");
+        self.written = self.written.wrapping_add(1);
+        let pod = PodOutbound { written: self.written, ..*pod };
         self.outbound.insert(netns, pod, 0).map_err(failed)
     }
 
@@ -132,6 +138,8 @@ impl Maps {
 
     pub(super) fn set_inbound(&mut self, ip: IpAddr, pod: &PodInbound) -> Result<(), CaptureError> {
         let failed = self.failed("POD_INBOUND");
+        self.written = self.written.wrapping_add(1);
+        let pod = PodInbound { written: self.written, ..*pod };
         self.inbound.insert(from_ip(ip), pod, 0).map_err(failed)
     }
 
@@ -350,6 +358,7 @@ pub(super) fn outbound(
         turn: 0,
         pod: pod_hash(uid),
         generation: words(generation),
+        written: 0,
     };
     for (ip, ports) in ports {
         let (own_ip, own_ports) = match ip {
@@ -379,6 +388,7 @@ pub(super) fn inbound(
         flags: flag(settings.mode == Mode::Strict, STRICT) | flag(settings.fail_open, FAIL_OPEN),
         pod: pod_hash(uid),
         generation: words(generation),
+        written: 0,
     }
 }
 
@@ -399,6 +409,7 @@ pub(super) fn nameless_outbound(outbound: Outbound) -> PodOutbound {
         turn: 0,
         pod: NAMELESS,
         generation: [0; 2],
+        written: 0,
     }
 }
 
@@ -413,6 +424,7 @@ pub(super) fn nameless_inbound() -> PodInbound {
         flags: STRICT,
         pod: NAMELESS,
         generation: [0; 2],
+        written: 0,
     }
 }
 

@@ -36,6 +36,7 @@ impl Pod {
             turn: self.turn,
             pod: [0; 2],
             generation: [0; 2],
+            written: 0,
         }
     }
 
@@ -50,6 +51,7 @@ impl Pod {
             flags,
             pod: [0; 2],
             generation: [0; 2],
+            written: 0,
         }
     }
 

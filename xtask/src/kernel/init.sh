@@ -17,6 +17,6 @@ echo
 echo "kernel: $(uname -rm)"
 /programs/mesh-agent check
 echo "check: exit code $?"
-cd /tmp && /programs/capture --test-threads 2 2>&1
+cd /tmp && /programs/capture --test-threads 2 $TESTS 2>&1
 echo "capture: exit code $?"
 poweroff -f

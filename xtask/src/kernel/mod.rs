@@ -45,6 +45,9 @@ pub(crate) struct Kernel {
     /// A package of Debian's with a kernel and its modules for this machine's processor, such as `apt-get download
     /// linux-image-6.1.0-53-amd64` brings.
     package: PathBuf,
+
+    /// Only tests whose name contains this.
+    filter: Option<String>,
 }
 
 /// The emulator of this machine's processor: the program, its package, a machine, and the console.
@@ -103,7 +106,10 @@ impl Kernel {
         boot.args(["-cpu", emulator.processor]);
         boot.args(["-m", "4G", "-nographic", "-no-reboot", "-kernel"]).arg(&kernel);
         boot.arg("-initrd").arg(&image);
-        boot.arg("-append").arg(format!("console={} panic=-1 quiet", emulator.console));
+        // `init` has them in its environment.
+        let tests =
+            self.filter.as_deref().map_or_else(String::new, |only| format!(" TESTS={only}"));
+        boot.arg("-append").arg(format!("console={} panic=-1 quiet{tests}", emulator.console));
         tell(&watch("emulator", boot, LIMIT)?)
     }
 }

@@ -395,7 +395,7 @@ fn missing(
         return None;
     }
     let Some(key) = pod_key(endpoint, namespace) else {
-        let wanted = Wanted::Address { ip, account: None, node: None };
+        let wanted = Wanted::Address { ip, account: None, node: on.map(str::to_owned) };
         return (!knows(objects, ip) && !nodes.has(ip)).then_some(wanted);
     };
     let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.clone());

@@ -375,6 +375,17 @@ pub(super) async fn read<T: Followed>(
     }
 }
 
+/// The few objects at `path` that `selector` lets through.
+pub(super) async fn list<T: Followed>(
+    client: &Client,
+    path: &str,
+    selector: &str,
+) -> Result<Vec<Object>, String> {
+    let list = request::<List<T>>(client, format!("{path}?{selector}")).await;
+    let list = list.map_err(|error| crate::telemetry::chain(&error))?;
+    Ok(list.items.into_iter().map(|item| taken(item).0).collect())
+}
+
 async fn request<T: DeserializeOwned>(client: &Client, uri: String) -> Result<T, kube::Error> {
     let request = http::Request::get(uri).body(Vec::new()).map_err(kube::Error::HttpError)?;
     let asked = timeout(READ_LIMIT, client.request::<T>(request)).await;

@@ -4,17 +4,23 @@
 //!
 //! - What is read for one address is bounded, and of it only the pod that has it is kept, however many pods its
 //!   service account or its node has.
-//! - That an address is nobody's is said only if every pod was looked at that may have it.
+//! - That an address is nobody's is said only if every pod was looked at that may have it: all by their first
+//!   addresses, and where its node is known that node's by all of theirs.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use kube::Client;
+use tokio::time::timeout;
 
 use super::demand::{Found, Wanted, has};
-use super::feed::{Followed as _, Searched, read, search};
+use super::feed::{Followed as _, Searched, list, read, search};
 use crate::discovery::client::escaped;
 use crate::discovery::kube::Pod;
 use crate::discovery::objects::Object;
+
+/// All that is read for one address: whoever waits for it has given up before, and others want to be read.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// Reads what is wanted.
 pub(super) async fn find(client: &Client, wanted: &Wanted) -> Found {
@@ -33,7 +39,9 @@ pub(super) async fn find(client: &Client, wanted: &Wanted) -> Found {
             }
         }
         Wanted::Address { ip, account, node } => {
-            find_at(client, *ip, account.as_ref(), node.as_deref()).await
+            let found = find_at(client, *ip, account.as_ref(), node.as_deref());
+            let late = |_elapsed| Found::Failed(format!("not found within {LIMIT:?}"));
+            timeout(LIMIT, found).await.unwrap_or_else(late)
         }
     }
 }
@@ -44,14 +52,25 @@ async fn find_at(
     account: Option<&(String, String)>,
     node: Option<&str>,
 ) -> Found {
-    // By that only the first address of a pod is found.
-    let mut places = vec![(Pod::PATH.to_owned(), selector("status.podIP", &ip.to_string()))];
+    // By that only the first address of a pod is found. The answer is short, and not in pages, for which some
+    // servers would leave what they have in memory.
+    match list::<Pod>(client, Pod::PATH, &selector("status.podIP", &ip.to_string())).await {
+        Ok(pods) => {
+            let found: Vec<_> = pods.into_iter().filter(|pod| has(pod, ip)).collect();
+            if !found.is_empty() {
+                return Found::Pods(found);
+            }
+        }
+        Err(why) => return Found::Failed(why),
+    }
+    // A node has hundreds of pods at most, an account thousands.
+    let mut places = Vec::new();
+    if let Some(node) = node {
+        places.push((Pod::PATH.to_owned(), selector("spec.nodeName", node)));
+    }
     if let Some((namespace, name)) = account {
         let path = format!("/api/v1/namespaces/{}/pods", escaped(namespace));
         places.push((path, selector("spec.serviceAccountName", name)));
-    }
-    if let Some(node) = node {
-        places.push((Pod::PATH.to_owned(), selector("spec.nodeName", node)));
     }
     let mut is_certain = true;
     for (path, selector) in places {

@@ -71,8 +71,8 @@ pub(super) struct Roots {
     current: Option<Arc<Authority>>,
     /// What was published last, and the certificate of each.
     last: Option<(Vec<Published>, Certs)>,
-    /// The same of what may have been published: there was no answer.
-    attempted: Option<(Vec<Published>, Certs)>,
+    /// The same of what may have been published: there was no answer. And whether it was to put back a change.
+    attempted: Option<(Vec<Published>, Certs, bool)>,
     /// Whether `last` is of this term, so that no other signer has published since.
     is_sure: bool,
     /// When a change was put back last.
@@ -123,7 +123,7 @@ impl Roots {
             Err(_malformed) if self.is_sure => None,
             Err(error) => return Err(error),
         };
-        self.recognise(held.as_ref());
+        self.recognise(held.as_ref(), now);
         let is_lost = held.as_ref().is_some_and(|held| held.certs.is_empty());
         // What another signer has published meanwhile is told by the annotation, also beside an empty bundle.
         let is_told = held.as_ref().is_some_and(|held| held.annotated.is_some());
@@ -172,23 +172,15 @@ impl Roots {
         if is_due || (is_changed && !self.was_put_back(now)) {
             if let Err(error) = self.publish(map.as_ref(), &roots, &certs).await {
                 if error.may_be_done() {
-                    self.attempted = Some((roots, certs));
+                    self.attempted = Some((roots, certs, is_changed));
                 }
                 return Err(error.into());
             }
-            self.attempted = None;
             if is_changed {
-                self.put_back = Some(now);
-                warn!(
-                    config_map = format!("{}/{CONFIG_MAP}", self.namespace),
-                    key = BUNDLE,
-                    annotation = SINCE,
-                    "somebody had changed which roots are trusted, and it was put back: list \
-                     further ones in ca.crt of Secret malla-ca; to distrust one, end all signers, \
-                     delete that Secret and the ConfigMap, and start them again"
-                );
+                self.was_changed(now);
             }
         }
+        self.attempted = None;
         self.last = Some((roots, certs));
         self.is_sure = true;
         let Some((authority, _)) = signing else { return Err(CaError::NotSpread) };
@@ -197,13 +189,30 @@ impl Roots {
     }
 
     /// Takes what the ConfigMap holds for published if it is what this one has tried to publish.
-    fn recognise(&mut self, held: Option<&Held>) {
-        let is_it = |attempted: &mut (Vec<Published>, Certs)| {
-            held.is_some_and(|held| held.says(&attempted.0))
-        };
-        if let Some(attempted) = self.attempted.take_if(is_it) {
-            self.last = Some(attempted);
+    fn recognise(&mut self, held: Option<&Held>, now: SystemTime) {
+        let Some((roots, ..)) = &self.attempted else { return };
+        if !held.is_some_and(|held| held.says(roots)) {
+            return;
         }
+        if let Some((roots, certs, is_put_back)) = self.attempted.take() {
+            self.last = Some((roots, certs));
+            if is_put_back {
+                self.was_changed(now);
+            }
+        }
+    }
+
+    /// Tells that a change was put back.
+    fn was_changed(&mut self, now: SystemTime) {
+        self.put_back = Some(now);
+        warn!(
+            config_map = format!("{}/{CONFIG_MAP}", self.namespace),
+            key = BUNDLE,
+            annotation = SINCE,
+            "somebody had changed which roots are trusted, and it was put back: list further ones in \
+             ca.crt of Secret malla-ca; to distrust one, end all signers, delete that Secret and the \
+             ConfigMap, and start them again"
+        );
     }
 
     /// Whether what the ConfigMap holds, `None` if that cannot be read, is not what a signer has

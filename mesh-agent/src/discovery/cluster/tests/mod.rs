@@ -261,7 +261,8 @@ fn page(
     query: &HashMap<String, String>,
     version: u64,
 ) -> Response<BoxBody<Bytes, Infallible>> {
-    let limit: usize = query["limit"].parse().unwrap();
+    // Without one it is all of them.
+    let limit: usize = query.get("limit").map_or(usize::MAX, |limit| limit.parse().unwrap());
     let from: usize = query.get("continue").map_or(0, |at| at.parse().unwrap());
     let items: Vec<_> = all.iter().skip(from).take(limit).collect();
     let next = from + items.len();
