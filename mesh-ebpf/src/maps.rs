@@ -17,7 +17,7 @@ use mesh_common::maps::{
 use mesh_common::redirect::{Peer, PeerFlow, PeerFlowKey};
 use mesh_common::verdict::Agent;
 
-/// Read in place: a copy of its 192 bytes is a call and a loop. The kernel replaces an element that the agent
+/// Read in place: a copy of its 196 bytes is a call and a loop. The kernel replaces an element that the agent
 /// writes, and gives the old one to the next key that is written on that CPU, without waiting for who reads
 /// it; since Linux 6.1 that is so with `BPF_F_NO_PREALLOC` too (`alloc_htab_elem()`, `bpf_mem_cache_free()`).
 /// So what was decided from an element holds only if the key still leads to the same write afterwards: an
