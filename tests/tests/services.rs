@@ -176,8 +176,10 @@ fn client_keeps_to_its_endpoint_on_every_worker() -> Result<()> {
         for _ in 0..4 {
             assert_eq!(at_once(client, "sticky")?, first, "{client}");
         }
-        // Which is not for want of others: ten of three are the same once in 20,000 times.
-        ensure!(at_once(client, "free")?.len() > 1, "balance");
+        // Which is not for want of others. Ten that are drawn of three are the same now and then, and not five
+        // times in a row.
+        let drawn = (0..5).map(|_| at_once(client, "free")).collect::<Result<Vec<_>>>()?;
+        ensure!(drawn.iter().any(|who| who.len() > 1), "{client}: {drawn:?}");
     }
     Ok(())
 }
