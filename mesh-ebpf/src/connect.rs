@@ -73,9 +73,7 @@ fn capture(
 
     // SAFETY: the helper only reads the context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    // Twice, since a lookup may miss an entry: see `POD_OUTBOUND`.
-    let found = POD_OUTBOUND.get_ptr_mut(netns).or_else(|| POD_OUTBOUND.get_ptr_mut(netns));
-    let Some(slot) = found else {
+    let Some(slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
         // An array of one element has its element: `None` is for the verifier.
         let Some(control) = CONTROL.get(0) else { return ALLOW };
         // What shares the node's namespace is no pod that could be captured.
@@ -191,9 +189,7 @@ fn keep_apart(ctx: &SockAddrContext, dst: &WireAddr) {
 /// Whether the mesh is, or may be, at this address.
 #[inline(always)]
 fn is_destination(dst: &WireAddr) -> bool {
-    // Twice, as for a pod's entry.
-    DESTINATIONS.get_ptr(dst.ip).or_else(|| DESTINATIONS.get_ptr(dst.ip)).is_some()
-        || is_unread(dst)
+    DESTINATIONS.get_ptr(dst.ip).is_some() || is_unread(dst)
 }
 
 /// Whether it is in a block where somebody may be of whom nobody knows yet.
@@ -232,9 +228,7 @@ fn while_pending(dst: &WireAddr) -> i32 {
         if cgroup == 0 {
             return ALLOW; // Its own was the level before.
         }
-        // Twice, as for a pod's entry.
-        let found = PENDING.get_ptr(cgroup).or_else(|| PENDING.get_ptr(cgroup));
-        let Some(pod) = found else { continue };
+        let Some(pod) = PENDING.get_ptr(cgroup) else { continue };
         // SAFETY: RCU keeps the element mapped for this call. One that is recycled meanwhile is another
         // pending pod's, and the worst outcome one connection more, or less, refused.
         let pod = unsafe { &*pod };

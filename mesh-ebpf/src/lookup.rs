@@ -69,9 +69,7 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp, elsewhere: 
     // `local_port` is in host order, `remote_port` in network order.
     let local = WireAddr::new(local_ip, read!(ctx.lookup, local_port) as u16);
     let remote = WireAddr::new(remote_ip, u16::from_be(read!(ctx.lookup, remote_port)));
-    // Twice, since a lookup may miss an entry: see `POD_OUTBOUND`.
-    let found = POD_INBOUND.get_ptr(local_ip).or_else(|| POD_INBOUND.get_ptr(local_ip));
-    let Some(slot) = found else {
+    let Some(slot) = POD_INBOUND.get_ptr(local_ip) else {
         return match elsewhere {
             Elsewhere::LeftAlone => PASS,
             Elsewhere::Refused => {

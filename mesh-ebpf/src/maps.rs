@@ -26,9 +26,6 @@ use mesh_common::verdict::Agent;
 /// between. A number at either end of the value would not be either: which end is written first depends on the
 /// processor's `memcpy()`.) On processors that reorder loads this makes a mix unlikely, and not impossible.
 /// What else is read of it compares hashes or generations, of which two pods have no equal ones.
-///
-/// A lookup that has come to an element which is given to another key at that moment ends there and finds
-/// nothing, though there is an entry: so nobody is taken for no pod by one lookup alone.
 #[map]
 pub(crate) static POD_OUTBOUND: HashMap<u64, PodOutbound> = HashMap::with_max_entries(1024, 0);
 
