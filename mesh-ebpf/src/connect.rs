@@ -23,8 +23,8 @@ use mesh_common::{Counter, WireAddr};
 use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
 use crate::direct::{self, Way, way};
 use crate::maps::{
-    CONTROL, DESTINATIONS, NETWORKS, PENDING, POD_INBOUND, POD_OUTBOUND, SKIP_CIDRS, SOCK_META,
-    agent, count, now_ns,
+    CONTROL, NETWORKS, PENDING, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count, is_destination,
+    is_pod, now_ns,
 };
 
 const ALLOW: i32 = 1;
@@ -73,32 +73,23 @@ fn capture(
 
     // SAFETY: the helper only reads the context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    let Some(slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
-        // An array of one element has its element: `None` is for the verifier.
-        let Some(control) = CONTROL.get(0) else { return ALLOW };
-        // What shares the node's namespace is no pod that could be captured.
-        if control.pending != 0 && netns != control.node_netns {
-            return while_pending(&dst(ctx.sock_addr));
-        }
-        // SAFETY: the helper has no arguments; 0 is no kubelet's.
-        if is_kubelet(control, netns, || unsafe { bpf_get_current_cgroup_id() }) {
-            let_in(ctx, &dst(ctx.sock_addr));
-        }
-        return ALLOW;
-    };
     let dst = dst(ctx.sock_addr);
-    // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
+    // Nobody is taken for no pod by one look, and what changed under it is decided anew: see `POD_OUTBOUND`.
+    let seen = match look(netns, &dst) {
+        Seen::Nothing | Seen::Changed => look(netns, &dst),
+        decided => decided,
+    };
+    let (slot, verdict) = match seen {
+        Seen::Decided(slot, verdict) => (slot, verdict),
+        Seen::Changed => {
+            count(Counter::ConnectChanged);
+            return DENY;
+        }
+        Seen::Nothing => return of_no_pod(ctx, netns, &dst),
+    };
+    // SAFETY: RCU keeps the element mapped for this call. From here on only what names the pod is read of
+    // it: another one's hash or generation matches nothing.
     let pod = unsafe { &*slot };
-    // SAFETY: as above. Volatile: read now, whatever is read of it later.
-    let written = unsafe { core::ptr::read_volatile(&raw const (*slot).written) };
-    let verdict = decide(pod, netns, &dst);
-    // After this only what names the pod is read: another one's hash or generation matches nothing.
-    let is_still = POD_OUTBOUND.get_ptr(netns).is_some_and(|now| {
-        // SAFETY: as above.
-        let now = unsafe { core::ptr::read_volatile(&raw const (*now).written) };
-        now == written
-    });
-    let verdict = if is_still { verdict } else { Connect::Deny(Counter::ConnectChanged) };
     let listener = match verdict {
         Connect::Pass(reason) => {
             count(reason);
@@ -146,20 +137,54 @@ fn capture(
     ALLOW
 }
 
+/// What a look at a pod's entry came to.
+enum Seen {
+    /// There is none.
+    Nothing,
+    /// It was written or removed meanwhile.
+    Changed,
+    /// What it says, and itself.
+    Decided(*mut PodOutbound, Connect),
+}
+
 /// Decides over a connection to `dst` of the pod in this namespace.
 #[inline(always)]
-fn decide(pod: &PodOutbound, netns: u64, dst: &WireAddr) -> Connect {
-    decide_connect(
-        pod,
-        dst,
-        || is_destination(dst),
-        || {
-            let key = Key::new(FULL_PREFIX, SkipCidr::new(netns, dst.ip));
-            // 0: a block that is captured inside of a larger one that is not.
-            SKIP_CIDRS.get(key).is_some_and(|skipped| *skipped != 0)
-        },
-        agent,
-    )
+fn look(netns: u64, dst: &WireAddr) -> Seen {
+    let Some(slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
+        return Seen::Nothing;
+    };
+    // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
+    let pod = unsafe { &*slot };
+    // SAFETY: as above. Volatile: read now, whatever is read of it later.
+    let written = unsafe { core::ptr::read_volatile(&raw const (*slot).written) };
+    let is_skipped = || {
+        let key = Key::new(FULL_PREFIX, SkipCidr::new(netns, dst.ip));
+        // 0: a block that is captured inside of a larger one that is not.
+        SKIP_CIDRS.get(key).is_some_and(|skipped| *skipped != 0)
+    };
+    let verdict = decide_connect(pod, dst, || is_mesh(dst), is_skipped, agent);
+    let is_still = POD_OUTBOUND.get_ptr(netns).is_some_and(|now| {
+        // SAFETY: as above.
+        let now = unsafe { core::ptr::read_volatile(&raw const (*now).written) };
+        now == written
+    });
+    if is_still { Seen::Decided(slot, verdict) } else { Seen::Changed }
+}
+
+/// Decides over a process in a namespace that is no enrolled pod's.
+#[inline(always)]
+fn of_no_pod(ctx: &SockAddrContext, netns: u64, dst: &WireAddr) -> i32 {
+    // An array of one element has its element: `None` is for the verifier.
+    let Some(control) = CONTROL.get(0) else { return ALLOW };
+    // What shares the node's namespace is no pod that could be captured.
+    if control.pending != 0 && netns != control.node_netns {
+        return while_pending(dst);
+    }
+    // SAFETY: the helper has no arguments; 0 is no kubelet's.
+    if is_kubelet(control, netns, || unsafe { bpf_get_current_cgroup_id() }) {
+        let_in(ctx, dst);
+    }
+    ALLOW
 }
 
 /// Notes what `sock_ops` is to know of this socket.
@@ -181,15 +206,15 @@ fn remember(ctx: &SockAddrContext, meta: &mut SockMeta) -> bool {
 /// Fails open: without memory it may be taken for one of those, and passes unrecorded.
 #[inline(always)]
 fn keep_apart(ctx: &SockAddrContext, dst: &WireAddr) {
-    if POD_INBOUND.get_ptr(dst.ip).is_some() {
+    if is_pod(&dst.ip) {
         let _fails_open = remember(ctx, &mut SockMeta::of(ROLE_PLAIN));
     }
 }
 
 /// Whether the mesh is, or may be, at this address.
 #[inline(always)]
-fn is_destination(dst: &WireAddr) -> bool {
-    DESTINATIONS.get_ptr(dst.ip).is_some() || is_unread(dst)
+fn is_mesh(dst: &WireAddr) -> bool {
+    is_destination(&dst.ip) || is_unread(dst)
 }
 
 /// Whether it is in a block where somebody may be of whom nobody knows yet.
@@ -228,11 +253,13 @@ fn while_pending(dst: &WireAddr) -> i32 {
         if cgroup == 0 {
             return ALLOW; // Its own was the level before.
         }
-        let Some(pod) = PENDING.get_ptr(cgroup) else { continue };
+        // Twice: see `POD_OUTBOUND`.
+        let found = PENDING.get_ptr(cgroup).or_else(|| PENDING.get_ptr(cgroup));
+        let Some(pod) = found else { continue };
         // SAFETY: RCU keeps the element mapped for this call. One that is recycled meanwhile is another
         // pending pod's, and the worst outcome one connection more, or less, refused.
         let pod = unsafe { &*pod };
-        return match decide_pending(pod, dst, now_ns(), || is_destination(dst), agent) {
+        return match decide_pending(pod, dst, now_ns(), || is_mesh(dst), agent) {
             Connect::Deny(reason) => {
                 count(reason);
                 refuse()
@@ -271,7 +298,7 @@ fn refuse() -> i32 {
 /// Fails closed: at worst the pod takes it for plain text of a stranger.
 #[inline(always)]
 fn let_in(ctx: &SockAddrContext, dst: &WireAddr) {
-    if POD_INBOUND.get_ptr(dst.ip).is_none() {
+    if !is_pod(&dst.ip) {
         return;
     }
     let mut meta = SockMeta::of(ROLE_DELIVER);

@@ -69,37 +69,65 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp, elsewhere: 
     // `local_port` is in host order, `remote_port` in network order.
     let local = WireAddr::new(local_ip, read!(ctx.lookup, local_port) as u16);
     let remote = WireAddr::new(remote_ip, u16::from_be(read!(ctx.lookup, remote_port)));
-    let Some(slot) = POD_INBOUND.get_ptr(local_ip) else {
-        return match elsewhere {
-            Elsewhere::LeftAlone => PASS,
+    // Nobody is taken for no pod by one look, and what changed under it is decided anew: see `POD_OUTBOUND`.
+    let seen = match look(&local, &remote) {
+        Seen::Nothing | Seen::Changed => look(&local, &remote),
+        seen => seen,
+    };
+    let verdict = match seen {
+        Seen::Probe => {
+            count(Counter::LookupProbe);
+            return PASS;
+        }
+        Seen::Decided(verdict) => verdict,
+        Seen::Changed => Lookup::Drop(Counter::LookupChanged),
+        Seen::Nothing => match elsewhere {
+            Elsewhere::LeftAlone => return PASS,
             Elsewhere::Refused => {
                 let is_delivery = || is_delivery(&DeliveryKey { src: remote, dst: local });
-                let verdict = decide_elsewhere(&local, &remote, is_delivery, agent);
-                answer(ctx, verdict, &local, &remote)
+                decide_elsewhere(&local, &remote, is_delivery, agent)
             }
-        };
+        },
     };
+    answer(ctx, verdict, &local, &remote)
+}
 
-    if is_probe(&remote, &local) {
-        count(Counter::LookupProbe);
-        return PASS;
+/// What a look at a pod's entry came to.
+enum Seen {
+    /// There is none.
+    Nothing,
+    /// There is one, and `connect` asks.
+    Probe,
+    /// It was written or removed meanwhile.
+    Changed,
+    /// What it says.
+    Decided(Lookup),
+}
+
+/// Decides over a SYN from `remote` to the pod at `local`.
+#[inline(always)]
+fn look(local: &WireAddr, remote: &WireAddr) -> Seen {
+    let Some(slot) = POD_INBOUND.get_ptr(local.ip) else {
+        return Seen::Nothing;
+    };
+    if is_probe(remote, local) {
+        return Seen::Probe;
     }
     // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
     let pod = unsafe { &*slot };
     // SAFETY: as above. Volatile: read now, whatever is read of it later.
     let written = unsafe { core::ptr::read_volatile(&raw const (*slot).written) };
-    let announced = || match announced(pod, &DeliveryKey { src: remote, dst: local }) {
-        Announced::Nothing if is_admitted(pod, &remote, &local) => Announced::Delivery,
+    let announced = || match announced(pod, &DeliveryKey { src: *remote, dst: *local }) {
+        Announced::Nothing if is_admitted(pod, remote, local) => Announced::Delivery,
         announced => announced,
     };
-    let verdict = decide_lookup(pod, &local, &remote, announced, agent);
-    let is_still = POD_INBOUND.get_ptr(local_ip).is_some_and(|now| {
+    let verdict = decide_lookup(pod, local, remote, announced, agent);
+    let is_still = POD_INBOUND.get_ptr(local.ip).is_some_and(|now| {
         // SAFETY: as above.
         let now = unsafe { core::ptr::read_volatile(&raw const (*now).written) };
         now == written
     });
-    let verdict = if is_still { verdict } else { Lookup::Drop(Counter::LookupChanged) };
-    answer(ctx, verdict, &local, &remote)
+    if is_still { Seen::Decided(verdict) } else { Seen::Changed }
 }
 
 /// Does what was decided.

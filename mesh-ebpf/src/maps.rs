@@ -26,6 +26,10 @@ use mesh_common::verdict::Agent;
 /// between. A number at either end of the value would not be either: which end is written first depends on the
 /// processor's `memcpy()`.) On processors that reorder loads this makes a mix unlikely, and not impossible.
 /// What else is read of it compares hashes or generations, of which two pods have no equal ones.
+///
+/// A lookup that has come to an element which is given to another key at that moment ends there and finds
+/// nothing, though there is an entry: so nobody is taken for no pod, and no address for one outside of the mesh,
+/// by one lookup alone.
 #[map]
 pub(crate) static POD_OUTBOUND: HashMap<u64, PodOutbound> = HashMap::with_max_entries(1024, 0);
 
@@ -131,11 +135,23 @@ pub(crate) fn now_ms() -> u32 {
     (now_ns() >> 20) as u32
 }
 
+/// Whether this address is a destination of the mesh. Looked up twice: see [`POD_OUTBOUND`].
+#[inline(always)]
+pub(crate) fn is_destination(ip: &WireIp) -> bool {
+    DESTINATIONS.get_ptr(ip).or_else(|| DESTINATIONS.get_ptr(ip)).is_some()
+}
+
+/// Whether an enrolled pod of this node has this address. Looked up twice, too.
+#[inline(always)]
+pub(crate) fn is_pod(ip: &WireIp) -> bool {
+    POD_INBOUND.get_ptr(ip).or_else(|| POD_INBOUND.get_ptr(ip)).is_some()
+}
+
 /// Whether a pod of the mesh has this address, on this node or another one.
 #[inline(always)]
 pub(crate) fn is_member(ip: &WireIp) -> bool {
     // Of this node's also where there was no room for all destinations.
-    DESTINATIONS.get_ptr(ip).is_some() || POD_INBOUND.get_ptr(ip).is_some()
+    is_destination(ip) || is_pod(ip)
 }
 
 /// What the heartbeat says now.

@@ -16,9 +16,9 @@ use crate::world::*;
 /// at where the key leads and not at which write that is, it was one in some runs on busy cores.
 const ASKED: usize = 30_000;
 
-/// Of as many a lookup may find no entry, though there is one: its element had just been given to the other pod. It
-/// is no pod's then, and is let go like one from outside (seen: 6 in one of ten runs). ARCHITECTURE section 5 says so.
-const MISSED: u64 = 100;
+/// Of as many, those whose pod's own entry was written during both looks may be refused for it: 5 at most were seen,
+/// on busy cores, and some hundreds in three of four runs in which there was one look.
+const CHANGED_TWICE: u64 = 100;
 
 /// The agent's map of this name.
 pub(crate) fn pinned<K: Pod, V: Pod>(world: &World, name: &str) -> HashMap<MapData, K, V> {
@@ -57,12 +57,6 @@ fn while_elements_change_hands<K: Pod + Sync + Send, V: Pod + Sync + Send>(
     });
 }
 
-/// All that were asked for were refused for one of these reasons, but for those that found no entry.
-fn assert_refused(reasons: &[u64]) {
-    let (refused, asked) = (reasons.iter().sum::<u64>(), ASKED as u64 - 1);
-    assert!((asked - MISSED..=asked).contains(&refused), "{refused} of {asked}: {reasons:?}");
-}
-
 #[test]
 fn connection_that_another_pod_skips_is_never_let_out() {
     if !root() {
@@ -85,7 +79,8 @@ fn connection_that_another_pod_skips_is_never_let_out() {
     });
     assert_eq!(count(&capture, "connect_skipped_port"), 0);
     let refused = ["connect_no_listener", "connect_changed"].map(|name| count(&capture, name));
-    assert_refused(&refused);
+    assert_eq!(refused.iter().sum::<u64>(), ASKED as u64 - 1, "{refused:?}");
+    assert!(refused[1] <= CHANGED_TWICE, "{refused:?}");
 }
 
 #[test]
@@ -110,5 +105,5 @@ fn connection_that_another_pod_skips_is_never_let_in() {
     assert_eq!(count(&capture, "lookup_skipped_port"), 0);
     let refused = ["lookup_strict", "lookup_changed", "lookup_strict_elsewhere"]
         .map(|name| count(&capture, name));
-    assert_refused(&refused);
+    assert_eq!(refused.iter().sum::<u64>(), ASKED as u64 - 1, "{refused:?}");
 }

@@ -15,6 +15,8 @@ fn full_listener(pod: &Pod) -> Result<Socket> {
     pod.run(|| {
         let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
         socket.set_only_v6(false)?;
+        // Connections of the listener before it may not have ended altogether.
+        socket.set_reuse_address(true)?;
         socket.bind(&SocketAddr::from(([0u16; 8], 8080)).into())?;
         socket.listen(0)?;
         Ok(socket)
