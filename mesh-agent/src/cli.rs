@@ -172,15 +172,17 @@ pub struct Run {
     )]
     pub daemonset: Option<DaemonSetName>,
 
-    /// What the cgroup of the node's kubelet is called. Its connections reach the applications of strict
-    /// pods too, which its probes need, and with it those of any other process in that cgroup.
+    /// What the cgroup of the node's kubelet may be called: the first of these that is there is it. Its
+    /// connections reach the applications of strict pods too, which its probes need, and with it those of any
+    /// other process in that cgroup.
     #[arg(
         long,
         env = "MESH_KUBELET_CGROUP",
-        value_name = "NAME",
-        default_value = "kubelet.service"
+        value_name = "NAME,...",
+        value_delimiter = ',',
+        default_value = "kubelet.service,k3s.service,k3s-agent.service,rke2-server.service,rke2-agent.service"
     )]
-    pub kubelet_cgroup: String,
+    pub kubelet_cgroup: Vec<String>,
 
     /// How long connections into the mesh are refused of a new pod that the Kubernetes API has not told
     /// of yet; 0: not at all. Too short and, while that API is slow, a pod of the mesh talks in plain text;

@@ -41,6 +41,7 @@ fn dispatch(command: Command, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
         Command::Check(check) => return report(&check, out),
         Command::Detach(detach) => {
             small_runtime()?.block_on(ask::must_not_run(&detach.admin.socket))?;
+            ask::must_not_beat(&detach.admin.socket, &detach.bpffs)?;
             let mut report = Capture::detach(&detach.bpffs)?;
             report.removed.extend(agent::remove_files(&detach.admin.socket)?);
             return detached(&report, detach.output, out);

@@ -200,18 +200,19 @@ fn is_of(place: &Path, uid: &str) -> bool {
     cgroup.is_ok_and(|cgroup| pod_of_process(&cgroup).as_deref() == Some(uid))
 }
 
-/// Finds the kubelet by the name of its cgroup, and remembers where that was.
+/// Finds the kubelet by the names that its cgroup may have, and remembers where that was.
 #[derive(Debug)]
 pub struct Kubelet {
     root: PathBuf,
-    name: String,
+    names: Vec<String>,
     found: Option<PathBuf>,
 }
 
 impl Kubelet {
-    /// `root` is the root of the node's cgroup2 tree, `name` what the kubelet's cgroup is called.
-    pub fn new(root: &Path, name: &str) -> Self {
-        Self { root: root.into(), name: name.into(), found: None }
+    /// `root` is the root of the node's cgroup2 tree, `names` what the kubelet's cgroup may be called. Of several
+    /// that are there it is the one that is named first.
+    pub fn new(root: &Path, names: &[String]) -> Self {
+        Self { root: root.into(), names: names.to_vec(), found: None }
     }
 
     /// The ID of the cgroup of this node's kubelet, if it runs. A service that is restarted gets another.
@@ -227,6 +228,7 @@ impl Kubelet {
     fn look(&self) -> Option<PathBuf> {
         let owner = |path: &Path| fs::metadata(path).ok().map(|found| found.uid());
         let root = owner(&self.root)?;
+        let mut best: Option<(usize, PathBuf)> = None;
         let mut places = vec![(self.root.clone(), 0)];
         while let Some((place, depth)) = places.pop() {
             for (name, path) in directories(&place).filter(|(name, _)| pod_of_name(name).is_none())
@@ -234,15 +236,19 @@ impl Kubelet {
                 if owner(&path) != Some(root) {
                     continue;
                 }
-                if name == self.name && is_inhabited(&path) {
-                    return Some(path);
+                let rank = self.names.iter().position(|one| *one == name);
+                if let Some(rank) = rank
+                    && best.as_ref().is_none_or(|(before, _)| rank < *before)
+                    && is_inhabited(&path)
+                {
+                    best = Some((rank, path.clone()));
                 }
                 if depth < DEEPEST {
                     places.push((path, depth + 1));
                 }
             }
         }
-        None
+        best.map(|(_, path)| path)
     }
 }
 
@@ -290,7 +296,8 @@ mod tests {
             fs::write(path.join("cgroup.procs"), processes).unwrap();
             path
         };
-        let mut kubelet = Kubelet::new(dir.path(), "kubelet.service");
+        let names = ["kubelet.service", "k3s.service"].map(str::to_owned);
+        let mut kubelet = Kubelet::new(dir.path(), &names);
         assert_eq!(kubelet.cgroup(), None);
         place("kubepods/podd5a5c9f2-90d5-43b4-b1b4-2a7a0a1b6c11/kubelet.service", "5\n");
         place("another-node/kubelet.slice/kubelet.service", "0\n");
@@ -304,7 +311,11 @@ mod tests {
         assert_eq!(kubelet.cgroup(), net::inode(&next));
         // A tree that systemd has left to a user.
         if chown(&next, Some(65_534), None).is_ok() {
-            assert_eq!(Kubelet::new(dir.path(), "kubelet.service").cgroup(), None);
+            assert_eq!(Kubelet::new(dir.path(), &names).cgroup(), None);
         }
+        let k3s = place("system.slice/k3s.service", "11\n");
+        assert_eq!(Kubelet::new(dir.path(), &names).cgroup(), net::inode(&k3s));
+        let own = place("a.slice/kubelet.service", "12\n");
+        assert_eq!(Kubelet::new(dir.path(), &names).cgroup(), net::inode(&own), "named first");
     }
 }

@@ -13,6 +13,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SockAddrContext;
+use mesh_common::addr::is_v4;
 use mesh_common::maps::{
     PodOutbound, ROLE_AGENT, ROLE_APP, ROLE_DELIVER, ROLE_PLAIN, SkipCidr, SockMeta,
 };
@@ -21,9 +22,9 @@ use mesh_common::verdict::{Block, Connect, decide_connect, is_kubelet};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{IPPROTO_TCP, dst4, dst6, read, set4, set6};
-use crate::direct::{self, Way, way};
+use crate::direct::{self, Client, Way, way};
 use crate::maps::{
-    CONTROL, NETWORKS, PENDING, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count, is_destination,
+    CONTROL, DESTINATIONS, NETWORKS, PENDING, POD_OUTBOUND, SKIP_CIDRS, SOCK_META, agent, count,
     is_pod, now_ns,
 };
 
@@ -75,21 +76,22 @@ fn capture(
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let dst = dst(ctx.sock_addr);
     // Nobody is taken for no pod by one look, and what changed under it is decided anew: see `POD_OUTBOUND`.
-    let seen = match look(netns, &dst) {
-        Seen::Nothing | Seen::Changed => look(netns, &dst),
+    let seen = match look(netns, &dst, false) {
+        // The second look comes last: the agent writes a pod's entry before it takes it from those that are
+        // pending.
+        Seen::Nothing if of_no_pod(ctx, netns, &dst) == DENY => return DENY,
+        Seen::Nothing => look(netns, &dst, false),
+        Seen::Changed => look(netns, &dst, true),
         decided => decided,
     };
-    let (slot, verdict) = match seen {
-        Seen::Decided(slot, verdict) => (slot, verdict),
+    let (slot, client, verdict) = match seen {
+        Seen::Decided(slot, client, verdict) => (slot, client, verdict),
         Seen::Changed => {
             count(Counter::ConnectChanged);
             return DENY;
         }
-        Seen::Nothing => return of_no_pod(ctx, netns, &dst),
+        Seen::Nothing => return ALLOW,
     };
-    // SAFETY: RCU keeps the element mapped for this call. From here on only what names the pod is read of
-    // it: another one's hash or generation matches nothing.
-    let pod = unsafe { &*slot };
     let listener = match verdict {
         Connect::Pass(reason) => {
             count(reason);
@@ -106,9 +108,9 @@ fn capture(
         Connect::Capture { ip, port } => Some(WireAddr::new(ip, port)),
     };
     let mut meta = SockMeta { orig: dst, captured: 1, ..SockMeta::of(ROLE_APP) };
-    let to = match (way(ctx, netns, pod, &dst), listener) {
+    let to = match (way(ctx, netns, &client, &dst), listener) {
         (Way::Direct(endpoint, server), _) => {
-            direct::remember(&mut meta, pod, endpoint, server);
+            direct::remember(&mut meta, &client, endpoint, server);
             endpoint
         }
         (Way::Agent(endpoint), Some(listener)) => {
@@ -129,7 +131,7 @@ fn capture(
     remember_on_mptcp(ctx, &mut meta);
     redirect(ctx.sock_addr, &to);
     if meta.role == ROLE_APP {
-        // SAFETY: the slot stays mapped, see above. Not atomic, and it may be another pod's by now: see
+        // SAFETY: RCU keeps the element mapped for this call. Not atomic, and it may be another pod's by now: see
         // `PodOutbound::turn`.
         unsafe { (*slot).turn = (*slot).turn.wrapping_add(1) };
         count(Counter::Captured);
@@ -143,14 +145,16 @@ enum Seen {
     Nothing,
     /// It was written or removed meanwhile.
     Changed,
-    /// What it says, and itself.
-    Decided(*mut PodOutbound, Connect),
+    /// Itself, who it is of, and what it says.
+    Decided(*mut PodOutbound, Client, Connect),
 }
 
-/// Decides over a connection to `dst` of the pod in this namespace.
+/// Decides over a connection to `dst` of the pod in this namespace, which has an entry for sure if it `has_one`, or
+/// has just left.
 #[inline(always)]
-fn look(netns: u64, dst: &WireAddr) -> Seen {
-    let Some(slot) = POD_OUTBOUND.get_ptr_mut(netns) else {
+fn look(netns: u64, dst: &WireAddr, has_one: bool) -> Seen {
+    let again = || if has_one { POD_OUTBOUND.get_ptr_mut(netns) } else { None };
+    let Some(slot) = POD_OUTBOUND.get_ptr_mut(netns).or_else(again) else {
         return Seen::Nothing;
     };
     // SAFETY: RCU keeps the element mapped for this call; see `POD_OUTBOUND` for why it is not copied.
@@ -163,12 +167,13 @@ fn look(netns: u64, dst: &WireAddr) -> Seen {
         SKIP_CIDRS.get(key).is_some_and(|skipped| *skipped != 0)
     };
     let verdict = decide_connect(pod, dst, || is_mesh(dst), is_skipped, agent);
+    let client = Client::of(pod, is_v4(&dst.ip));
     let is_still = POD_OUTBOUND.get_ptr(netns).is_some_and(|now| {
         // SAFETY: as above.
         let now = unsafe { core::ptr::read_volatile(&raw const (*now).written) };
         now == written
     });
-    if is_still { Seen::Decided(slot, verdict) } else { Seen::Changed }
+    if is_still { Seen::Decided(slot, client, verdict) } else { Seen::Changed }
 }
 
 /// Decides over a process in a namespace that is no enrolled pod's.
@@ -214,7 +219,10 @@ fn keep_apart(ctx: &SockAddrContext, dst: &WireAddr) {
 /// Whether the mesh is, or may be, at this address.
 #[inline(always)]
 fn is_mesh(dst: &WireAddr) -> bool {
-    is_destination(&dst.ip) || is_unread(dst)
+    // Twice: see `POD_OUTBOUND`. The second time last: an address becomes a destination before its block is
+    // read.
+    let is_destination = || DESTINATIONS.get_ptr(dst.ip).is_some();
+    is_destination() || is_unread(dst) || is_destination()
 }
 
 /// Whether it is in a block where somebody may be of whom nobody knows yet.
@@ -257,7 +265,7 @@ fn while_pending(dst: &WireAddr) -> i32 {
         let found = PENDING.get_ptr(cgroup).or_else(|| PENDING.get_ptr(cgroup));
         let Some(pod) = found else { continue };
         // SAFETY: RCU keeps the element mapped for this call. One that is recycled meanwhile is another
-        // pending pod's, and the worst outcome one connection more, or less, refused.
+        // pending pod's; this one has been enrolled then, and `capture` looks for its entry after this.
         let pod = unsafe { &*pod };
         return match decide_pending(pod, dst, now_ns(), || is_mesh(dst), agent) {
             Connect::Deny(reason) => {

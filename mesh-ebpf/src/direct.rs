@@ -25,9 +25,39 @@ pub(crate) enum Way {
     Direct(WireAddr, [u32; 2]),
 }
 
-/// Looks for a verdict on a connection of `pod` to `dst`.
+/// The pod that connects, as its entry said while that was what it said of nobody else.
+#[derive(Clone, Copy)]
+pub(crate) struct Client {
+    /// Its hash.
+    pod: [u32; 2],
+    generation: u64,
+    /// Its address of the destination's family.
+    ip: WireIp,
+}
+
+impl Client {
+    /// Of whoever the entry is; whether it still is, the caller looks afterwards.
+    #[inline(always)]
+    pub(crate) fn of(entry: &PodOutbound, is_v4: bool) -> Self {
+        // SAFETY: a reference. Volatile: read now, and not when it is used.
+        let (pod, generation, ip) = unsafe {
+            (
+                core::ptr::read_volatile(&raw const entry.pod),
+                core::ptr::read_volatile(&raw const entry.generation),
+                core::ptr::read_volatile(if is_v4 {
+                    &raw const entry.ip4
+                } else {
+                    &raw const entry.ip6
+                }),
+            )
+        };
+        Self { pod, generation: number(generation), ip }
+    }
+}
+
+/// Looks for a verdict on a connection of `client` to `dst`.
 #[inline(always)]
-pub(crate) fn way(ctx: &SockAddrContext, netns: u64, pod: &PodOutbound, dst: &WireAddr) -> Way {
+pub(crate) fn way(ctx: &SockAddrContext, netns: u64, client: &Client, dst: &WireAddr) -> Way {
     let key = VerdictKey::new(netns, *dst);
     // SAFETY: RCU keeps the element mapped for this call; `choose` notices if it was recycled.
     let Some(verdict) = (unsafe { VERDICTS.get(key) }) else {
@@ -41,7 +71,7 @@ pub(crate) fn way(ctx: &SockAddrContext, netns: u64, pod: &PodOutbound, dst: &Wi
     let destination = unsafe { DESTINATIONS.get(dst.ip) }.copied().unwrap_or(0);
     // SAFETY: the helper has no arguments.
     let draw = unsafe { bpf_get_prandom_u32() };
-    match choose(verdict, &key, number(pod.generation), destination, draw, now_ns) {
+    match choose(verdict, &key, client.generation, destination, draw, now_ns) {
         Choice::Stale(reason) => {
             count(reason);
             Way::Agent(WireAddr::NONE)
@@ -50,29 +80,24 @@ pub(crate) fn way(ctx: &SockAddrContext, netns: u64, pod: &PodOutbound, dst: &Wi
             count(Counter::DirectAgent);
             Way::Agent(endpoint.addr)
         }
-        Choice::Direct(endpoint) => direct(ctx, pod, &endpoint),
+        Choice::Direct(endpoint) => direct(ctx, client, &endpoint),
     }
 }
 
-/// What is remembered on the socket of a connection of `pod` that goes straight to `endpoint`, of the pod
+/// What is remembered on the socket of a connection of `client` that goes straight to `endpoint`, of the pod
 /// with the hash `server`.
 #[inline(always)]
-pub(crate) fn remember(
-    meta: &mut SockMeta,
-    pod: &PodOutbound,
-    endpoint: WireAddr,
-    server: [u32; 2],
-) {
+pub(crate) fn remember(meta: &mut SockMeta, client: &Client, endpoint: WireAddr, server: [u32; 2]) {
     meta.endpoint = endpoint;
     meta.role = ROLE_DIRECT;
     meta.started_ns = now_ns();
-    meta.client = pod.pod;
+    meta.client = client.pod;
     meta.server = server;
 }
 
 /// The endpoint, if its pod is the one that was decided about and somebody listens there.
 #[inline(always)]
-fn direct(ctx: &SockAddrContext, pod: &PodOutbound, endpoint: &VerdictEndpoint) -> Way {
+fn direct(ctx: &SockAddrContext, client: &Client, endpoint: &VerdictEndpoint) -> Way {
     // SAFETY: RCU keeps the element mapped for this call; two fields are copied, and a recycled element
     // has another pod's generation.
     let Some(server) = (unsafe { POD_INBOUND.get(endpoint.addr.ip) }) else {
@@ -84,12 +109,11 @@ fn direct(ctx: &SockAddrContext, pod: &PodOutbound, endpoint: &VerdictEndpoint) 
         count(Counter::DirectStale);
         return Way::Agent(WireAddr::NONE);
     }
-    let own_ip = if is_v4(&endpoint.addr.ip) { &pod.ip4 } else { &pod.ip6 };
-    if !leaves_from(ctx, own_ip) {
+    if !leaves_from(ctx, &client.ip) {
         count(Counter::DirectBound);
         return Way::Agent(WireAddr::NONE);
     }
-    if !listens(ctx, own_ip, endpoint) {
+    if !listens(ctx, &client.ip, endpoint) {
         count(Counter::DirectNoListener);
         return Way::Agent(WireAddr::NONE);
     }

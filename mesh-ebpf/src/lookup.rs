@@ -70,8 +70,9 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp, elsewhere: 
     let local = WireAddr::new(local_ip, read!(ctx.lookup, local_port) as u16);
     let remote = WireAddr::new(remote_ip, u16::from_be(read!(ctx.lookup, remote_port)));
     // Nobody is taken for no pod by one look, and what changed under it is decided anew: see `POD_OUTBOUND`.
-    let seen = match look(&local, &remote) {
-        Seen::Nothing | Seen::Changed => look(&local, &remote),
+    let seen = match look(&local, &remote, false) {
+        Seen::Nothing => look(&local, &remote, false),
+        Seen::Changed => look(&local, &remote, true),
         seen => seen,
     };
     let verdict = match seen {
@@ -79,7 +80,12 @@ fn steer(ctx: &SkLookupContext, local_ip: WireIp, remote_ip: WireIp, elsewhere: 
             count(Counter::LookupProbe);
             return PASS;
         }
-        Seen::Decided(verdict) => verdict,
+        Seen::Decided(verdict, is_admitted) => {
+            if is_admitted {
+                count(Counter::LookupTranslated);
+            }
+            verdict
+        }
         Seen::Changed => Lookup::Drop(Counter::LookupChanged),
         Seen::Nothing => match elsewhere {
             Elsewhere::LeftAlone => return PASS,
@@ -100,14 +106,16 @@ enum Seen {
     Probe,
     /// It was written or removed meanwhile.
     Changed,
-    /// What it says.
-    Decided(Lookup),
+    /// What it says, and whether because of an admission.
+    Decided(Lookup, bool),
 }
 
-/// Decides over a SYN from `remote` to the pod at `local`.
+/// Decides over a SYN from `remote` to the pod at `local`, which has an entry for sure if it `has_one`, or has just
+/// left.
 #[inline(always)]
-fn look(local: &WireAddr, remote: &WireAddr) -> Seen {
-    let Some(slot) = POD_INBOUND.get_ptr(local.ip) else {
+fn look(local: &WireAddr, remote: &WireAddr, has_one: bool) -> Seen {
+    let again = || if has_one { POD_INBOUND.get_ptr(local.ip) } else { None };
+    let Some(slot) = POD_INBOUND.get_ptr(local.ip).or_else(again) else {
         return Seen::Nothing;
     };
     if is_probe(remote, local) {
@@ -117,8 +125,12 @@ fn look(local: &WireAddr, remote: &WireAddr) -> Seen {
     let pod = unsafe { &*slot };
     // SAFETY: as above. Volatile: read now, whatever is read of it later.
     let written = unsafe { core::ptr::read_volatile(&raw const (*slot).written) };
+    let mut by_admission = false;
     let announced = || match announced(pod, &DeliveryKey { src: *remote, dst: *local }) {
-        Announced::Nothing if is_admitted(pod, remote, local) => Announced::Delivery,
+        Announced::Nothing if is_admitted(pod, remote, local) => {
+            by_admission = true;
+            Announced::Delivery
+        }
         announced => announced,
     };
     let verdict = decide_lookup(pod, local, remote, announced, agent);
@@ -127,7 +139,7 @@ fn look(local: &WireAddr, remote: &WireAddr) -> Seen {
         let now = unsafe { core::ptr::read_volatile(&raw const (*now).written) };
         now == written
     });
-    if is_still { Seen::Decided(verdict) } else { Seen::Changed }
+    if is_still { Seen::Decided(verdict, by_admission) } else { Seen::Changed }
 }
 
 /// Does what was decided.
@@ -229,9 +241,5 @@ fn is_admitted(server: &PodInbound, remote: &WireAddr, local: &WireAddr) -> bool
     let Some(client) = (unsafe { POD_INBOUND.get(remote.ip) }) else {
         return false;
     };
-    let admitted = admission.admits(client.generation, server.generation, now_ms());
-    if admitted {
-        count(Counter::LookupTranslated);
-    }
-    admitted
+    admission.admits(client.generation, server.generation, now_ms())
 }

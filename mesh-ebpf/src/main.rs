@@ -10,7 +10,8 @@
 //! tcx ingress     hand packets between two pods of the node over, past it (`--redirect-peer on`)
 //! ```
 //!
-//! Guarantees: a socket outside every enrolled pod costs one lookup that misses; an exit is counted;
+//! Guarantees: a socket outside every enrolled pod costs two lookups that miss, and while pods are pending
+//! one or two for each level of its cgroup; an exit is counted;
 //! what should be captured and cannot be is refused; no loop, no kernel structure and no address
 //! that user space did not give.
 //!

@@ -121,6 +121,7 @@ fn own_metrics_are_there() -> Result<()> {
         "mesh_capture_total",
         "mesh_certificate_expiry_seconds",
         "mesh_manifest_problems",
+        "mesh_problems",
         "mesh_snapshot_age_seconds",
         "mesh_stage_duration_seconds_count",
         "mesh_tunnel_handshakes_total",

@@ -204,6 +204,7 @@ impl Agent {
             shared.spawn(redirects::survey(Arc::clone(&node), pods.shortfall(), redirects));
             control.spawn(redirects::warn_of_policies(source.network_policies()));
         }
+        let no_kubelet = watch::Sender::new(false);
         let nothing = Snapshot::empty(options.node.as_str().into(), options.trust_domain.clone());
         let views = Arc::new(Views {
             started,
@@ -216,6 +217,7 @@ impl Agent {
             confirmed: source.confirmed(),
             shortfall: pods.shortfall(),
             redirected,
+            no_kubelet: no_kubelet.subscribe(),
             applied: ArcSwap::from_pointee(nothing),
             is_applied: AtomicBool::new(false),
             applied_at: Mutex::new(started),
@@ -236,6 +238,7 @@ impl Agent {
                 Arc::clone(&capture),
                 options.cgroup.clone(),
                 options.kubelet_cgroup.clone(),
+                no_kubelet,
             ));
         }
         control.spawn(forget_series(Arc::clone(&node)));

@@ -269,8 +269,8 @@ impl Pods {
 
     /// Lets go of pods that are not wanted, or not as they were enrolled, and says whether there were any.
     ///
-    /// Those whose namespace another pod is to have stay captured until that one is ([`Self::enrol`]): by
-    /// the namespace's inode.
+    /// Those that go on under another description, and those whose namespace another pod is to have, stay captured
+    /// until that is done ([`Self::enrol`]): by the namespace's inode.
     fn release(
         &mut self,
         wanted: &HashMap<WorkloadUid, Arc<Workload>>,
@@ -298,7 +298,8 @@ impl Pods {
         let mut released = false;
         for uid in leaving {
             let Some(mut enrolled) = self.enrolled.remove(&uid) else { continue };
-            if successors.contains(&enrolled.inode) {
+            let goes_on = wanted.contains_key(&uid) && !self.is_replaced(&uid, &enrolled);
+            if goes_on || successors.contains(&enrolled.inode) {
                 predecessors.insert(enrolled.inode, (uid, enrolled));
                 continue;
             }

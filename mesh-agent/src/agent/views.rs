@@ -34,6 +34,8 @@ pub(super) struct Views {
     pub(super) confirmed: Option<watch::Receiver<Option<tokio::time::Instant>>>,
     pub(super) shortfall: watch::Receiver<Shortfall>,
     pub(super) redirected: watch::Receiver<Redirected>,
+    /// Whether there is a kubelet whose probes are to be recognised, and it is not found.
+    pub(super) no_kubelet: watch::Receiver<bool>,
     /// What kernel and listeners follow. `node.known` is ahead of it while pods are being enrolled.
     pub(super) applied: ArcSwap<Snapshot>,
     pub(super) is_applied: AtomicBool,
@@ -69,7 +71,8 @@ impl Views {
             }),
             snapshot: Box::new(move || telemetry::SnapshotState {
                 age: snapshot.snapshot_age(),
-                problems: snapshot.problem_count(),
+                in_manifests: snapshot.problem_count(),
+                problems: u64::try_from(snapshot.all_problems().len()).unwrap_or(u64::MAX),
             }),
             look_at_direct: Box::new(move || {
                 if let Some(connections) = direct.direct.get() {
@@ -145,9 +148,8 @@ impl Views {
         })
     }
 
-    fn status(&self) -> view::StatusView {
-        let snapshot = self.applied.load_full();
-        let ready = self.ready();
+    /// Everything that somebody should look at.
+    fn all_problems(&self) -> Vec<view::ProblemView> {
         let mut problems: Vec<_> = self.problems.borrow().iter().map(problem).collect();
         problems.extend(self.shortfall.borrow().problems());
         problems.extend(self.missing_certificates());
@@ -159,6 +161,23 @@ impl Views {
                 remedy: "the last good roots stay in force until the file is corrected".into(),
             });
         }
+        if *self.no_kubelet.borrow() {
+            problems.push(view::ProblemView {
+                place: "the kubelet".into(),
+                field: "--kubelet-cgroup".into(),
+                message: format!(
+                    "no cgroup of the node is called {} and has a process: strict pods refuse the kubelet's probes",
+                    self.options.kubelet_cgroup.join(" or ")
+                ),
+                remedy: "name the cgroup that it runs in: `cat /proc/$(pidof kubelet)/cgroup`".into(),
+            });
+        }
+        problems
+    }
+
+    fn status(&self) -> view::StatusView {
+        let snapshot = self.applied.load_full();
+        let ready = self.ready();
         let mut carriers = BTreeMap::new();
         for tunnel in self.all_tunnels() {
             let node = self.node_name(tunnel.peer.node);
@@ -176,7 +195,7 @@ impl Views {
                 self.shortfall.borrow().not_enrolled.len(),
                 self.snapshot_age().as_secs(),
             ),
-            problems,
+            problems: self.all_problems(),
             connections: view::ConnectionCounts {
                 outbound: self.node.telemetry.open_count(Direction::Outbound),
                 inbound: self.node.telemetry.open_count(Direction::Inbound),
@@ -293,6 +312,7 @@ impl Views {
             "node": options.node,
             "manifests": options.manifests,
             "kubeconfig": options.kubeconfig,
+            "daemonset": options.daemonset.as_ref().map(|of| format!("{}/{}", of.namespace, of.name)),
             "kubelet_cgroup": options.kubelet_cgroup,
             "pod_cidrs": options.pod_cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "ca_dir": options.ca_dir,
@@ -319,6 +339,8 @@ impl Views {
             "redirect_peer": options.redirect_peer.as_str(),
             "connect_timeout_s": options.connect_timeout.as_secs(),
             "drain_s": options.drain.as_secs(),
+            "unknown_pods_s": options.unknown_pods.as_secs(),
+            "poll_us": options.poll.as_micros(),
             "cert_lifetime_s": options.cert_lifetime.as_secs(),
             "metrics_series_limit": options.metrics_series_limit,
         })

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum CaptureError {
     /// Pins need a bpffs, and this directory is not on one.
-    #[error("{} is not on a bpffs: run `mount -t bpf bpf {}`", dir.display(), mount.display())]
+    #[error("{} is not on a bpffs: run `mount -t bpf bpf {}`, in a container on the node itself", dir.display(), mount.display())]
     NoBpffs {
         /// The configured directory.
         dir: PathBuf,
@@ -43,7 +43,7 @@ pub enum CaptureError {
         source: io::Error,
     },
     /// The kernel refused the programs or the maps: `mesh-agent check` says what is missing.
-    #[error("the kernel refuses {what}")]
+    #[error("the kernel refuses {what}: `mesh-agent check` says what it lacks")]
     Load {
         /// Which program or map.
         what: &'static str,
@@ -51,7 +51,7 @@ pub enum CaptureError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A link could not be made or moved to a new program.
-    #[error("cannot attach {what}")]
+    #[error("cannot attach {what}: `mesh-agent check` says what the kernel lacks")]
     Attach {
         /// Which program.
         what: &'static str,

@@ -188,8 +188,8 @@ impl Maps {
         known: &std::collections::HashMap<u64, BTreeMap<Cidr, u32>>,
     ) -> Result<(), CaptureError> {
         let failed = self.failed("SKIP_CIDRS");
-        let keys: Vec<_> = self.skip.keys().collect::<Result<_, _>>().map_err(&failed)?;
-        for key in keys {
+        let all: Vec<_> = self.skip.iter().collect::<Result<_, _>>().map_err(&failed)?;
+        for key in in_order_of_removal(all) {
             let [low, high] = key.data().netns;
             let of = u64::from(low) | u64::from(high) << 32;
             let same = |block: &Cidr| {
@@ -318,6 +318,14 @@ pub(super) fn skips(blocks: &[Cidr]) -> BTreeMap<Cidr, u32> {
     }
     skips.extend(blocks.iter().map(|block| (*block, 1)));
     skips
+}
+
+/// Blocks in the order in which they may be removed one by one: what is not skipped inside of a larger one goes after
+/// that one. On its own it changes nothing; the larger one on its own lets it out.
+pub(super) fn in_order_of_removal<B>(blocks: impl IntoIterator<Item = (B, u32)>) -> Vec<B> {
+    let mut blocks: Vec<_> = blocks.into_iter().collect();
+    blocks.sort_by_key(|(_, skipped)| *skipped == 0);
+    blocks.into_iter().map(|(block, _)| block).collect()
 }
 
 /// A pod's UID as programs know and tell it: its hash.
@@ -466,4 +474,17 @@ pub(super) fn pairs<K: aya::Pod, V: aya::Pod, T: Borrow<MapData>>(
     map: &HashMap<T, K, V>,
 ) -> Result<Vec<(K, V)>, MapError> {
     map.iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exception_goes_after_the_block_that_it_is_in() {
+        let blocks = ["::/0", "10.1.0.0/16"].map(|text| text.parse().unwrap());
+        let order = in_order_of_removal(skips(&blocks));
+        assert_eq!(order.len(), 3);
+        assert_eq!(order.last(), Some(&Cidr::ALL_V4));
+    }
 }

@@ -50,8 +50,11 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use mesh_common::maps::{Control, ROLE_AGENT, ROLE_DELIVER, SPECS, SockMeta};
+use mesh_common::verdict::STALE_NS;
 use mesh_core::addr::Cidr;
 use mesh_core::generation::GenerationKey;
 use mesh_core::networks::Block;
@@ -78,6 +81,9 @@ use pins::Pins;
 use pods::Pods;
 use redirect::Redirect;
 use routes::Routes;
+
+/// In which a living agent beats once at least: it does so every second.
+const BEATS: Duration = Duration::from_millis(2500);
 
 /// A pod to capture.
 #[derive(Clone, Copy, Debug)]
@@ -427,6 +433,22 @@ impl Capture {
     /// What the programs tell, for one reader: `None` after the first call.
     pub fn take_log(&self) -> Option<KernelLog> {
         lock(&self.log).take()
+    }
+
+    /// Whether an agent that uses pins under `bpffs` tells the programs that it lives. Where one has ended within
+    /// the last seconds this waits for a beat that does not come.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be read.
+    pub fn is_beating(bpffs: &Path) -> Result<bool, CaptureError> {
+        let before = pins::heartbeats(bpffs)?;
+        let silent = sys::boot_ns().saturating_sub(STALE_NS);
+        if before.iter().all(|beat| *beat < silent) {
+            return Ok(false);
+        }
+        thread::sleep(BEATS);
+        Ok(pins::heartbeats(bpffs)? != before)
     }
 
     /// Detaches every program and removes every pin under `bpffs`, of this and of older agents, and the

@@ -9,9 +9,9 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use aya::maps::MapInfo;
+use aya::maps::{Array, Map, MapData, MapInfo};
 use mesh_common::abi;
-use mesh_common::maps::{MapSize, MapSpec, SPECS};
+use mesh_common::maps::{Control, MapSize, MapSpec, SPECS};
 
 use super::sys::{self, AttachType, LinkInfo};
 use super::{CaptureConfig, CaptureError};
@@ -253,6 +253,18 @@ pub(super) fn remove_layout(layout: &Path) -> Result<Vec<PathBuf>, CaptureError>
 /// The layouts of any agent under `root`, and what else lies there.
 pub(super) fn layouts(root: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>), CaptureError> {
     Ok(list(root)?.into_iter().partition(|path| is_layout(path)))
+}
+
+/// The last heartbeats in the layouts under `root`, on [`sys::boot_ns`]'s clock. Of those of other versions only
+/// where it lies where ours does.
+pub(super) fn heartbeats(root: &Path) -> Result<Vec<u64>, CaptureError> {
+    let (layouts, _others) = layouts(root)?;
+    let beat = |layout: &PathBuf| {
+        let map = MapData::from_pin(layout.join("maps/CONTROL")).ok()?;
+        let control = Array::<_, Control>::try_from(Map::Array(map)).ok()?;
+        Some(control.get(&0, 0).ok()?.heartbeat_ns)
+    };
+    Ok(layouts.iter().filter_map(beat).collect())
 }
 
 fn is_layout(path: &Path) -> bool {

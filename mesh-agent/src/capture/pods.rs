@@ -410,9 +410,9 @@ impl Pods {
             }
         }
         let now_skipped = now.skips();
-        for block in before.skips().keys() {
-            if before.netns != now.netns || !now_skipped.contains_key(block) {
-                self.maps.remove_skip(before.netns, block)?;
+        for block in maps::in_order_of_removal(before.skips()) {
+            if before.netns != now.netns || !now_skipped.contains_key(&block) {
+                self.maps.remove_skip(before.netns, &block)?;
             }
         }
         Ok(())

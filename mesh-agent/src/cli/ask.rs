@@ -14,6 +14,7 @@ use crate::admin::view::{
     CertificateView, ConnectionView, ServiceView, StatusView, TunnelView, WorkloadView,
 };
 use crate::admin::{self, ClientError};
+use crate::capture::Capture;
 use crate::telemetry::chain;
 
 /// Why a question was not answered.
@@ -51,8 +52,21 @@ pub enum DetachError {
         /// Its socket.
         path: PathBuf,
     },
+    /// An agent runs that this socket is not of.
+    #[error(
+        "nothing is removed: nobody is at {path}, and an agent tells the programs in {bpffs} that it lives; \
+         stop it first, or name its --admin-socket"
+    )]
+    Beats {
+        /// The socket that was asked.
+        path: PathBuf,
+        /// Where its programs are pinned.
+        bpffs: PathBuf,
+    },
     /// One may run.
-    #[error("nothing is removed: whether an agent runs at {path} cannot be told")]
+    #[error(
+        "nothing is removed: whether an agent runs at {path} cannot be told; run this as root, and with the agent's --admin-socket"
+    )]
     Unknown {
         /// Its socket.
         path: PathBuf,
@@ -143,6 +157,20 @@ pub async fn must_not_run(socket: &Path) -> Result<(), DetachError> {
         Err(error) if error.is_nobody() => Ok(()),
         Err(source) => Err(DetachError::Unknown { path: socket.into(), source }),
     }
+}
+
+/// Makes sure of the same where nobody is at `socket`, which may be another one than the agent's: by what a living
+/// agent writes under `bpffs`.
+///
+/// # Errors
+///
+/// If one does.
+pub fn must_not_beat(socket: &Path, bpffs: &Path) -> Result<(), DetachError> {
+    // What cannot be read there cannot be removed either, which then says why.
+    if Capture::is_beating(bpffs).unwrap_or_default() {
+        return Err(DetachError::Beats { path: socket.into(), bpffs: bpffs.into() });
+    }
+    Ok(())
 }
 
 async fn status(ask: &AskAgent, out: &mut dyn Write) -> Result<Answered, AskError> {

@@ -30,7 +30,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 #[non_exhaustive]
 pub enum ClientError {
     /// The process runs in no pod, or in one that has no service account's token.
-    #[error("find the Kubernetes API from inside a pod: outside of one, set --kubeconfig")]
+    #[error(
+        "find the Kubernetes API from inside a pod: outside of one, set --kubeconfig, or --manifests to run without a cluster"
+    )]
     NotInPod(#[source] InClusterError),
     /// The file is absent, or does not say how to reach a cluster.
     #[error("read {path}: check --kubeconfig")]

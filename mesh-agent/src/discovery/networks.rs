@@ -39,6 +39,31 @@ pub(super) fn networks(objects: &Objects, node: &str, more: &[Cidr]) -> Networks
     Networks::new(more.iter().copied().chain(of(false)), of(true))
 }
 
+/// A pod of `node` for each family in which no network of pods has its address, with that address: where this node's
+/// are in none, those of others are not either. None while the node is not known.
+pub(super) fn strays<'a>(
+    objects: &'a Objects,
+    node: &str,
+    more: &[Cidr],
+) -> impl Iterator<Item = (&'a Pod, IpAddr)> {
+    let mut own = nodes(objects).filter(|(name, _)| *name == node);
+    let own = own.next().filter(|_| objects.absent().is_some());
+    let known: Option<Vec<_>> =
+        own.map(|(_, own)| blocks(own).chain(more.iter().copied()).collect());
+    let here =
+        |pod: &Pod| pod.spec.as_ref().is_some_and(|spec| spec.node_name.as_deref() == Some(node));
+    let found = |is_v4: bool| {
+        let known = known.as_ref()?;
+        objects.iter().find_map(|(_, object)| {
+            let Object::Pod(pod) = object else { return None };
+            let mut ips = addresses(pod).filter(|ip| ip.is_ipv4() == is_v4 && here(pod));
+            let stray = ips.find(|ip| !known.iter().any(|block| block.contains(*ip)))?;
+            Some((&**pod, stray))
+        })
+    };
+    [found(true), found(false)].into_iter().flatten()
+}
+
 /// The addresses in `networks` of which it is known who has them. Nothing that a node says counts in `more`.
 pub(super) fn read(objects: &Objects, networks: &Networks, more: &[Cidr]) -> HashSet<IpAddr> {
     let Some(absent) = objects.absent() else { return HashSet::new() };
@@ -156,6 +181,31 @@ mod tests {
         let all = ["10.244.0.0/16".parse().unwrap()];
         assert!(has(&all, "10.244.3.9"), "of a node that says nothing");
         assert!(!has(&all, "10.244.1.9"), "this node's");
+    }
+
+    #[test]
+    fn pod_of_this_node_in_no_network_shows_that_others_are_in_none_either() {
+        let mut objects = cluster();
+        let stray = |objects: &Objects, more: &[Cidr]| -> Vec<IpAddr> {
+            strays(objects, "a", more).map(|(_, ip)| ip).collect()
+        };
+        for (name, node, ips) in [
+            ("known", "a", ["10.244.1.7", "fd00:1::7"]),
+            ("stray", "a", ["172.16.0.7", "fd00:1::8"]),
+            ("other", "b", ["172.16.0.8", "fd00:9::8"]),
+        ] {
+            let ips = ips.map(|ip| json!({"ip": ip}));
+            let pod = json!({
+                "metadata": {"name": name},
+                "spec": {"nodeName": node},
+                "status": {"phase": "Running", "podIPs": ips},
+            });
+            objects.insert(Object::Pod(Arc::new(serde_json::from_value(pod).unwrap())));
+        }
+        assert_eq!(stray(&objects, &[]), [ip("172.16.0.7")]);
+        assert_eq!(stray(&objects, &["172.16.0.0/12".parse().unwrap()]), [] as [IpAddr; 0]);
+        let all: Objects = objects.iter().map(|(_, object)| object.clone()).collect();
+        assert_eq!(stray(&all, &[]), [] as [IpAddr; 0], "every pod is known");
     }
 
     #[test]

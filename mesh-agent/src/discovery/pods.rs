@@ -9,9 +9,10 @@ use mesh_core::snapshot::{Enrolment, Workload, WorkloadNames};
 use mesh_core::spiffe::SpiffeId;
 
 use super::enrol::{
-    NETNS, Wishes, annotation, has_completed, left_alone, shares_the_nodes_network,
+    MESH, NETNS, Wishes, annotation, has_completed, left_alone, shares_the_nodes_network,
+    takes_part,
 };
-use super::kube::{Pod, PodStatus};
+use super::kube::{Namespace, ObjectMeta, Pod, PodStatus};
 use super::objects::{ObjectKey, Objects};
 use super::translate::{Context, NetnsFrom};
 use super::{Problems, Report, shown};
@@ -29,6 +30,8 @@ pub(super) struct Found {
     pub(super) workload: Arc<Workload>,
     /// Where its endpoints may be: its own addresses, or the node's if it shares them.
     pub(super) addresses: Vec<IpAddr>,
+    /// Set if its namespace has to be known first: it is no place outside the mesh before.
+    pub(super) is_unread: bool,
 }
 
 impl Pods {
@@ -44,6 +47,12 @@ impl Pods {
     /// The pod that keeps this address.
     pub(super) fn at(&self, ip: IpAddr) -> Option<&Found> {
         self.found.get(*self.by_ip.get(&ip)?)
+    }
+
+    /// The addresses of those whose namespaces have to be known first.
+    pub(super) fn unread(&self) -> impl Iterator<Item = IpAddr> {
+        let unread = self.found.iter().filter(|found| found.is_unread);
+        unread.flat_map(|found| found.addresses.iter().copied())
     }
 
     /// Gives the pod at `index` those of `addresses` that no other has.
@@ -131,8 +140,13 @@ pub(super) fn translate<'a>(
             found.ips.clone()
         };
         netns(&mut found, pod, context, &mut report);
+        // What is sent to one of this node leaves no node, and it is held back itself meanwhile.
+        let is_unread = objects.absent().is_some()
+            && found.node != context.node
+            && found.enrolment == Enrolment::LeftAlone(left_alone::NAMESPACE_UNREAD)
+            && may_take_part(&key.namespace, pod);
         this.by_name.insert((key.namespace.clone(), key.name.clone()), index);
-        this.found.push(Found { workload: Arc::new(found), addresses });
+        this.found.push(Found { workload: Arc::new(found), addresses, is_unread });
     }
     this
 }
@@ -192,6 +206,16 @@ fn workload(
         provisional: false,
         netns: None,
     })
+}
+
+/// Whether a pod that says nothing of it takes part if its namespace asks for it.
+fn may_take_part(namespace: &str, pod: &Pod) -> bool {
+    let metadata = ObjectMeta {
+        name: Some(namespace.to_owned()),
+        annotations: Some(BTreeMap::from([(MESH.to_owned(), "enabled".to_owned())])),
+        ..ObjectMeta::default()
+    };
+    takes_part(&Namespace { metadata }, pod)
 }
 
 fn has_address(pod: &Pod) -> bool {

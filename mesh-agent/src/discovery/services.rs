@@ -44,7 +44,8 @@ pub(super) struct Around<'a> {
 #[derive(Debug)]
 pub(super) struct Services {
     pub(super) services: Vec<Arc<Service>>,
-    /// Addresses of those, and of their endpoints, whose pods nobody has read yet.
+    /// Addresses of those, and of their endpoints, whose pods nobody has read yet; and of every pod whose
+    /// namespace has to be known first.
     pub(super) unread: HashSet<IpAddr>,
 }
 
@@ -70,7 +71,7 @@ pub(super) fn translate<'a>(
     around: &'a Around<'a>,
     problems: &mut Problems,
 ) -> Services {
-    let mut unread_addresses = HashSet::new();
+    let mut unread_addresses: HashSet<_> = pods.unread().collect();
     let services: BTreeMap<_, _> = services
         .map(|(key, service)| {
             let mut report = Report::of(key, problems);

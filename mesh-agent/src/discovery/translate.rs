@@ -112,6 +112,7 @@ pub fn translate(
     );
     let workloads = pods.workloads();
     unreachable_pods(&workloads, &nodes, context, unread, &mut problems);
+    unknown_networks(objects, context, &mut problems);
     let read = networks::read(objects, &networks, &context.pod_cidrs);
     let parts = Parts { workloads, services, nodes, unread: unread_addresses, networks, read };
     let (node, trust_domain) = (Arc::clone(&context.node), context.trust_domain.clone());
@@ -171,6 +172,26 @@ fn unreachable_pods(
                 missing(unread, "add the Node, with an address of type InternalIP"),
             );
         }
+    }
+}
+
+/// Pods of other nodes are captured by where they may be, if nobody has read them: that has to be known.
+fn unknown_networks(objects: &Objects, context: &Context, problems: &mut Problems) {
+    let (namespace, name) = (String::new(), context.node.to_string());
+    let key = ObjectKey { kind: Kind::Node, namespace, name };
+    let mut report = Report::of(&key, problems);
+    for (pod, ip) in networks::strays(objects, &context.node, &context.pod_cidrs) {
+        let (namespace, name) = (&pod.metadata.namespace, &pod.metadata.name);
+        report.say(
+            "spec.podCIDRs",
+            format_args!(
+                "pod {}/{} has the address {ip}, which is in none of the networks of pods: what dials pods of other \
+                 nodes by their addresses leaves in plain text until they are known",
+                namespace.as_deref().unwrap_or_default(),
+                name.as_deref().unwrap_or_default(),
+            ),
+            "name the networks of all pods in --pod-cidrs (MESH_POD_CIDRS)",
+        );
     }
 }
 

@@ -40,6 +40,8 @@ pub struct SnapshotState {
     /// Since the snapshot in use was made.
     pub age: Duration,
     /// Problems in the manifests now.
+    pub in_manifests: u64,
+    /// Those, and all others that `status` tells.
     pub problems: u64,
 }
 
@@ -54,7 +56,7 @@ pub struct Sources {
     pub tunnels: Box<dyn Fn() -> TunnelNumbers + Send + Sync>,
     /// When each certificate held ends: `mesh_certificate_expiry_seconds{identity}`.
     pub certificates: Box<dyn Fn() -> Vec<(SpiffeId, SystemTime)> + Send + Sync>,
-    /// `mesh_snapshot_age_seconds`, `mesh_manifest_problems`.
+    /// `mesh_snapshot_age_seconds`, `mesh_manifest_problems`, `mesh_problems`.
     pub snapshot: Box<dyn Fn() -> SnapshotState + Send + Sync>,
     /// Brings the byte counters of open direct connections up to date.
     pub look_at_direct: Box<dyn Fn() + Send + Sync>,
@@ -199,6 +201,14 @@ impl Collector for MeshState {
             .encode_descriptor(
                 "mesh_manifest_problems",
                 "Problems in the manifests that are reported now",
+                None,
+                MetricType::Gauge,
+            )?
+            .encode_gauge(&as_gauge(snapshot.in_manifests))?;
+        encoder
+            .encode_descriptor(
+                "mesh_problems",
+                "Problems that `status` tells now, of the manifests and all others",
                 None,
                 MetricType::Gauge,
             )?

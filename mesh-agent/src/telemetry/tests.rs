@@ -63,7 +63,11 @@ fn exposition_is_pinned() {
             let web = Shop::new().web;
             vec![(web.identity.clone(), UNIX_EPOCH + Duration::from_secs(1_800_000_000))]
         }),
-        snapshot: Box::new(|| SnapshotState { age: Duration::from_millis(1500), problems: 2 }),
+        snapshot: Box::new(|| SnapshotState {
+            age: Duration::from_millis(1500),
+            in_manifests: 2,
+            problems: 3,
+        }),
         look_at_direct: Box::new(|| {}),
         direct_events_lost: Box::new(|| 5),
     });

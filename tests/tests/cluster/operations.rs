@@ -8,48 +8,6 @@ use crate::agents::{SERVERS, Shop, enabled};
 use crate::load::under_load;
 
 #[test]
-fn running_pods_join_and_leave_twenty_times_under_load_and_no_request_fails() -> Result<()> {
-    require_cluster!();
-    let agents = Agents::deployed()?;
-    let shop = Shop::open(&json!({}))?;
-    let before = shop.lives()?;
-    let asked = under_load(&shop.cluster, "client", "web", || {
-        for _ in 0..20 {
-            shop.cluster.annotate(&enabled())?;
-            shop.wait_until_told("enabled")?;
-            shop.cluster.annotate(&json!({"malla.dev/mesh": "disabled"}))?;
-            shop.wait_until_told("")?;
-        }
-        Ok(())
-    });
-    let asked = asked.with_context(|| agents.failures(shop.cluster.name()))?;
-    ensure!(asked > 200, "hardly any traffic: {asked}");
-    assert_eq!(shop.lives()?, before, "no pod is another, or was restarted");
-    let carried =
-        [("src.namespace", shop.cluster.name()), ("way", "tunnel"), ("response_flags", "-")];
-    agents.wait_for_record(&shop.nodes[1], &carried)?;
-    Ok(())
-}
-
-#[test]
-fn agents_are_replaced_under_load_and_no_request_fails() -> Result<()> {
-    require_cluster!();
-    let mut agents = Agents::alone()?;
-    let shop = Shop::open(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
-    shop.wait_until_enrolled(&agents, true)?;
-    let talks = Talks::begin(&shop, &agents)?;
-    let times = long::either(1, 5);
-    let asked = under_load(&shop.cluster, "client", "web", || {
-        (0..times).try_for_each(|_| agents.replace())
-    })?;
-    ensure!(asked > 100, "hardly any traffic: {asked}");
-    shop.wait_until_enrolled(&agents, true)?;
-    shop.hear_both_by_address()?;
-    // What was open has gone on until its agent had drained, of both nodes, or for ever if none carried it.
-    talks.check(2 * times)
-}
-
-#[test]
 fn deployment_grows_to_twenty_pods_and_shrinks_under_load_and_no_request_fails() -> Result<()> {
     require_cluster!();
     let agents = Agents::deployed()?;
@@ -118,22 +76,36 @@ fn deployment_grows_to_twenty_pods_and_shrinks_under_load_and_no_request_fails()
     Ok(())
 }
 
+/// All that people do with the file, by one deployment of it: the agents' settings are those that it comes with.
 #[test]
 fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace() -> Result<()> {
     require_cluster!();
-    let agents = Agents::shipped()?;
-    let shop = Shop::open(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
+    let mut agents = Agents::shipped()?;
+    let shop = Shop::open(&json!({}))?;
+    let before = shop.lives()?;
+    running_pods_join_and_leave_twenty_times(&shop)?;
+
+    shop.cluster.annotate(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     shop.wait_until_enrolled(&agents, true)?;
     shop.hear_both(&["web"])?;
     let talks = Talks::begin(&shop, &agents)?;
-    let before = shop.lives()?;
+    let times = long::either(1, 5);
+    let asked = under_load(&shop.cluster, "client", "web", || {
+        (0..times).try_for_each(|_| agents.replace())
+    })?;
+    ensure!(asked > 100, "hardly any traffic: {asked}");
+    shop.wait_until_enrolled(&agents, true)?;
+    shop.hear_both_by_address()?;
+    // What was open has gone on until its agent had drained, of both nodes, or for ever if none carried it.
+    talks.check(2 * times)?;
+
     one_replica_of_the_ca_is_evicted_and_not_both(agents.system())?;
     agents.delete()?;
     shop.hear_both(&["web"])?;
     shop.hear_both_by_address()?;
     shop.hear_both(&SERVERS.map(|name| format!("{name}.headless")))?;
-    assert_eq!(shop.lives()?, before);
-    talks.check(1)?;
+    assert_eq!(shop.lives()?, before, "no pod is another, or was restarted");
+    talks.check(2 * times + 1)?;
     for (node, found) in agents.traces(&shop.cluster)? {
         let nothing = json!({"removed": [], "namespaces": [], "left": []});
         assert_eq!(found, nothing, "on {node}");
@@ -142,6 +114,20 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
     let forget = ["annotate", "pods", "--all", "malla.dev/redirection-"];
     shop.cluster.kubectl(&forget)?;
     shop.wait_until_told("")
+}
+
+fn running_pods_join_and_leave_twenty_times(shop: &Shop) -> Result<()> {
+    let asked = under_load(&shop.cluster, "client", "web", || {
+        for _ in 0..20 {
+            shop.cluster.annotate(&enabled())?;
+            shop.wait_until_told("enabled")?;
+            shop.cluster.annotate(&json!({"malla.dev/mesh": "disabled"}))?;
+            shop.wait_until_told("")?;
+        }
+        Ok(())
+    })?;
+    ensure!(asked > 200, "hardly any traffic: {asked}");
+    Ok(())
 }
 
 /// Who drains the nodes of both has one wait until the other one's successor is ready.

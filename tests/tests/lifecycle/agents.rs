@@ -192,6 +192,10 @@ fn detach_removes_nothing_beside_an_agent_that_runs() -> Result<()> {
     ensure!(cli.code == 1 && cli.stdout.is_empty(), "{}: {}", cli.code, cli.stdout);
     let socket = agent.admin_socket().display().to_string();
     ensure!(cli.stderr.contains(&socket), "{}", cli.stderr);
+    // Who runs it elsewhere, where the agent's socket is not: in a container to look around in.
+    let cli = agent.cli(&["detach", "--admin-socket", "/nowhere/admin.sock"])?;
+    ensure!(cli.code == 1 && cli.stdout.is_empty(), "{}: {}", cli.code, cli.stdout);
+    ensure!(cli.stderr.contains(&agent.bpffs().display().to_string()), "{}", cli.stderr);
 
     let before = agent.metric("istio_tcp_connections_opened_total", &[])?;
     exchange(&mut mesh.pod("a1").connect(mesh.pod("b1").v4(8080))?, b"still in the mesh")?;

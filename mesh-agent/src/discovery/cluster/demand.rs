@@ -204,7 +204,7 @@ impl Remote {
                 let key = key.map(|(key, _)| key.clone());
                 let was_there = key.is_some_and(|key| {
                     self.kept.remove(&key);
-                    objects.remove(&key).is_some()
+                    remove(objects, &key, node)
                 });
                 was_there | self.tell_absent(objects)
             }
@@ -216,11 +216,12 @@ impl Remote {
                 }
                 let wanted = wanted.anywhere();
                 let mut changed = self.absent.remove(&wanted).is_some();
-                changed |= self.replaced(objects, &wanted, &pods);
+                changed |= self.replaced(objects, node, &wanted, &pods);
                 for pod in pods {
                     let key = pod.key();
-                    // Those of this node are followed, and what that tells is newer.
-                    if is_on(&pod, node) {
+                    // Those of this node are followed, and what that tells is newer: also if this is
+                    // another one that had the name before.
+                    if is_on(&pod, node) || is_followed(objects, &key, node) {
                         continue;
                     }
                     let used = self.kept.get(&key).map_or(now, |kept| kept.used);
@@ -243,13 +244,19 @@ impl Remote {
     }
 
     /// Drops whoever had what was looked for, if somebody else has it now.
-    fn replaced(&mut self, objects: &mut Objects, wanted: &Wanted, pods: &[Object]) -> bool {
+    fn replaced(
+        &mut self,
+        objects: &mut Objects,
+        node: &str,
+        wanted: &Wanted,
+        pods: &[Object],
+    ) -> bool {
         let stays: HashSet<ObjectKey> = pods.iter().map(Object::key).collect();
         let mut changed = false;
         let is_over =
             |key: &ObjectKey, kept: &mut Kept| kept.wanted == *wanted && !stays.contains(key);
         for (key, _) in self.kept.extract_if(.., is_over) {
-            changed |= objects.remove(&key).is_some();
+            changed |= remove(objects, &key, node);
         }
         changed
     }
@@ -302,11 +309,11 @@ impl Remote {
     }
 
     /// Drops what is not used any more, and says whether that changes anything.
-    pub(super) fn expire(&mut self, objects: &mut Objects, now: Instant) -> bool {
+    pub(super) fn expire(&mut self, objects: &mut Objects, node: &str, now: Instant) -> bool {
         let unused = |_: &ObjectKey, kept: &mut Kept| now.duration_since(kept.used) >= UNUSED;
         let mut changed = false;
         for (key, _) in self.kept.extract_if(.., unused) {
-            changed |= objects.remove(&key).is_some();
+            changed |= remove(objects, &key, node);
         }
         let before = self.absent.len();
         self.absent.retain(|_, absent| now.duration_since(absent.since) < ABSENT);
@@ -442,6 +449,17 @@ fn uid_of(object: &Object) -> Option<&str> {
         Object::Pod(pod) => pod.metadata.uid.as_deref(),
         _ => None,
     }
+}
+
+/// Whether the pod of this name is one of this node.
+fn is_followed(objects: &Objects, key: &ObjectKey, node: &str) -> bool {
+    objects.get(key).is_some_and(|pod| is_on(pod, node))
+}
+
+/// Takes a pod away that was read, but none of this node that has its name by now, and says whether there
+/// was one.
+fn remove(objects: &mut Objects, key: &ObjectKey, node: &str) -> bool {
+    !is_followed(objects, key, node) && objects.remove(key).is_some()
 }
 
 /// Whether a pod is on this node.

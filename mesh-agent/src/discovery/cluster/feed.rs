@@ -10,7 +10,8 @@
 //!   empty list.
 //! - A watch that falls silent for longer than bookmarks take is given up: a connection may be dead
 //!   without either end knowing.
-//! - Waits double and differ between agents, so that a server that comes back is not hit by all at once.
+//! - Waits double and differ between agents, so that a server that comes back is not hit by all at once. What
+//!   ends a watch that has worked for a while is no failure in a row, however often it does.
 //! - A server that says when to ask again is not asked before, within [`LONGEST_WAIT`].
 
 use std::sync::Arc;
@@ -49,6 +50,8 @@ const READ_LIMIT: Duration = Duration::from_secs(3);
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// Also of what a server asks for: whatever it says, its return is noticed.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// A watch that was open for so long has worked: something that resets idle ones must not make waits grow.
+const WORKED: Duration = Duration::from_secs(5);
 /// A server that has forgotten versions has forgotten everybody's: lists are spread over so long.
 const EXPIRED_WAIT: Duration = Duration::from_secs(3);
 
@@ -152,7 +155,7 @@ pub(super) async fn follow<T: Followed>(
     selector: String,
     news: mpsc::Sender<News>,
 ) {
-    let mut feed = Feed { client, selector, news, version: None };
+    let mut feed = Feed { client, selector, news, version: None, watching: None };
     let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
     loop {
         let began = Instant::now();
@@ -165,7 +168,8 @@ pub(super) async fn follow<T: Followed>(
                 sleep(EXPIRED_WAIT.mul_f32(fastrand::f32())).await;
             }
             Ended::Failed(why, asked) => {
-                if began.elapsed() > LONGEST_WAIT {
+                let has_worked = feed.watching.is_some_and(|since| since.elapsed() >= WORKED);
+                if has_worked || began.elapsed() > LONGEST_WAIT {
                     backoff.succeeded();
                 }
                 let now = Instant::now().into_std();
@@ -195,10 +199,13 @@ struct Feed {
     news: mpsc::Sender<News>,
     /// Where to go on from; `None` to list first.
     version: Option<String>,
+    /// When the last watch was answered; `None` if the server was not asked for one, or refused it.
+    watching: Option<Instant>,
 }
 
 impl Feed {
     async fn go_on<T: Followed>(&mut self) -> Ended {
+        self.watching = None;
         let version = match self.version.take() {
             Some(version) => version,
             None => match self.list::<T>().await {
@@ -239,6 +246,7 @@ impl Feed {
             Ok(Err(error)) => return ended(error),
             Ok(Ok(events)) => events,
         };
+        self.watching = Some(Instant::now());
         if self.tell::<T>(What::Answered).await.is_err() {
             return Ended::Unread;
         }

@@ -306,6 +306,10 @@ impl State {
             | match news.what {
                 What::All(mut objects) => {
                     if news.kind == Kind::Pod {
+                        // They are followed from now on, whoever had their names before.
+                        for object in &objects {
+                            self.remote.forget(&object.key());
+                        }
                         let kept = self.objects.iter().filter(|(key, _)| self.remote.keeps(key));
                         let kept: Vec<_> = kept.map(|(_, object)| object.clone()).collect();
                         objects.splice(0..0, kept);
@@ -327,7 +331,7 @@ impl State {
     /// Returns what is to be read for it.
     fn demand(&mut self, demand: Demand, now: Instant) -> Vec<Wanted> {
         match demand {
-            Demand::Know { done, .. } if self.is_failing() => {
+            Demand::Know { done, .. } if self.cannot_read() => {
                 // What is not known now will not be in time, and a queue helps nobody.
                 done.send(self.snapshot.generation).ok();
                 Vec::new()
@@ -356,13 +360,13 @@ impl State {
         self.is_stale |= self.remote.take(&mut self.objects, &node, wanted, found, now);
     }
 
-    /// Not while the server cannot be asked: what is dropped could not be had again.
+    /// Not while pods cannot be read: what is dropped could not be had again.
     fn tidy(&mut self, now: Instant) -> Vec<Wanted> {
-        if self.is_failing() {
+        if self.cannot_read() {
             return Vec::new();
         }
         self.objects.forget_seen();
-        self.is_stale |= self.remote.expire(&mut self.objects, now);
+        self.is_stale |= self.remote.expire(&mut self.objects, &self.context.node, now);
         self.is_reportable = true;
         self.prefetch(now)
     }
@@ -399,6 +403,13 @@ impl State {
 
     fn is_failing(&self) -> bool {
         self.kinds.values().any(|kind| kind.failing.is_some())
+    }
+
+    /// Whether pods of other nodes cannot be had, or what their namespaces say of them. The other kinds say
+    /// nothing of a pod: one of them may be refused for ever, and pods must be read all the same.
+    fn cannot_read(&self) -> bool {
+        let needed = [Kind::Namespace, Kind::Pod].map(|kind| self.kinds.get(&kind));
+        needed.into_iter().flatten().any(|kind| kind.failing.is_some())
     }
 
     /// The state of the kind of which the server has been silent for longest.

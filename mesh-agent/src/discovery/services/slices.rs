@@ -11,7 +11,7 @@ use mesh_core::snapshot::{Distribution, Enrolment, Workload};
 use super::{Around, Unread, is_tcp, port_number};
 use crate::discovery::enrol::left_alone;
 use crate::discovery::kube::{Endpoint as KubeEndpoint, EndpointSlice, Hint};
-use crate::discovery::pods::Pods;
+use crate::discovery::pods::{Found, Pods};
 use crate::discovery::{Report, shown};
 
 /// One address of one slice, resolved.
@@ -42,10 +42,19 @@ enum Behind {
     Pod(Arc<Workload>),
     /// No pod, or not the one that is meant.
     Outside,
-    /// A pod that is to be read first.
+    /// A pod that is to be read first, or whose namespace is.
     Unread,
     /// A pod that does not exist any more.
     Gone,
+}
+
+impl Behind {
+    fn of(found: &Found) -> Self {
+        match found.is_unread {
+            true => Self::Unread,
+            false => Self::Pod(Arc::clone(&found.workload)),
+        }
+    }
 }
 
 /// Reads the slices of a service.
@@ -183,7 +192,7 @@ fn behind(
     };
     let Some(target) = target else {
         return match (pods.at(ip), unless_absent(&ip.to_string())) {
-            (Some(found), _) => Behind::Pod(Arc::clone(&found.workload)),
+            (Some(found), _) => Behind::of(found),
             // Nothing says that it is a pod, and it is none.
             (None, Behind::Gone) => Behind::Outside,
             (None, other) => other,
@@ -224,5 +233,5 @@ fn behind(
         );
         return Behind::Outside;
     }
-    Behind::Pod(Arc::clone(&found.workload))
+    Behind::of(found)
 }

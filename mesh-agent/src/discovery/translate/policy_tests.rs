@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use mesh_core::addr::{EndpointAddr, OrigDst};
 use mesh_core::locality::Scope;
+use mesh_core::networks::Block;
 use mesh_core::protocol::Protocol;
-use mesh_core::snapshot::{Service, ServicePort};
+use mesh_core::snapshot::{Enrolment, Service, ServicePort};
 
 use super::tests::{CLUSTER, SLICE, context, fields, objects, read, snapshot, with};
 use super::*;
+use crate::discovery::enrol::left_alone;
 
 /// The cluster and its slice, with `spec` in the Service's.
 fn asking(spec: &str) -> String {
@@ -256,4 +258,111 @@ fn endpoint_whose_pod_has_to_be_read_is_told_from_one_whose_pod_is_gone() {
     assert!(is_unread(&known, TWO) && !is_unread(&known, ONE));
     known.absent_mut().unwrap().insert("u2".into());
     assert!(!is_unread(&known, TWO));
+}
+
+/// The objects of `text`, where pods of other nodes are read when somebody needs them.
+fn on_demand(text: &str) -> Objects {
+    let mut all = Objects::on_demand();
+    for object in objects(text) {
+        all.insert(object);
+    }
+    all
+}
+
+/// What is known in a cluster whose pods are in `pod_cidrs`.
+fn in_cluster(known: &Objects, pod_cidrs: Vec<Cidr>) -> Snapshot {
+    let context = Context { netns: NetnsFrom::Processes, pod_cidrs, ..context() };
+    translate(known, &context, 1).0
+}
+
+/// The API may tell of a pod before it tells of its namespace.
+#[test]
+fn pod_of_another_node_is_unread_until_its_namespace_is_known() {
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    let [vip, one, two] = ["10.1.0.1", "10.0.0.1", "10.0.0.2"].map(ip);
+    let found = |known: &Objects| in_cluster(known, vec!["10.0.0.0/24".parse().unwrap()]);
+    let is_unread = |found: &Snapshot| [vip, one, two].map(|ip| found.is_unread(ip));
+    let namespace = |annotations: &str| {
+        let meta = format!("{{name: shop, annotations: {annotations}}}");
+        objects(&format!("apiVersion: v1\nkind: Namespace\nmetadata: {meta}\n")).remove(0)
+    };
+    let mut known = on_demand(&with(&[SLICE]));
+    known.remove(&namespace("{}").key()).unwrap();
+    let is_kept_back = |known: &Objects| {
+        let found = found(known);
+        let captured = found.captured_destinations();
+        assert_eq!(is_unread(&found), [true, false, true]);
+        assert!(captured.contains(&vip) && captured.contains(&two));
+        assert_eq!(in_reach(&web(&found).ports[0]), [ONE]);
+    };
+    is_kept_back(&known);
+    // Both were looked for before it came.
+    known.absent_mut().unwrap().extend(["u2", "10.0.0.2"].map(str::to_owned));
+    is_kept_back(&known);
+
+    known.insert(namespace("{malla.dev/mesh: enabled}"));
+    let enrolled = found(&known);
+    assert_eq!(is_unread(&enrolled), [false; 3]);
+    assert!(enrolled.workload_at(two).unwrap().is_enrolled());
+    assert_eq!(in_reach(&web(&enrolled).ports[0]), [ONE, TWO]);
+
+    known.insert(namespace("{}"));
+    let outside = found(&known);
+    let reason = Enrolment::LeftAlone(left_alone::NOT_ENROLLED);
+    assert_eq!(is_unread(&outside), [false; 3]);
+    assert_eq!(outside.workload_at(two).unwrap().enrolment, reason);
+    assert!(!outside.captured_destinations().contains(&two));
+    assert_eq!(outside.captured_blocks().get(&Cidr::from(two)), Some(&Block::LeftAlone));
+
+    // Where every pod is known, so is every namespace that there is.
+    known.remove(&namespace("{}").key()).unwrap();
+    let files: Objects = known.iter().map(|(_, object)| object.clone()).collect();
+    for netns in [NetnsFrom::Annotation, NetnsFrom::Processes] {
+        let (alone, _) = translate(&files, &Context { netns, ..context() }, 1);
+        assert_eq!(is_unread(&alone), [false; 3], "{netns:?}");
+    }
+}
+
+/// A pod of the node `b` that has `10.0.0.9`.
+fn elsewhere(meta: &str, spec: &str, phase: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{{meta}}}\nspec: {{{spec}nodeName: b}}\n\
+         status: {{phase: {phase}, podIPs: [{{ip: 10.0.0.9}}]}}\n"
+    )
+}
+
+/// Whether it has still to be read if what has `10.0.0.9` is in the mesh.
+fn is_nine_unread(pods: &[&str]) -> bool {
+    in_cluster(&on_demand(&with(pods)), Vec::new()).is_unread("10.0.0.9".parse().unwrap())
+}
+
+#[test]
+fn pod_waits_for_its_namespace_only_where_that_could_bring_it_into_the_mesh() {
+    for (annotations, spec, phase, waits) in [
+        ("", "", "Running", true),
+        ("malla.dev/mesh: perhaps", "", "Running", true),
+        ("malla.dev/mesh: enabled", "", "Running", false),
+        ("malla.dev/mesh: disabled", "", "Running", false),
+        ("sidecar.istio.io/status: injected", "", "Running", false),
+        ("", "hostNetwork: true, ", "Running", false),
+        ("", "", "Succeeded", false),
+    ] {
+        let meta = format!("name: new, namespace: later, annotations: {{{annotations}}}");
+        let pod = elsewhere(&meta, spec, phase);
+        assert_eq!(is_nine_unread(&[&pod]), waits, "{pod}");
+    }
+}
+
+/// What was read of another pod is kept for minutes.
+#[test]
+fn address_is_unread_where_its_newer_pod_is_of_a_namespace_that_is_not_known() {
+    let known = |day: u8| {
+        let meta = format!("creationTimestamp: \"2026-01-0{day}T00:00:00Z\"");
+        let disabled = "annotations: {malla.dev/mesh: disabled}";
+        elsewhere(&format!("name: x, namespace: shop, {disabled}, {meta}"), "", "Running")
+    };
+    let meta = "name: y, namespace: later, creationTimestamp: \"2026-01-02T00:00:00Z\"";
+    let new = elsewhere(meta, "", "Running");
+    assert!(is_nine_unread(&[&known(1), &new]));
+    assert!(!is_nine_unread(&[&known(3), &new]));
 }

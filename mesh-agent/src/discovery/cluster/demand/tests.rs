@@ -32,6 +32,14 @@ fn pod(name: &str) -> Object {
     pod_at(name, "10.0.1.1")
 }
 
+/// Another one of that name, on this node.
+fn here(name: &str) -> Object {
+    let meta = json!({"name": name, "uid": format!("uid-new-{name}")});
+    let status = json!({"podIPs": [{"ip": "10.0.0.1"}]});
+    let pod = json!({"metadata": meta, "spec": {"nodeName": "a"}, "status": status});
+    Object::Pod(Arc::new(serde_json::from_value(pod).unwrap()))
+}
+
 fn wanted(name: &str) -> Wanted {
     let uid = Some(format!("uid-{name}"));
     Wanted::Pod { namespace: "default".into(), name: name.into(), uid, at: None }
@@ -86,6 +94,10 @@ impl World {
         self.remote.prefetch(&self.objects, "a", self.now)
     }
 
+    fn expire(&mut self) -> bool {
+        self.remote.expire(&mut self.objects, "a", self.now)
+    }
+
     fn has(&self, name: &str) -> bool {
         self.objects.contains(&pod(name).key())
     }
@@ -107,10 +119,10 @@ async fn used_pod_is_read_again_and_unused_one_is_dropped() {
     world.read("two");
     world.now += UNUSED / 2;
     world.remote.used(&world.objects, &["uid-one".into()], &[], world.now);
-    assert!(!world.remote.expire(&mut world.objects, world.now));
+    assert!(!world.expire());
     assert_eq!(world.prefetch(), [wanted("one"), wanted("two")], "older than {REFRESH:?}");
     world.now += UNUSED / 2;
-    assert!(world.remote.expire(&mut world.objects, world.now));
+    assert!(world.expire());
     assert!(world.has("one") && !world.has("two"));
 }
 
@@ -203,13 +215,13 @@ async fn pod_that_is_left_alone_is_kept_while_somebody_connects_to_it() {
     world.now += UNUSED / 2;
     world.remote.used(&world.objects, &[], &["10.0.1.1".parse().unwrap()], world.now);
     world.now += UNUSED / 2;
-    assert!(!world.remote.expire(&mut world.objects, world.now));
+    assert!(!world.expire());
     assert_eq!(world.prefetch(), [at("10.0.1.1")], "its annotations may have changed");
     // Somebody else has the address by now.
     assert!(read(&mut world, "two"));
     assert!(world.has("two") && !world.has("one"));
     world.now += UNUSED;
-    assert!(world.remote.expire(&mut world.objects, world.now));
+    assert!(world.expire());
     assert!(!world.has("two"));
 }
 
@@ -239,7 +251,7 @@ async fn pod_whose_slice_says_another_address_is_read_again_once() {
     // The pod was.
     world.now += ABSENT;
     world.remote.used(&world.objects, &["uid-one".into()], &[], world.now);
-    assert!(world.remote.expire(&mut world.objects, world.now));
+    assert!(world.expire());
     assert_eq!(world.prefetch(), std::slice::from_ref(&again));
     assert!(world.take(&again, Found::Pods(vec![pod("one")])));
     assert!(world.objects.absent().unwrap().is_empty() && world.has("one"));
@@ -285,4 +297,40 @@ fn pod_of_this_node_is_not_taken_from_a_list() {
     let found = Found::Pods(vec![pod("one")]);
     world.remote.take(&mut world.objects, "b", ip, found, world.now);
     assert!(!world.has("one"));
+}
+
+/// As when a StatefulSet's pod has come here while it was being read elsewhere.
+#[test]
+fn late_answer_does_not_take_the_place_of_a_pod_of_this_node() {
+    let mut world = World::with(&["one"]);
+    world.remote.pending.insert(wanted("one"));
+    world.objects.insert(here("one"));
+    assert!(!world.take(&wanted("one"), Found::Pods(vec![pod("one")])), "nothing has changed");
+    assert_eq!(world.objects.get(&pod("one").key()), Some(&here("one")));
+    assert!(!world.remote.keeps(&pod("one").key()));
+}
+
+/// It is none, another pod has its address, or nobody has used it.
+#[test]
+fn end_of_what_was_read_takes_no_pod_of_this_node_of_its_name_along() {
+    let ends: [fn(&mut World); 3] = [
+        |world| {
+            world.take(&at("10.0.1.1"), Found::None);
+        },
+        |world| {
+            world.take(&at("10.0.1.1"), Found::Pods(vec![pod("two")]));
+        },
+        |world| {
+            world.now += UNUSED;
+            world.expire();
+        },
+    ];
+    for (n, end) in ends.into_iter().enumerate() {
+        let mut world = World::with(&[]);
+        world.take(&at("10.0.1.1"), Found::Pods(vec![pod("one")]));
+        world.objects.insert(here("one"));
+        end(&mut world);
+        assert_eq!(world.objects.get(&pod("one").key()), Some(&here("one")), "{n}");
+        assert!(!world.remote.keeps(&pod("one").key()), "{n}");
+    }
 }

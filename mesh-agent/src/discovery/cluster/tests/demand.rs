@@ -1,6 +1,7 @@
 //! Pods of other nodes.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use hyper::StatusCode;
 use mesh_core::addr::OrigDst;
@@ -8,6 +9,7 @@ use mesh_core::networks::Block;
 use mesh_core::route::{Route, route};
 use mesh_core::snapshot::Snapshot;
 use serde_json::json;
+use tokio::time::{advance, pause, resume};
 
 use super::{Api, PATHS, PODS, ip, pod, until};
 
@@ -233,6 +235,8 @@ async fn pod_that_no_slice_names_is_captured_and_read_by_either_address() {
 async fn address_that_is_nobodys_or_outside_the_mesh_is_left_alone_when_it_was_read() {
     let api = Api::start().await;
     shop(&api);
+    // A pod whose namespace nobody has read might be in the mesh.
+    api.has("/api/v1/namespaces", vec![json!({"metadata": {"name": "default"}})]);
     let mut outside = pod("outside", "10.0.1.8");
     outside["spec"]["nodeName"] = json!("b");
     let mut done = pod("done", "10.0.1.7");
@@ -334,6 +338,51 @@ async fn what_cannot_be_read_is_answered_at_once_and_stays_unread() {
     api.set_down(None);
     followed.until_problems(|all| all.is_empty()).await;
     assert!(!followed.know(VIP).await.is_unread(ip(VIP)));
+}
+
+/// As for an agent that has lost the right to services: it must not take every address along.
+#[tokio::test]
+async fn kind_that_says_nothing_of_pods_keeps_none_from_being_read() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    until("a watch", || api.asked("watch services") == 1).await;
+    assert!(!followed.know("10.0.1.77").await.is_unread(ip("10.0.1.77")));
+    api.forbid("/api/v1/services");
+    let problems = followed.until_problems(|all| !all.is_empty()).await;
+    assert!(problems.len() == 1 && problems[0].object == "Service", "{problems:?}");
+    // Somebody may have come to where nobody was. Nothing is being read, and so nothing is late by this.
+    pause();
+    advance(Duration::from_secs(61)).await;
+    resume();
+    followed.until(|snapshot| snapshot.is_unread(ip("10.0.1.77"))).await;
+
+    assert!(!followed.know(VIP).await.is_unread(ip(VIP)));
+    assert_eq!(api.asked("list there"), 1);
+    let bare = followed.know("10.0.1.9").await;
+    assert!(bare.workload_at(ip("10.0.1.9")).unwrap().is_enrolled());
+    let is_refused = followed.problems.borrow().iter().any(|one| one.object == "Service");
+    assert!(is_refused, "it is refused still");
+}
+
+/// Whether a pod takes part may be said by its namespace alone.
+#[tokio::test]
+async fn nothing_is_read_while_namespaces_are_refused() {
+    let api = Api::start().await;
+    shop(&api);
+    let mut followed = api.follow();
+    followed.until_pods(&["here"]).await;
+    until("a watch", || api.asked("watch namespaces") == 1).await;
+    api.forbid("/api/v1/namespaces");
+    let problems = followed.until_problems(|all| !all.is_empty()).await;
+    assert!(problems.len() == 1 && problems[0].object == "Namespace", "{problems:?}");
+    let pods = api.asked("list pods");
+    for at in [VIP, "10.0.1.9"] {
+        let known = followed.know(at).await;
+        assert!(known.is_unread(ip(at)) && is_captured(&known, at), "{at}");
+    }
+    assert_eq!((api.asked("list there"), api.asked("list pods")), (0, pods));
 }
 
 /// As after a reboot of its node: the same pod, another address.

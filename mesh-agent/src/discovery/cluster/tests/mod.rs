@@ -4,6 +4,7 @@ mod demand;
 mod policies;
 mod report;
 mod seen;
+mod state;
 mod waits;
 
 use std::collections::{BTreeMap, HashMap};
@@ -55,6 +56,8 @@ struct Held {
     retry_after: Option<&'static str>,
     /// Kinds that are not answered.
     silent: Vec<String>,
+    /// Paths that are refused.
+    forbidden: Vec<String>,
     /// What is written is not answered.
     ignores_writes: bool,
     /// What was written: method, path and body.
@@ -159,6 +162,9 @@ impl Api {
             }
             return response;
         }
+        if held.forbidden.contains(&path) {
+            return refuse(StatusCode::FORBIDDEN);
+        }
         if held.silent.contains(&kind) {
             let never = stream::pending::<Result<Frame<Bytes>, Infallible>>();
             return Response::new(BodyExt::boxed(StreamBody::new(never)));
@@ -222,6 +228,13 @@ impl Api {
         let mut held = self.held.lock().unwrap();
         held.down = down;
         held.watches.clear();
+    }
+
+    /// Ends every watch of this path, and refuses it from now on, as without the right to it.
+    fn forbid(&self, path: &str) {
+        let mut held = self.held.lock().unwrap();
+        held.forbidden.push(path.into());
+        held.watches.remove(path);
     }
 
     fn asked(&self, what: &str) -> usize {

@@ -94,3 +94,24 @@ async fn pod_whose_namespace_is_not_read_yet_is_not_taken_for_one_that_takes_no_
     let none = Enrolment::LeftAlone(left_alone::NO_ADDRESS);
     followed.until_pod("read", |pod| pod.enrolment == none).await;
 }
+
+/// As while namespaces cannot be followed: what is sent there must not leave in plain text.
+#[tokio::test]
+async fn pod_of_another_node_is_captured_and_unread_until_its_namespace_is_read() {
+    let api = Api::start().await;
+    let spec = json!({"podCIDRs": ["10.0.1.0/24"]});
+    api.has("/api/v1/nodes", vec![json!({"metadata": {"name": "b"}, "spec": spec})]);
+    let mut away = pod("away", "10.0.1.8");
+    away["spec"]["nodeName"] = json!("b");
+    api.held.lock().unwrap().elsewhere.insert("away".into(), away);
+    let mut followed = api.follow();
+    followed.until_pods(&[]).await;
+    let (at, unread) = (ip("10.0.1.8"), Enrolment::LeftAlone(left_alone::NAMESPACE_UNREAD));
+    let before = followed.know("10.0.1.8").await;
+    assert_eq!(before.workload_at(at).unwrap().enrolment, unread);
+    assert!(before.is_unread(at) && before.captured_destinations().contains(&at));
+    until("a watch", || api.asked("watch namespaces") == 1).await;
+    api.event_at(NAMESPACES, "ADDED", enrolled());
+    let after = followed.until(|snapshot| !snapshot.is_unread(at)).await;
+    assert!(after.workload_at(at).unwrap().is_enrolled());
+}

@@ -1,9 +1,9 @@
 //! When a server that refuses is asked again.
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::*;
-use crate::discovery::cluster::feed::follow;
+use crate::discovery::cluster::feed::{What, follow};
 use crate::discovery::kube::Node;
 
 /// By its header, as an API server that is overloaded or shuts down does.
@@ -59,4 +59,59 @@ async fn waits_double_and_differ_between_agents() {
             most *= 2;
         }
     }
+}
+
+/// A watch that fails when it has lasted for so long.
+fn resetting(lasting: Duration) -> Response<BoxBody<Bytes, Infallible>> {
+    let reset = async move {
+        sleep(lasting).await;
+        let status = json!({
+            "kind": "Status", "metadata": {}, "code": 500, "message": "reset", "reason": "Test",
+            "status": "Failure",
+        });
+        let line = json!({"type": "ERROR", "object": status}).to_string() + "\n";
+        Ok::<_, Infallible>(Frame::data(Bytes::from(line)))
+    };
+    Response::new(BodyExt::boxed(StreamBody::new(stream::once(reset))))
+}
+
+/// How long an agent waits after each of its watches, if they last for so long and then fail.
+async fn waits_after_watches(lasting: Duration) -> Vec<Duration> {
+    let asked: Arc<Mutex<Vec<Instant>>> = Arc::default();
+    let asking = Arc::clone(&asked);
+    let serving = tower::service_fn(move |request: Request<kube::client::Body>| {
+        let is_watch = request.uri().query().unwrap_or_default().contains("watch=1");
+        let answer = if is_watch {
+            asking.lock().unwrap().push(Instant::now());
+            resetting(lasting)
+        } else {
+            page(&[], &HashMap::new(), 1)
+        };
+        std::future::ready(Ok::<_, Infallible>(answer))
+    });
+    let (news, mut told) = mpsc::channel(1);
+    let following = follow::<Node>(Client::new(serving, "default"), String::new(), news);
+    let task = tokio::spawn(following);
+    let mut failures = 0;
+    while failures < 7 {
+        failures += usize::from(matches!(told.recv().await.unwrap().what, What::Failing(_)));
+    }
+    task.abort();
+    let asked = asked.lock().unwrap();
+    asked.windows(2).map(|pair| pair[1] - pair[0] - lasting).collect()
+}
+
+/// As by a proxy that resets what is idle.
+#[tokio::test(start_paused = true)]
+async fn watch_that_has_worked_for_a_while_is_asked_for_again_soon_however_often_it_fails() {
+    for wait in waits_after_watches(Duration::from_secs(20)).await {
+        // Two timers are late by up to a millisecond each.
+        assert!(wait <= Duration::from_millis(505), "{wait:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn waits_grow_for_watches_that_fail_at_once() {
+    let waits = waits_after_watches(Duration::from_secs(1)).await;
+    assert!(waits[5] >= Duration::from_secs(8), "{waits:?}");
 }

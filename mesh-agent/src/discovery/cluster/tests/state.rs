@@ -1,0 +1,108 @@
+//! What is known, by what comes in which order. No server.
+
+use tokio::time::Instant;
+
+use super::*;
+use crate::discovery::cluster::State;
+use crate::discovery::cluster::demand::{Found, Wanted};
+use crate::discovery::cluster::feed::{News, What};
+use crate::discovery::objects::{Kind, Object, ObjectKey};
+use crate::discovery::translate::{Context, NetnsFrom};
+
+/// What nobody has used for so long is dropped, and what was not there is forgotten.
+const LONG: Duration = Duration::from_secs(600);
+
+fn nothing() -> State {
+    State::new(Context {
+        node: "a".into(),
+        trust_domain: cluster_local(),
+        tunnel_port: 15019,
+        netns: NetnsFrom::Processes,
+        pod_cidrs: Vec::new(),
+    })
+}
+
+fn object(pod: Value) -> Object {
+    Object::Pod(Arc::new(serde_json::from_value(pod).unwrap()))
+}
+
+/// The pod `web-0`, which was read of another node, and now one of that name is listed of this.
+struct Moved {
+    state: State,
+    key: ObjectKey,
+    /// The one that was read.
+    wanted: Wanted,
+    /// The one that is listed.
+    here: Object,
+}
+
+fn moved(now: Instant) -> Moved {
+    let mut state = nothing();
+    let mut there = pod("web-0", "10.0.1.1");
+    there["spec"]["nodeName"] = json!("b");
+    let mut here = pod("web-0", "10.0.0.1");
+    here["metadata"]["uid"] = json!("uid-new");
+    let here = object(here);
+    let key = here.key();
+    let wanted = Wanted::Pod {
+        namespace: "default".into(),
+        name: "web-0".into(),
+        uid: Some("uid-web-0".into()),
+        at: None,
+    };
+    state.read(wanted.clone(), Found::Pods(vec![object(there)]), now);
+    assert!(state.remote.keeps(&key));
+    state.take(News { kind: Kind::Pod, what: What::All(vec![here.clone()]) }, now);
+    assert_eq!(state.objects.get(&key), Some(&here));
+    Moved { state, key, wanted, here }
+}
+
+/// The one that was read is read again, and is gone.
+#[test]
+fn pod_of_this_node_outlives_the_one_of_its_name_that_was_read_of_another() {
+    let now = Instant::now();
+    let Moved { mut state, key, wanted, here } = moved(now);
+    assert!(!state.remote.keeps(&key), "it is followed");
+    state.read(wanted, Found::None, now + LONG / 2);
+    assert_eq!(state.objects.get(&key), Some(&here));
+    state.tidy(now + LONG);
+    assert_eq!(state.objects.get(&key), Some(&here));
+}
+
+#[test]
+fn pod_of_this_node_is_not_dropped_with_the_one_of_its_name_that_nobody_used() {
+    let now = Instant::now();
+    let Moved { mut state, key, here, .. } = moved(now);
+    state.tidy(now + LONG);
+    assert_eq!(state.objects.get(&key), Some(&here));
+}
+
+#[test]
+fn pod_of_this_node_ends_when_the_api_says_so_whoever_had_its_name() {
+    let Moved { mut state, key, .. } = moved(Instant::now());
+    state.take(News { kind: Kind::Pod, what: What::Gone(key.clone()) }, Instant::now());
+    assert!(!state.objects.contains(&key));
+}
+
+#[test]
+fn address_that_was_nobodys_is_forgotten_unless_pods_cannot_be_read() {
+    for (kind, is_kept) in [
+        (Kind::Namespace, true),
+        (Kind::Node, false),
+        (Kind::Pod, true),
+        (Kind::Service, false),
+        (Kind::EndpointSlice, false),
+    ] {
+        let now = Instant::now();
+        let mut state = nothing();
+        let at = ip("10.0.1.77");
+        state.read(Wanted::Address { ip: at, account: None, node: None }, Found::None, now);
+        state.take(News { kind, what: What::Failing("refused".into()) }, now);
+        state.tidy(now + LONG);
+        let is_absent = state.objects.absent().unwrap().contains("10.0.1.77");
+        assert_eq!(is_absent, is_kept, "{kind:?}");
+        let (done, _answer) = oneshot::channel();
+        let asked = state.demand(Demand::Know { ip: at, caller: None, done }, now + LONG);
+        assert_eq!(asked.is_empty(), is_kept, "{kind:?}");
+    }
+}
