@@ -82,13 +82,13 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
     require_cluster!();
     let mut agents = Agents::shipped()?;
     let shop = Shop::open(&json!({}))?;
-    let before = shop.lives()?;
     running_pods_join_and_leave_twenty_times(&shop)?;
 
     shop.cluster.annotate(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     shop.wait_until_enrolled(&agents, true)?;
     shop.hear_both(&["web"])?;
     let talks = Talks::begin(&shop, &agents)?;
+    let before = shop.lives()?;
     let times = long::either(1, 5);
     let asked = under_load(&shop.cluster, "client", "web", || {
         (0..times).try_for_each(|_| agents.replace())
@@ -117,6 +117,7 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
 }
 
 fn running_pods_join_and_leave_twenty_times(shop: &Shop) -> Result<()> {
+    let before = shop.lives()?;
     let asked = under_load(&shop.cluster, "client", "web", || {
         for _ in 0..20 {
             shop.cluster.annotate(&enabled())?;
@@ -127,6 +128,7 @@ fn running_pods_join_and_leave_twenty_times(shop: &Shop) -> Result<()> {
         Ok(())
     })?;
     ensure!(asked > 200, "hardly any traffic: {asked}");
+    assert_eq!(shop.lives()?, before, "no pod is another, or was restarted");
     Ok(())
 }
 
