@@ -50,7 +50,7 @@ counters! {
     ConnectNoListener = "connect_no_listener",
     /// `connect`: refused; the kernel had no memory to remember the destination.
     ConnectNoStorage = "connect_no_storage",
-    /// `connect`: refused; the pod's entry was written, or became another pod's, during both looks.
+    /// `connect`: refused; the pod's entry was written, or became another pod's, also during the second look.
     ConnectChanged = "connect_changed",
     /// `connect`: the kubelet's, to a pod that is enrolled.
     ConnectKubelet = "connect_kubelet",
@@ -106,7 +106,7 @@ counters! {
     LookupOwnListener = "lookup_own_listener",
     /// `sk_lookup`: refused; the agent's listener is gone.
     LookupListenerGone = "lookup_listener_gone",
-    /// `sk_lookup`: refused; the pod's entry was written, or became another pod's, during both looks.
+    /// `sk_lookup`: refused; the pod's entry was written, or became another pod's, also during the second look.
     LookupChanged = "lookup_changed",
     /// `sk_lookup`: bypassed, since the agent is silent and the pod fails open.
     LookupFailOpen = "lookup_fail_open",

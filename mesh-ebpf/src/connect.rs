@@ -265,7 +265,9 @@ fn while_pending(dst: &WireAddr) -> i32 {
         let found = PENDING.get_ptr(cgroup).or_else(|| PENDING.get_ptr(cgroup));
         let Some(pod) = found else { continue };
         // SAFETY: RCU keeps the element mapped for this call. One that is recycled meanwhile is another
-        // pending pod's; this one has been enrolled then, and `capture` looks for its entry after this.
+        // pending pod's. If this one has been enrolled, `capture` looks for its entry after this; if it was
+        // held back otherwise (the agent writes what changes), the worst outcome is one connection by the
+        // other one's settings.
         let pod = unsafe { &*pod };
         return match decide_pending(pod, dst, now_ns(), || is_mesh(dst), agent) {
             Connect::Deny(reason) => {

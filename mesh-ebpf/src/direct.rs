@@ -39,7 +39,8 @@ impl Client {
     /// Of whoever the entry is; whether it still is, the caller looks afterwards.
     #[inline(always)]
     pub(crate) fn of(entry: &PodOutbound, is_v4: bool) -> Self {
-        // SAFETY: a reference. Volatile: read now, and not when it is used.
+        // SAFETY: RCU keeps the element mapped. Volatile: the kernel may write it, and what is read is read now,
+        // and not when it is used.
         let (pod, generation, ip) = unsafe {
             (
                 core::ptr::read_volatile(&raw const entry.pod),

@@ -27,8 +27,8 @@ use mesh_common::verdict::Agent;
 /// processor's `memcpy()`.) On processors that reorder loads this makes a mix unlikely, and not impossible.
 /// What else is read of it compares hashes or generations, of which two pods have no equal ones.
 ///
-/// A lookup that has come to an element which is given to another key at that moment ends there and finds
-/// nothing, though there is an entry: so nobody is taken for no pod, and no address for one outside of the mesh,
+/// A lookup finds nothing, though there is an entry, if that is replaced by a newer one at the head of its bucket
+/// after the lookup has passed there, or if the element it has come to is given to another key at that moment: so nobody is taken for no pod, and no address for one outside of the mesh,
 /// by one lookup alone.
 #[map]
 pub(crate) static POD_OUTBOUND: HashMap<u64, PodOutbound> = HashMap::with_max_entries(1024, 0);

@@ -72,6 +72,11 @@ struct Enrolled {
 }
 
 impl Enrolled {
+    /// Whether the pod has these addresses still, and perhaps others, in the namespace of that name.
+    fn is_part_of(&self, workload: &Workload) -> bool {
+        self.netns == workload.netns && self.ips.iter().all(|ip| workload.ips.contains(ip))
+    }
+
     /// Whether the pod has the addresses and the namespace with which it was enrolled.
     fn is(&self, workload: &Workload) -> bool {
         // The API may tell them in another order than they were seen in.
@@ -269,8 +274,9 @@ impl Pods {
 
     /// Lets go of pods that are not wanted, or not as they were enrolled, and says whether there were any.
     ///
-    /// Those that go on under another description, and those whose namespace another pod is to have, stay captured
-    /// until that is done ([`Self::enrol`]): by the namespace's inode.
+    /// Those that get further addresses, and those whose namespace another pod is to have, stay captured until that
+    /// is done ([`Self::enrol`]): by the namespace's inode. Those that give an address up do not: another pod may
+    /// be waiting for it.
     fn release(
         &mut self,
         wanted: &HashMap<WorkloadUid, Arc<Workload>>,
@@ -298,8 +304,10 @@ impl Pods {
         let mut released = false;
         for uid in leaving {
             let Some(mut enrolled) = self.enrolled.remove(&uid) else { continue };
-            let goes_on = wanted.contains_key(&uid) && !self.is_replaced(&uid, &enrolled);
-            if goes_on || successors.contains(&enrolled.inode) {
+            let now = wanted.get(&uid).filter(|_| !self.is_replaced(&uid, &enrolled));
+            if now.is_some_and(|now| enrolled.is_part_of(now))
+                || successors.contains(&enrolled.inode)
+            {
                 predecessors.insert(enrolled.inode, (uid, enrolled));
                 continue;
             }
@@ -356,23 +364,30 @@ impl Pods {
         node.pods.store(Arc::new(pods));
         let generation = node.capture.generation_key().of_pod(workload, pod.netns.cookie());
         node.capture.set_pod_generation(&workload.uid, generation)?;
+        let inode = pod.netns.inode();
+        let itself = predecessors.iter().find(|(_, (uid, _))| *uid == workload.uid);
+        // It may have another namespace by now.
+        let itself = itself.map(|(inode, _)| *inode);
+        let predecessor = predecessors.get(&inode).or_else(|| predecessors.get(&itself?));
         let listeners = node.capture.enrol(&PodCapture {
             uid: &workload.uid,
             ips: &workload.ips,
             netns: &pod.netns,
             settings: &workload.settings,
-            predecessor: predecessors.get(&pod.netns.inode()).map(|(uid, _)| &**uid),
+            predecessor: predecessor.map(|(uid, _)| &**uid),
             outbound_listeners: listening::outbound_per_address(self.workers.len()),
             inbound_listeners: listening::inbound_per_address(self.workers.len()),
         })?;
-        if let Some((uid, predecessor)) = predecessors.remove(&pod.netns.inode()) {
-            self.linger(&uid, &predecessor);
+        for inode in [Some(inode), itself].into_iter().flatten() {
+            if let Some((uid, predecessor)) = predecessors.remove(&inode) {
+                self.linger(&uid, &predecessor);
+            }
         }
         let stop = self.serve(&pod, listeners, workload.ips.len().max(1));
         let enrolled = Enrolled {
             ips: workload.ips.clone(),
             netns: workload.netns.clone(),
-            inode: pod.netns.inode(),
+            inode,
             settings: workload.settings.clone(),
             stop,
             is_stuck: false,

@@ -36,7 +36,9 @@ pub(super) fn networks(objects: &Objects, node: &str, more: &[Cidr]) -> Networks
         let nodes = nodes(objects).filter(move |(name, _)| (*name == node) == is_own);
         nodes.flat_map(|(_, node)| blocks(node))
     };
-    Networks::new(more.iter().copied().chain(of(false)), of(true))
+    // Where this node's pods are elsewhere, others may be in what it calls its own.
+    let own = of(true).filter(|_| strays(objects, node, &[]).next().is_none());
+    Networks::new(more.iter().copied().chain(of(false)), own)
 }
 
 /// A pod of `node` for each family in which no network of pods has its address, with that address: where this node's
@@ -203,7 +205,12 @@ mod tests {
             objects.insert(Object::Pod(Arc::new(serde_json::from_value(pod).unwrap())));
         }
         assert_eq!(stray(&objects, &[]), [ip("172.16.0.7")]);
-        assert_eq!(stray(&objects, &["172.16.0.0/12".parse().unwrap()]), [] as [IpAddr; 0]);
+        let all = ["172.16.0.0/12", "10.244.0.0/16"].map(|text| text.parse().unwrap());
+        assert_eq!(stray(&objects, &all), [] as [IpAddr; 0]);
+        assert!(
+            networks(&objects, "a", &all).has(ip("10.244.1.9")),
+            "it is no block of this node's"
+        );
         let all: Objects = objects.iter().map(|(_, object)| object.clone()).collect();
         assert_eq!(stray(&all, &[]), [] as [IpAddr; 0], "every pod is known");
     }

@@ -360,6 +360,14 @@ impl Remote {
     pub(super) fn forget(&mut self, key: &ObjectKey) {
         self.kept.remove(key);
     }
+
+    /// Nothing that was read of this namespace is any more.
+    pub(super) fn forget_all_of(&mut self, objects: &mut Objects, node: &str, namespace: &str) {
+        let of_it = |key: &ObjectKey, _: &mut Kept| key.namespace == namespace;
+        for (key, _) in self.kept.extract_if(.., of_it) {
+            remove(objects, &key, node);
+        }
+    }
 }
 
 /// What has to be read to know what is at `ip`: the pods behind a service's address, or the one behind

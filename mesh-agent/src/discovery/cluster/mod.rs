@@ -321,6 +321,11 @@ impl State {
                     let before = self.objects.insert(object.clone());
                     before.as_ref() != Some(&object)
                 }
+                // Its pods are about to go, and what takes their addresses is not theirs.
+                What::Gone(key) if key.kind == Kind::Namespace => {
+                    self.remote.forget_all_of(&mut self.objects, &self.context.node, &key.name);
+                    self.objects.remove(&key).is_some()
+                }
                 // One of that name may be on another node by now.
                 What::Gone(key) if self.remote.keeps(&key) => false,
                 What::Gone(key) => self.objects.remove(&key).is_some(),

@@ -84,6 +84,26 @@ fn pod_of_this_node_ends_when_the_api_says_so_whoever_had_its_name() {
     assert!(!state.objects.contains(&key));
 }
 
+/// Who gets its address next is not in that namespace.
+#[test]
+fn pods_that_were_read_of_a_namespace_are_forgotten_with_it() {
+    let now = Instant::now();
+    let mut state = nothing();
+    let namespace = json!({"metadata": {"name": "default"}});
+    let namespace = Object::Namespace(Arc::new(serde_json::from_value(namespace).unwrap()));
+    let name = namespace.key();
+    let mut there = pod("there", "10.0.1.1");
+    there["spec"]["nodeName"] = json!("b");
+    let there = object(there);
+    let at = Wanted::Address { ip: ip("10.0.1.1"), account: None, node: None };
+    state.take(News { kind: Kind::Namespace, what: What::Is(namespace) }, now);
+    state.read(at, Found::Pods(vec![there.clone()]), now);
+    assert!(state.objects.contains(&there.key()));
+    state.take(News { kind: Kind::Namespace, what: What::Gone(name) }, now);
+    assert!(!state.objects.contains(&there.key()));
+    assert!(!state.remote.keeps(&there.key()));
+}
+
 #[test]
 fn address_that_was_nobodys_is_forgotten_unless_pods_cannot_be_read() {
     for (kind, is_kept) in [
