@@ -132,12 +132,14 @@ impl Reader {
         self.stalled.fetch_add(1, Relaxed) + 1
     }
 
-    fn give_up(&self) {
+    /// Says whether it was not given up before.
+    fn give_up(&self) -> bool {
         let mut relay = lock(&self.relay);
-        self.is_given_up.store(true, Relaxed);
+        let was_given_up = self.is_given_up.swap(true, Relaxed);
         if let Some(relay) = relay.take() {
             relay.wake();
         }
+        !was_given_up
     }
 
     /// Ready when what it leaves lying cannot be kept any longer.
@@ -165,7 +167,9 @@ pub(super) struct Window {
     busy: u64,
     /// How often the peer has said that it would send more, at the last look.
     asked: u64,
-    /// It has, and has got no room since.
+    /// How often it had been told of a limit by then.
+    told: u64,
+    /// It has said so, and was told of no other limit since.
     is_wanted: bool,
     readers: Vec<Weak<Reader>>,
 }
@@ -174,16 +178,24 @@ impl Window {
     /// With the limit that the connection begins with: a stream's.
     pub(super) fn new(loan: Loan) -> Self {
         let stream = loan.bytes;
-        Self { loan, stream, busy: stream, asked: 0, is_wanted: false, readers: Vec::new() }
+        Self {
+            loan,
+            stream,
+            busy: stream,
+            asked: 0,
+            told: 0,
+            is_wanted: false,
+            readers: Vec::new(),
+        }
     }
 
     pub(super) fn add(&mut self, reader: &Arc<Reader>) {
         self.readers.push(Arc::downgrade(reader));
     }
 
-    /// Looks after the readers. `asked` is how often the peer has said that it would send more. Returns
-    /// the limit if it has changed, and how many readers were given up.
-    pub(super) fn look(&mut self, asked: u64) -> (Option<u64>, usize) {
+    /// Looks after the readers. `asked` is how often the peer has said that it would send more, `told` how often it
+    /// was told of a limit. Returns the limit if it has changed, and how many readers were given up.
+    pub(super) fn look(&mut self, asked: u64, told: u64) -> (Option<u64>, usize) {
         let mut stalled = Vec::new();
         self.readers.retain(|reader| {
             let Some(reader) = reader.upgrade() else { return false };
@@ -195,12 +207,18 @@ impl Window {
             true
         });
         let before = self.loan.bytes;
+        let is_told = std::mem::replace(&mut self.told, told) != told;
         if std::mem::replace(&mut self.asked, asked) != asked {
             self.is_wanted = true;
             self.busy = (2 * self.busy).clamp(self.stream, BUSY.max(self.stream));
+        } else if is_told {
+            // At that limit it says it again.
+            self.is_wanted = false;
         }
         let mut held = self.stream * u64::try_from(stalled.len()).unwrap_or(u64::MAX);
-        self.loan.grow_to(self.busy + held);
+        // With so many that the room for others is a fixed part of all, that part has to be there too.
+        let with_room = if self.is_wanted { (held * ROOM).div_ceil(ROOM - 1) } else { 0 };
+        self.loan.grow_to(with_room.max(self.busy + held));
         let has_grown = self.loan.bytes != before;
         let room = self.stream.max(self.loan.bytes / ROOM);
         let has_room = |held: u64| held + room <= self.loan.bytes;
@@ -211,14 +229,14 @@ impl Window {
                 if has_room(held) || looks < PATIENCE {
                     break;
                 }
-                reader.give_up();
-                given_up += 1;
+                given_up += usize::from(reader.give_up());
                 held -= self.stream;
             }
         }
-        // With another limit the peer says it again. Without one it does not: it is remembered until those
-        // who hold the room have been seen to stall.
-        if has_grown || given_up > 0 {
+        // With another limit the peer says it again. Without one it does not: it is remembered until it is told of
+        // one. That those who were given up have made room is not enough: of less than an eighth of the limit quinn
+        // tells nobody (`add_read_credits()` of quinn-proto), and the peer would wait for ever.
+        if has_grown {
             self.is_wanted = false;
         }
         (has_grown.then_some(self.loan.bytes), given_up)
@@ -251,11 +269,11 @@ mod tests {
         let mut window = window(&credit);
         let readers = readers(&mut window, 10);
         readers[..4].iter().for_each(|reader| reader.read(true));
-        window.look(0);
+        window.look(0, 0);
         for _ in 0..3 {
             // Four wait for the peer, three read, three do nothing.
             readers[4..7].iter().for_each(|reader| reader.read(false));
-            window.look(0);
+            window.look(0, 0);
         }
         assert_eq!(window.loan.bytes, STREAM + 3 * STREAM);
         assert_eq!(credit.lent(), 4 * STREAM);
@@ -269,7 +287,7 @@ mod tests {
         let credit = Credit::new(1 << 30);
         let mut window = window(&credit);
         for asked in 1..10 {
-            window.look(asked);
+            window.look(asked, 0);
         }
         assert_eq!(window.loan.bytes, BUSY);
     }
@@ -280,18 +298,51 @@ mod tests {
         let mut window = window(&credit);
         let first = readers(&mut window, 5);
         for _ in 0..2 {
-            window.look(0);
+            window.look(0, 0);
         }
         let second = readers(&mut window, 10);
         for _ in 0..PATIENCE {
-            window.look(0);
+            window.look(0, 0);
         }
         // Half of the credit is one connection's: eight are held, and more would be if anybody sent.
         assert_eq!(window.loan.bytes, 8 * STREAM);
         assert_eq!((given_up(&first), given_up(&second)), (0, 0), "nobody needs the room");
-        let (_, given) = window.look(1);
+        let (_, given) = window.look(1, 0);
         assert_eq!(given, 9, "room for two streams that are read");
         assert_eq!((given_up(&first), given_up(&second)), (5, 4));
+    }
+
+    /// What one or two of them free is not told to the peer.
+    #[test]
+    fn peer_that_waits_is_remembered_until_it_is_told_of_room() {
+        let credit = Credit::new(32 * STREAM);
+        let mut window = window(&credit);
+        let mut first = readers(&mut window, 12);
+        window.look(1, 0);
+        for _ in 0..4 {
+            window.look(2, 0);
+        }
+        assert_eq!(window.loan.bytes, 16 * STREAM);
+        let _second = readers(&mut window, 1);
+        assert_eq!(window.look(3, 0), (None, 0), "there is room beside twelve");
+        let _third = readers(&mut window, 4);
+        assert_eq!(window.look(3, 0), (None, 1));
+        first.retain(|reader| !reader.is_given_up.load(Relaxed));
+        assert_eq!(window.look(3, 0), (None, 4), "sixteen hold what there is, and the peer waits");
+        first.retain(|reader| !reader.is_given_up.load(Relaxed));
+        assert_eq!(window.look(3, 1), (None, 0), "it knows");
+    }
+
+    #[test]
+    fn nobody_is_given_up_while_there_is_credit_however_many_stall() {
+        let credit = Credit::new(1 << 30);
+        let mut window = window(&credit);
+        let readers = readers(&mut window, 60);
+        for asked in 0..20 {
+            window.look(asked, asked);
+        }
+        assert_eq!(given_up(&readers), 0);
+        assert_eq!(window.loan.bytes, 80 * STREAM);
     }
 
     #[test]
@@ -300,7 +351,7 @@ mod tests {
         let mut windows: Vec<_> = (0..6).map(|_| window(&credit)).collect();
         for asked in 1..10 {
             for window in &mut windows {
-                window.look(asked);
+                window.look(asked, 0);
             }
         }
         assert_eq!(credit.lent(), 10 * STREAM);

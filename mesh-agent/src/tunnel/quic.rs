@@ -231,9 +231,10 @@ impl Links {
             let Some(link) = link.upgrade() else { return false };
             // Without flows nothing lies unread.
             if link.flows.load(Relaxed) > 0 {
-                let asked = link.connection.stats().frame_rx.data_blocked;
+                let stats = link.connection.stats();
+                let (asked, told) = (stats.frame_rx.data_blocked, stats.frame_tx.max_data);
                 let mut window = link.window.lock().unwrap_or_else(PoisonError::into_inner);
-                let (limit, gone) = window.look(asked);
+                let (limit, gone) = window.look(asked, told);
                 if let Some(limit) = limit.and_then(|limit| VarInt::try_from(limit).ok()) {
                     link.connection.set_receive_window(limit);
                 }
