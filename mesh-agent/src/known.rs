@@ -5,7 +5,7 @@
 //! - *Nothing is guessed.* What a connection needs to know and nobody has read is read first.
 //! - *At once.* It goes on with the first answer after which enough is known, and with what there is where the
 //!   rest takes longer than its patience.
-//! - *Bounded.* Nobody waits for longer than [`READ_LIMIT`].
+//! - *Bounded.* Nobody waits for longer than [`READ_LIMIT`], or asks more than a few times meanwhile.
 
 use std::net::IpAddr;
 use std::pin::pin;
@@ -16,7 +16,7 @@ use arc_swap::{ArcSwap, Guard};
 use mesh_core::snapshot::Snapshot;
 use mesh_core::spiffe::SpiffeId;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::discovery::Demand;
 
@@ -26,6 +26,10 @@ pub const READ_LIMIT: Duration = Duration::from_secs(3);
 
 /// The same of one that could as well go on with what is known. A read takes milliseconds.
 pub const PATIENCE: Duration = Duration::from_millis(250);
+
+/// Who was answered in vain does not ask again before so long after its question, and twice as long each time:
+/// of those there may be thousands, and in a large mesh there is another snapshot at any moment.
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// How much a snapshot says, to somebody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,7 +102,10 @@ impl Known {
         };
         let asked = async {
             let mut generation = self.generation.subscribe();
+            let mut pause = AGAIN;
             loop {
+                let next = Instant::now() + pause;
+                pause *= 2;
                 let (done, answer) = oneshot::channel();
                 demands.send(Demand::Know { ip, caller: caller.cloned(), done }).await.ok()?;
                 let answered = answer.await.ok()?;
@@ -108,6 +115,10 @@ impl Known {
                 }
                 // It could not be read, or a service has another new endpoint by now: the next state tells, or makes
                 // the question a new one.
+                let enough = generation.wait_for(|_| says(&self.snapshot.load()) > Says::TooLittle);
+                if timeout_at(next, enough).await.is_ok() {
+                    return Some(());
+                }
                 generation.wait_for(|later| *later > now).await.ok()?;
             }
         };
@@ -133,7 +144,6 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use mesh_core::snapshot::Parts;
-    use tokio::time::Instant;
 
     use super::*;
 
@@ -252,6 +262,39 @@ mod tests {
         assert_eq!(wait(known, from(2, NEVER), other_way).await, (2, 2 * PATIENCE));
         let silent = async { std::mem::forget(question(asked).await) };
         assert_eq!(wait(known, from(NEVER, NEVER), silent).await, (2, READ_LIMIT));
+    }
+
+    /// As while somebody scans addresses: there is news at any moment, and none for this one.
+    #[tokio::test(start_paused = true)]
+    async fn who_is_answered_in_vain_does_not_ask_with_every_generation() {
+        let mut world = world();
+        let (known, asked) = (&world.known, &mut world.asked);
+        let mut questions = 0;
+        let source = async {
+            for generation in 2.. {
+                known.store(snapshot(generation));
+                while let Ok(Demand::Know { done, .. }) = asked.try_recv() {
+                    done.send(generation).ok();
+                    questions += 1;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let (_generation, waited) = wait(known, from(NEVER, NEVER), source).await;
+        assert!(waited >= READ_LIMIT, "{waited:?}");
+        assert!((4..10).contains(&questions), "{questions}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_answered_in_vain_goes_on_as_soon_as_enough_is_known() {
+        let mut world = world();
+        let (known, asked) = (&world.known, &mut world.asked);
+        let source = async {
+            question(asked).await.send(1).unwrap();
+            tokio::time::sleep(AGAIN / 2).await;
+            known.store(snapshot(2));
+        };
+        assert_eq!(wait(known, from(2, NEVER), source).await, (2, AGAIN / 2));
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,7 +11,8 @@
 //!
 //! - A pod that was here when the agent started is not held back, unless the agent before did so.
 //! - Nothing is held back longer than its cgroup is there.
-//! - Of a pod that nobody knows nothing is refused for longer than `--unknown-pods-s`.
+//! - Of a pod that nobody has known nothing is refused for longer than `--unknown-pods-s`. One that was known to
+//!   take part, and is forgotten before it was captured (deleted by force), stays refused until its cgroup goes.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;

@@ -10,7 +10,7 @@ use mesh_core::networks::Networks;
 
 use super::enrol::{has_completed, shares_the_nodes_network};
 use super::kube::{Node, Pod};
-use super::objects::{Object, Objects};
+use super::objects::{Kind, Object, Objects};
 
 /// The blocks that a node's pods have their addresses from (`spec.podCIDRs`). A text that is none, which
 /// the API does not let in, is left out.
@@ -20,7 +20,7 @@ fn blocks(node: &Node) -> impl Iterator<Item = Cidr> {
 }
 
 fn nodes(objects: &Objects) -> impl Iterator<Item = (&str, &Node)> {
-    objects.iter().filter_map(|(key, object)| match object {
+    objects.of(Kind::Node).filter_map(|(key, object)| match object {
         Object::Node(node) => Some((key.name.as_str(), &**node)),
         _ => None,
     })
@@ -56,7 +56,7 @@ pub(super) fn strays<'a>(
         |pod: &Pod| pod.spec.as_ref().is_some_and(|spec| spec.node_name.as_deref() == Some(node));
     let found = |is_v4: bool| {
         let known = known.as_ref()?;
-        objects.iter().find_map(|(_, object)| {
+        objects.of(Kind::Pod).find_map(|(_, object)| {
             let Object::Pod(pod) = object else { return None };
             let mut ips = addresses(pod).filter(|ip| ip.is_ipv4() == is_v4 && here(pod));
             let stray = ips.find(|ip| !known.iter().any(|block| block.contains(*ip)))?;
@@ -70,7 +70,7 @@ pub(super) fn strays<'a>(
 pub(super) fn read(objects: &Objects, networks: &Networks, more: &[Cidr]) -> HashSet<IpAddr> {
     let Some(absent) = objects.absent() else { return HashSet::new() };
     let nobodys = absent.iter().filter_map(|text| text.parse::<IpAddr>().ok());
-    let pods = objects.iter().filter_map(|(_, object)| match object {
+    let pods = objects.of(Kind::Pod).filter_map(|(_, object)| match object {
         Object::Pod(pod) => Some(&**pod),
         _ => None,
     });

@@ -1,11 +1,13 @@
 //! The objects that a snapshot is made from, by kind and name.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::kube::{EndpointSlice, Namespace, Node, ObjectMeta, Pod, Service, ServiceAccount};
+use super::{networks, services};
 
 /// The kinds that are understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -113,6 +115,7 @@ fn namespace_of(meta: &ObjectMeta) -> &str {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Objects {
     all: BTreeMap<ObjectKey, Object>,
+    named: Named,
     /// Where there may be more, which could not be read.
     unread: Vec<String>,
     /// Set if pods of other nodes are read when somebody needs them: what was looked for and does not
@@ -163,7 +166,7 @@ impl Objects {
     /// Which addresses nodes say are theirs.
     pub fn node_ips(&self) -> NodeIps<'_> {
         let mut nodes = HashMap::<IpAddr, Vec<&str>>::new();
-        for (key, object) in &self.all {
+        for (key, object) in self.of(Kind::Node) {
             let Object::Node(node) = object else { continue };
             let status = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
             for ip in status.filter_map(|address| address.address.parse::<IpAddr>().ok()) {
@@ -180,7 +183,10 @@ impl Objects {
 
     /// Adds `object`, and gives back the one of the same key that it replaces.
     pub fn insert(&mut self, object: Object) -> Option<Object> {
-        self.all.insert(object.key(), object)
+        self.named.add(&object);
+        let before = self.all.insert(object.key(), object)?;
+        self.named.take_away(&before);
+        Some(before)
     }
 
     /// Makes `objects` all that there is of a kind, and says whether that changes anything.
@@ -191,19 +197,23 @@ impl Objects {
             self.all.keys().filter(|key| key.kind == kind).cloned().collect();
         let mut changed = false;
         for key in before.iter().filter(|key| !wanted.contains_key(key)) {
-            self.all.remove(key);
+            self.remove(key);
             changed = true;
         }
         for (key, object) in wanted {
-            changed |= self.all.get(&key) != Some(&object);
-            self.all.insert(key, object);
+            if self.all.get(&key) != Some(&object) {
+                self.insert(object);
+                changed = true;
+            }
         }
         changed
     }
 
     /// Takes the object of this key away.
     pub fn remove(&mut self, key: &ObjectKey) -> Option<Object> {
-        self.all.remove(key)
+        let object = self.all.remove(key)?;
+        self.named.take_away(&object);
+        Some(object)
     }
 
     /// Whether there is one of this key.
@@ -213,7 +223,24 @@ impl Objects {
 
     /// Every object, by kind, namespace and name.
     pub fn iter(&self) -> impl Iterator<Item = (&ObjectKey, &Object)> {
+        #[cfg(test)]
+        testing::walked();
         self.all.iter()
+    }
+
+    /// Those of one kind, by namespace and name.
+    pub fn of(&self, kind: Kind) -> impl Iterator<Item = (&ObjectKey, &Object)> {
+        #[cfg(test)]
+        if kind != Kind::Node {
+            testing::walked();
+        }
+        let first = ObjectKey { kind, namespace: String::new(), name: String::new() };
+        self.all.range(first..).take_while(move |(key, _)| key.kind == kind)
+    }
+
+    /// Whether any Service, endpoint or pod has this address. Takes as long however many there are.
+    pub fn names(&self, ip: IpAddr) -> bool {
+        self.named.0.contains_key(&ip.to_canonical())
     }
 
     /// `place`, a file, could not be read: what is missing may be there.
@@ -247,7 +274,148 @@ impl NodeIps<'_> {
 
 impl FromIterator<Object> for Objects {
     fn from_iter<T: IntoIterator<Item = Object>>(objects: T) -> Self {
-        let all = objects.into_iter().map(|object| (object.key(), object)).collect();
-        Self { all, ..Self::default() }
+        let mut all = Self::default();
+        for object in objects {
+            all.insert(object);
+        }
+        all
+    }
+}
+
+/// How often each address is named. Not by which objects: a cluster may have 100,000 endpoints, and only the
+/// few that are asked for are looked up.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Named(HashMap<IpAddr, u32>);
+
+impl Named {
+    fn add(&mut self, object: &Object) {
+        for ip in addresses(object) {
+            *self.0.entry(ip).or_default() += 1;
+        }
+    }
+
+    fn take_away(&mut self, object: &Object) {
+        for ip in addresses(object) {
+            if let Entry::Occupied(mut count) = self.0.entry(ip) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+        }
+    }
+}
+
+/// A Service's own addresses, those of a slice's endpoints, or a pod's own; one may be there twice.
+fn addresses(object: &Object) -> Vec<IpAddr> {
+    let ip = |text: &str| Some(text.parse::<IpAddr>().ok()?.to_canonical());
+    match object {
+        Object::Service(service) => {
+            service.spec.iter().flat_map(services::addresses).filter_map(ip).collect()
+        }
+        Object::EndpointSlice(slice) => {
+            let endpoints = slice.endpoints.iter().flatten();
+            endpoints.filter_map(|endpoint| ip(endpoint.addresses.first()?)).collect()
+        }
+        Object::Pod(pod) => networks::addresses(pod).collect(),
+        Object::Namespace(_) | Object::Node(_) | Object::ServiceAccount(_) => Vec::new(),
+    }
+}
+
+/// What an answer costs, in numbers that are the same on every machine.
+#[cfg(test)]
+pub(super) mod testing {
+    use std::cell::Cell;
+
+    thread_local! {
+        static WALKS: Cell<usize> = const { Cell::new(0) };
+    }
+
+    pub(super) fn walked() {
+        WALKS.set(WALKS.get() + 1);
+    }
+
+    /// How often all objects of a kind, other than nodes, were walked through on this thread.
+    pub(crate) fn walks() -> usize {
+        WALKS.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn service(ip: &str) -> Object {
+        let spec = json!({"clusterIP": ip, "clusterIPs": [ip]});
+        let service = json!({"metadata": {"name": "web"}, "spec": spec});
+        Object::Service(Arc::new(serde_json::from_value(service).unwrap()))
+    }
+
+    fn slice(ip: &str) -> Object {
+        let endpoints = json!([{"addresses": [ip, "10.0.0.99"]}, {"addresses": ["no address"]}]);
+        let slice = json!({"metadata": {"name": "web-1"}, "endpoints": endpoints});
+        Object::EndpointSlice(Arc::new(serde_json::from_value(slice).unwrap()))
+    }
+
+    fn pod(ip: &str, phase: &str) -> Object {
+        let status = json!({"phase": phase, "podIPs": [{"ip": ip}]});
+        let pod = json!({"metadata": {"name": "one"}, "status": status});
+        Object::Pod(Arc::new(serde_json::from_value(pod).unwrap()))
+    }
+
+    fn names(objects: &Objects, ip: &str) -> bool {
+        objects.names(ip.parse().unwrap())
+    }
+
+    #[test]
+    fn address_is_named_as_long_as_an_object_has_it() {
+        let kinds: [fn(&str) -> Object; 3] = [service, slice, |ip| pod(ip, "Running")];
+        for object in kinds {
+            let mut objects = Objects::default();
+            let first = object("10.0.0.1");
+            let kind = first.key().kind;
+            objects.insert(first.clone());
+            objects.insert(first.clone());
+            assert!(names(&objects, "10.0.0.1"), "{kind:?}");
+            objects.insert(object("::ffff:10.0.0.2"));
+            assert!(!names(&objects, "10.0.0.1"), "{kind:?}");
+            assert!(names(&objects, "10.0.0.2") && names(&objects, "::ffff:10.0.0.2"), "{kind:?}");
+            assert!(objects.replace_all(kind, vec![first.clone()]));
+            assert!(!objects.replace_all(kind, vec![first.clone()]), "{kind:?}");
+            assert!(names(&objects, "10.0.0.1") && !names(&objects, "10.0.0.2"), "{kind:?}");
+            assert!(objects.replace_all(kind, Vec::new()));
+            assert!(!names(&objects, "10.0.0.1"), "{kind:?}");
+            let mut collected: Objects = [first.clone(), first.clone()].into_iter().collect();
+            assert!(names(&collected, "10.0.0.1"), "{kind:?}");
+            collected.remove(&first.key());
+            assert_eq!(collected, Objects::default());
+        }
+    }
+
+    #[test]
+    fn address_that_two_have_is_named_until_both_are_gone() {
+        let mut objects = Objects::default();
+        for object in [slice("10.0.0.1"), pod("10.0.0.1", "Running")] {
+            objects.insert(object);
+        }
+        objects.insert(pod("10.0.0.1", "Succeeded"));
+        assert!(names(&objects, "10.0.0.1"), "the endpoint has it");
+        assert!(!names(&objects, "10.0.0.99"), "only the first address of an endpoint counts");
+        objects.remove(&slice("10.0.0.1").key());
+        assert!(!names(&objects, "10.0.0.1"), "it has ended");
+    }
+
+    #[test]
+    fn objects_of_a_kind_are_all_and_only_those() {
+        let at = "10.0.0.1";
+        let objects = [service(at), slice(at), pod(at, "Running")];
+        let objects: Objects = objects.into_iter().collect();
+        for kind in [Kind::Service, Kind::EndpointSlice, Kind::Pod] {
+            let found: Vec<Kind> = objects.of(kind).map(|(key, _)| key.kind).collect();
+            assert_eq!(found, [kind]);
+        }
+        assert_eq!(objects.of(Kind::Node).count(), 0);
     }
 }

@@ -3,6 +3,9 @@
 //! An EndpointSlice names the pods behind a service; whether they are in the mesh, and as whom, only the
 //! pods say. Watching all of them costs what the cluster has; this costs what the node talks to. No IO.
 
+mod counted;
+
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::Duration;
@@ -12,10 +15,12 @@ use mesh_core::spiffe::SpiffeId;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use crate::discovery::kube::{Endpoint, EndpointSlice};
+use self::counted::Counted;
+use super::behind::{behind, has, knows, missing, pod_key, service_of, slices};
+use crate::discovery::kube::Endpoint;
 use crate::discovery::networks::{addresses, node_of};
-use crate::discovery::objects::{Kind, NodeIps, Object, ObjectKey, Objects};
-use crate::discovery::services::{self, SERVICE_NAME, absent_at};
+use crate::discovery::objects::{Object, ObjectKey, Objects};
+use crate::discovery::services::absent_at;
 
 /// A pod that no connection has used for so long is dropped.
 const UNUSED: Duration = Duration::from_secs(600);
@@ -72,6 +77,17 @@ impl Wanted {
     fn is_callers(&self) -> bool {
         matches!(self, Self::Address { account: Some(_), .. })
     }
+
+    /// What [`Objects::absent`] has of it if it was looked for in vain.
+    fn absent_as(&self) -> Option<String> {
+        match self {
+            Self::Pod { uid, at: None, .. } => uid.clone(),
+            Self::Pod { uid, at: Some(ip), .. } => Some(absent_at(uid.as_deref()?, *ip)),
+            // Who has called from there has proven to be somebody.
+            Self::Address { account: Some(_), .. } => None,
+            Self::Address { ip, account: None, .. } => Some(ip.to_string()),
+        }
+    }
 }
 
 /// What came of it.
@@ -81,17 +97,26 @@ pub(super) enum Found {
     /// There is none, or it is another one by now.
     None,
     Failed(String),
+    /// Too much else was to be read: nobody was asked.
+    GivenUp,
 }
 
 /// What was read of other nodes, and who waits for more.
 #[derive(Debug, Default)]
 pub(super) struct Remote {
     kept: BTreeMap<ObjectKey, Kept>,
-    pending: BTreeSet<Wanted>,
-    absent: BTreeMap<Wanted, Absent>,
+    /// What is being read, and who waits for it: those of `waiting` that want it.
+    pending: Counted<Vec<Asked>>,
+    absent: Counted<Absent>,
     failed: BTreeMap<Wanted, Instant>,
-    waiting: HashMap<IpAddr, Waiting>,
+    waiting: HashMap<Asked, Waiting>,
+    /// Those of `waiting` for which nothing is being read.
+    over: Vec<Asked>,
 }
+
+/// What somebody waits to know of: an address, and whether it is because of a call that says to come from there. Who
+/// dials it does not wait for what is read for a caller, who may have made it up.
+type Asked = (IpAddr, bool);
 
 #[derive(Debug)]
 struct Kept {
@@ -117,7 +142,7 @@ impl Absent {
 /// Who waits to know what is at an address.
 #[derive(Debug, Default)]
 struct Waiting {
-    /// What has to be read for it,
+    /// What is still being read for it,
     wanted: BTreeSet<Wanted>,
     /// by what was known in this snapshot.
     generation: u64,
@@ -135,8 +160,9 @@ impl Remote {
         done: oneshot::Sender<u64>,
         now: Instant,
     ) -> Vec<Wanted> {
-        if let Some(waiting) = self.waiting.get_mut(&ip).filter(|one| one.generation == generation)
-        {
+        let asked: Asked = (ip, caller.is_some());
+        let waiting = self.waiting.get_mut(&asked);
+        if let Some(waiting) = waiting.filter(|one| one.generation == generation) {
             // Who has given up is not kept for as long as others come: looked for now and then.
             if waiting.done.len().is_power_of_two() {
                 waiting.done.retain(|done| !done.is_closed());
@@ -153,33 +179,43 @@ impl Remote {
             wanted.push(Wanted::Address { ip, account: caller.map(account), node });
         }
         let to_read = self.begin(wanted.iter().cloned(), now);
-        let waiting = self.waiting.entry(ip).or_default();
+        let waiting = self.waiting.entry(asked).or_default();
         waiting.generation = generation;
-        waiting.wanted.extend(wanted.into_iter().filter(|wanted| self.pending.contains(wanted)));
         waiting.done.push(done);
+        for wanted in wanted {
+            if let Some(who) = self.pending.get_mut(&wanted)
+                && waiting.wanted.insert(wanted)
+            {
+                who.push(asked);
+            }
+        }
+        if waiting.wanted.is_empty() {
+            self.over.push(asked);
+        }
         to_read
     }
 
     /// Whether another address may be looked for, for a caller or for a pod of this node.
     fn has_place(&self, for_caller: bool) -> bool {
-        let all = self.absent.keys().chain(&self.pending);
-        let callers = all.filter(|wanted| wanted.is_callers()).count();
         match for_caller {
-            true => callers < MOST_CALLERS,
-            false => self.absent.len() + self.pending.len() - callers < MOST_ABSENT,
+            true => self.absent.callers() + self.pending.callers() < MOST_CALLERS,
+            false => self.absent.others() + self.pending.others() < MOST_ABSENT,
         }
     }
 
     /// Those of `wanted` that are not being read, and have not just been asked for in vain.
     fn begin(&mut self, wanted: impl Iterator<Item = Wanted>, now: Instant) -> Vec<Wanted> {
-        self.failed.retain(|_, since| now.duration_since(*since) < FAILED);
-        wanted
-            .filter(|wanted| {
-                self.absent.get(wanted).is_none_or(|absent| absent.is_over(now))
-                    && !self.failed.contains_key(wanted)
-                    && self.pending.insert(wanted.clone())
-            })
-            .collect()
+        let mut begun = Vec::new();
+        for wanted in wanted {
+            if self.pending.get(&wanted).is_none()
+                && self.absent.get(&wanted).is_none_or(|absent| absent.is_over(now))
+                && self.failed.get(&wanted).is_none_or(|since| is_forgiven(*since, now))
+            {
+                self.pending.insert(wanted.clone(), Vec::new());
+                begun.push(wanted);
+            }
+        }
+        begun
     }
 
     /// Takes what was read into `objects`, and says whether that changes anything.
@@ -191,31 +227,47 @@ impl Remote {
         found: Found,
         now: Instant,
     ) -> bool {
-        self.pending.remove(&wanted);
+        for asked in self.pending.remove(&wanted).unwrap_or_default() {
+            let Some(waiting) = self.waiting.get_mut(&asked) else { continue };
+            waiting.wanted.remove(&wanted);
+            if waiting.wanted.is_empty() {
+                self.over.push(asked);
+            }
+        }
         match found {
             Found::Failed(_why) => {
                 self.failed.insert(wanted, now);
+                // What is forgiven is not kept for as long as others fail: looked for now and then.
+                if self.failed.len().is_power_of_two() {
+                    self.failed.retain(|_, since| !is_forgiven(*since, now));
+                }
                 false
             }
+            // The server has done nothing wrong: it is wanted anew when somebody asks again.
+            Found::GivenUp => false,
             Found::None => {
                 let wanted = wanted.anywhere();
-                self.missed(wanted.clone(), now);
+                let is_news = self.missed(objects, wanted.clone(), now);
                 let key = self.kept.iter().find(|(_, kept)| kept.wanted == wanted);
                 let key = key.map(|(key, _)| key.clone());
                 let was_there = key.is_some_and(|key| {
                     self.kept.remove(&key);
                     remove(objects, &key, node)
                 });
-                was_there | self.tell_absent(objects)
+                was_there | is_news
             }
             Found::Pods(pods) => {
+                let mut changed = false;
                 if let Wanted::Pod { at: Some(ip), .. } = &wanted
                     && !pods.iter().any(|pod| has(pod, *ip))
                 {
-                    self.missed(wanted.clone(), now);
+                    changed |= self.missed(objects, wanted.clone(), now);
                 }
                 let wanted = wanted.anywhere();
-                let mut changed = self.absent.remove(&wanted).is_some();
+                if self.absent.remove(&wanted).is_some() {
+                    self.tell_absent(objects);
+                    changed = true;
+                }
                 changed |= self.replaced(objects, node, &wanted, &pods);
                 for pod in pods {
                     let key = pod.key();
@@ -228,19 +280,21 @@ impl Remote {
                     self.kept.insert(key, Kept { wanted: wanted.clone(), used, read: now });
                     changed |= objects.insert(pod.clone()).as_ref() != Some(&pod);
                 }
-                changed | self.tell_absent(objects)
+                changed
             }
         }
     }
 
-    /// It was looked for in vain.
-    fn missed(&mut self, wanted: Wanted, now: Instant) {
+    /// It was looked for in vain. Says whether that is news.
+    fn missed(&mut self, objects: &mut Objects, wanted: Wanted, now: Instant) -> bool {
         let lasts = match self.absent.get(&wanted) {
             _ if !wanted.is_callers() => ABSENT,
             Some(before) => (before.lasts * 2).min(ABSENT),
             None => CALLER_ABSENT,
         };
+        let told = objects.absent_mut().zip(wanted.absent_as());
         self.absent.insert(wanted, Absent { since: now, lasts });
+        told.is_some_and(|(told, absent)| told.insert(absent))
     }
 
     /// Drops whoever had what was looked for, if somebody else has it now.
@@ -261,18 +315,10 @@ impl Remote {
         changed
     }
 
+    /// Something is not absent any more: what is told of it may hold of something else too. Says whether that
+    /// changes anything.
     fn tell_absent(&self, objects: &mut Objects) -> bool {
-        let absent: HashSet<String> = self
-            .absent
-            .keys()
-            .filter_map(|wanted| match wanted {
-                Wanted::Pod { uid, at: None, .. } => uid.clone(),
-                Wanted::Pod { uid, at: Some(ip), .. } => Some(absent_at(uid.as_deref()?, *ip)),
-                // Who has called from there has proven to be somebody.
-                Wanted::Address { account: Some(_), .. } => None,
-                Wanted::Address { ip, account: None, .. } => Some(ip.to_string()),
-            })
-            .collect();
+        let absent: HashSet<String> = self.absent.keys().filter_map(Wanted::absent_as).collect();
         let Some(before) = objects.absent_mut() else { return false };
         let changed = *before != absent;
         *before = absent;
@@ -282,10 +328,16 @@ impl Remote {
     /// Answers those who have waited for nothing that is still being read, now that `generation` says
     /// what there is.
     pub(super) fn answer(&mut self, generation: u64) {
-        let is_over = |_: &IpAddr, waiting: &mut Waiting| waiting.wanted.is_disjoint(&self.pending);
-        for done in self.waiting.extract_if(is_over).flat_map(|(_, waiting)| waiting.done) {
-            // Gone, and with it the need.
-            done.send(generation).ok();
+        for asked in self.over.drain(..) {
+            // Something more may be wanted since.
+            if let Entry::Occupied(waiting) = self.waiting.entry(asked)
+                && waiting.get().wanted.is_empty()
+            {
+                for done in waiting.remove().done {
+                    // Gone, and with it the need.
+                    done.send(generation).ok();
+                }
+            }
         }
     }
 
@@ -315,19 +367,23 @@ impl Remote {
         for (key, _) in self.kept.extract_if(.., unused) {
             changed |= remove(objects, &key, node);
         }
-        let before = self.absent.len();
-        self.absent.retain(|_, absent| now.duration_since(absent.since) < ABSENT);
-        if self.absent.len() != before {
+        self.failed.retain(|_, since| !is_forgiven(*since, now));
+        if self.absent.retain(|absent| now.duration_since(absent.since) < ABSENT) {
             changed |= self.tell_absent(objects);
         }
         changed
     }
 
-    /// What is to be read although nobody waits for it: again what is used, and what has come to a
-    /// service of which something is used.
-    pub(super) fn prefetch(&mut self, objects: &Objects, node: &str, now: Instant) -> Vec<Wanted> {
+    /// What is used, and to be read again.
+    pub(super) fn refresh(&mut self, now: Instant) -> Vec<Wanted> {
         let old = self.kept.values().filter(|kept| now.duration_since(kept.read) >= REFRESH);
-        let mut wanted: Vec<Wanted> = old.map(|kept| kept.wanted.clone()).collect();
+        let old: Vec<Wanted> = old.map(|kept| kept.wanted.clone()).collect();
+        self.begin(old.into_iter(), now)
+    }
+
+    /// What is to be read before anybody needs it: what has come to a service of which something is used.
+    pub(super) fn prefetch(&mut self, objects: &Objects, node: &str, now: Instant) -> Vec<Wanted> {
+        let mut wanted = Vec::new();
         let is_kept = |endpoint: &Endpoint, namespace: &str| {
             pod_key(endpoint, namespace).is_some_and(|key| self.kept.contains_key(&key))
         };
@@ -370,93 +426,9 @@ impl Remote {
     }
 }
 
-/// What has to be read to know what is at `ip`: the pods behind a service's address, or the one behind
-/// an endpoint's.
-fn behind(objects: &Objects, node: &str, ip: IpAddr) -> Vec<Wanted> {
-    let is_ip = |text: &str| text.parse().is_ok_and(|other: IpAddr| other.to_canonical() == ip);
-    let mut services = BTreeSet::new();
-    for (key, object) in objects.iter() {
-        if let Object::Service(service) = object
-            && service.spec.as_ref().is_some_and(|spec| services::addresses(spec).any(is_ip))
-        {
-            services.insert((&*key.namespace, &*key.name));
-        }
-    }
-    let nodes = objects.node_ips();
-    let mut wanted = BTreeSet::new();
-    for (key, slice) in slices(objects) {
-        let of = service_of(slice).map(|name| (&*key.namespace, name));
-        let is_of = of.is_some_and(|of| services.contains(&of));
-        for endpoint in slice.endpoints.iter().flatten() {
-            if is_of || endpoint.addresses.first().is_some_and(|address| is_ip(address)) {
-                wanted.extend(missing(objects, (node, &nodes), &key.namespace, endpoint));
-            }
-        }
-    }
-    wanted.into_iter().collect()
-}
-
-/// The pod of an endpoint, if it is not read, or not to have its address; those of this node are followed,
-/// and those that share their node's network are never in the mesh.
-fn missing(
-    objects: &Objects,
-    (node, nodes): (&str, &NodeIps<'_>),
-    namespace: &str,
-    endpoint: &Endpoint,
-) -> Option<Wanted> {
-    let ip = endpoint.addresses.first()?.parse::<IpAddr>().ok()?.to_canonical();
-    let on = endpoint.node_name.as_deref();
-    if on == Some(node) || on.is_some_and(|on| nodes.is_of(on, ip)) {
-        return None;
-    }
-    let Some(key) = pod_key(endpoint, namespace) else {
-        let wanted = Wanted::Address { ip, account: None, node: on.map(str::to_owned) };
-        return (!knows(objects, ip) && !nodes.has(ip)).then_some(wanted);
-    };
-    let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.clone());
-    let known = objects.get(&key).filter(|pod| uid.is_none() || uid.as_deref() == uid_of(pod));
-    let at = match known {
-        Some(pod) if has(pod, ip) => return None,
-        Some(_) => Some(ip),
-        None => None,
-    };
-    Some(Wanted::Pod { namespace: key.namespace, name: key.name, uid, at })
-}
-
-/// Whether a pod with this address was read.
-fn knows(objects: &Objects, ip: IpAddr) -> bool {
-    objects.iter().any(|(_, object)| has(object, ip))
-}
-
-/// Whether this is a pod that has this address for itself: one that has completed has none any more.
-pub(super) fn has(object: &Object, ip: IpAddr) -> bool {
-    let Object::Pod(pod) = object else { return false };
-    addresses(pod).any(|own| own == ip)
-}
-
-fn slices(objects: &Objects) -> impl Iterator<Item = (&ObjectKey, &EndpointSlice)> {
-    objects.iter().filter_map(|(key, object)| match object {
-        Object::EndpointSlice(slice) => Some((key, &**slice)),
-        _ => None,
-    })
-}
-
-fn service_of(slice: &EndpointSlice) -> Option<&str> {
-    slice.metadata.labels.as_ref()?.get(SERVICE_NAME).map(String::as_str)
-}
-
-fn pod_key(endpoint: &Endpoint, namespace: &str) -> Option<ObjectKey> {
-    let target = endpoint.target_ref.as_ref()?;
-    let name = target.name.clone().filter(|_| target.kind.as_deref() == Some("Pod"))?;
-    let namespace = target.namespace.clone().unwrap_or_else(|| namespace.to_owned());
-    Some(ObjectKey { kind: Kind::Pod, namespace, name })
-}
-
-fn uid_of(object: &Object) -> Option<&str> {
-    match object {
-        Object::Pod(pod) => pod.metadata.uid.as_deref(),
-        _ => None,
-    }
+/// Whether what has failed then may be asked for again.
+fn is_forgiven(since: Instant, now: Instant) -> bool {
+    now.duration_since(since) >= FAILED
 }
 
 /// Whether the pod of this name is one of this node.

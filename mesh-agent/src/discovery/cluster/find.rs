@@ -13,7 +13,8 @@ use std::time::Duration;
 use kube::Client;
 use tokio::time::timeout;
 
-use super::demand::{Found, Wanted, has};
+use super::behind::has;
+use super::demand::{Found, Wanted};
 use super::feed::{Followed as _, Searched, list, read, search};
 use crate::discovery::client::escaped;
 use crate::discovery::kube::Pod;

@@ -20,9 +20,11 @@
 //! - What objects say beyond what a snapshot is made from is dropped on arrival, and a change of it makes
 //!   no snapshot.
 
+mod behind;
 mod demand;
 mod feed;
 mod find;
+mod places;
 mod policies;
 mod report;
 #[cfg(test)]
@@ -44,7 +46,7 @@ use tracing::warn;
 
 use self::demand::{Found, Remote, Wanted};
 use self::feed::{News, What, follow};
-use self::find::find;
+use self::places::{Places, Reason};
 pub use self::policies::network_policies;
 use self::report::{Known, Reports, Write};
 use super::client::escaped;
@@ -61,8 +63,6 @@ const BURST: Duration = Duration::from_millis(20);
 
 /// Demands that wait to be read: then connections wait.
 const DEMANDS: usize = 1024;
-/// Reads at once: a first connection to a large service must not take the API server for itself.
-const READS: usize = 32;
 /// Writes at once. They have places of their own: no connection waits for what is only told.
 const WRITES: usize = 4;
 /// Nobody waits for what is written.
@@ -156,11 +156,12 @@ impl ClusterSource {
             feeds.spawn(policies::count(client.clone(), network_policies));
         }
         let (_kept, mut demands) = demands;
-        let read_places = Arc::new(Semaphore::new(READS));
+        let read_places = Arc::new(Places::default());
         let write_places = Arc::new(Semaphore::new(WRITES));
         let (mut reads, mut writes) = (JoinSet::new(), JoinSet::new());
         let mut tidy = interval(TIDY);
         loop {
+            let mut to_read_again = Vec::new();
             let mut to_read = tokio::select! {
                 Some(first) = news.recv() => {
                     state.take(first, Instant::now());
@@ -191,7 +192,11 @@ impl ClusterSource {
                     state.is_reportable = true;
                     Vec::new()
                 }
-                _ = tidy.tick() => state.tidy(Instant::now()),
+                _ = tidy.tick() => {
+                    let missing = state.tidy(Instant::now());
+                    to_read_again = state.refresh(Instant::now());
+                    missing
+                }
             };
             confirmed.send_replace(state.confirmed());
             if let Some(found) = state.problems_if_changed() {
@@ -211,11 +216,12 @@ impl ClusterSource {
                     (key, put(&client, write).await)
                 });
             }
-            for wanted in to_read {
+            let asked = to_read.into_iter().map(|wanted| (state.reason(&wanted), wanted));
+            let again = to_read_again.into_iter().map(|wanted| (Reason::Again, wanted));
+            for (reason, wanted) in asked.chain(again) {
                 let (client, places) = (client.clone(), Arc::clone(&read_places));
                 reads.spawn(async move {
-                    let _place = places.acquire_owned().await;
-                    let found = find(&client, &wanted).await;
+                    let found = places.read(&client, &wanted, reason).await;
                     (wanted, found)
                 });
             }
@@ -258,6 +264,10 @@ struct State {
     snapshot: Arc<Snapshot>,
     found: Vec<Problem>,
     told: Arc<[Problem]>,
+    /// Something came that may have to be told.
+    is_tellable: bool,
+    /// Reads that did not get their turn and were not told of.
+    given_up: usize,
 }
 
 /// How it stands with one kind.
@@ -285,11 +295,14 @@ impl State {
             snapshot: Arc::new(nothing),
             found: Vec::new(),
             told: [].into(),
+            is_tellable: false,
+            given_up: 0,
         }
     }
 
     fn take(&mut self, news: News, now: Instant) {
         let Some(kind) = self.kinds.get_mut(&news.kind) else { return };
+        self.is_tellable = true;
         match news.what {
             What::Failing(why) => {
                 kind.failing = Some(why);
@@ -358,8 +371,12 @@ impl State {
     }
 
     fn read(&mut self, wanted: Wanted, found: Found, now: Instant) {
-        if let Found::Failed(why) = &found {
-            warn!(?wanted, error = why, "a pod of another node cannot be read");
+        match &found {
+            Found::Failed(why) => {
+                warn!(?wanted, error = why, "a pod of another node cannot be read");
+            }
+            Found::GivenUp => self.given_up += 1,
+            Found::Pods(_) | Found::None => {}
         }
         let node = Arc::clone(&self.context.node);
         self.is_stale |= self.remote.take(&mut self.objects, &node, wanted, found, now);
@@ -367,6 +384,11 @@ impl State {
 
     /// Not while pods cannot be read: what is dropped could not be had again.
     fn tidy(&mut self, now: Instant) -> Vec<Wanted> {
+        // Not each by itself: a pod that dials free addresses could fill the log.
+        let given_up = std::mem::take(&mut self.given_up);
+        if given_up > 0 {
+            warn!(reads = given_up, "more is asked of other nodes' pods than can be read in time");
+        }
         if self.cannot_read() {
             return Vec::new();
         }
@@ -374,6 +396,22 @@ impl State {
         self.is_stale |= self.remote.expire(&mut self.objects, &self.context.node, now);
         self.is_reportable = true;
         self.prefetch(now)
+    }
+
+    /// Not while pods cannot be read, either: each would be a failure to tell of.
+    fn refresh(&mut self, now: Instant) -> Vec<Wanted> {
+        if self.cannot_read() { Vec::new() } else { self.remote.refresh(now) }
+    }
+
+    /// Why this is read that somebody needs.
+    fn reason(&self, wanted: &Wanted) -> Reason {
+        match wanted {
+            Wanted::Pod { .. } => Reason::Named,
+            Wanted::Address { account: Some(_), .. } => Reason::Called,
+            // A slice may name an address and not say whose it is.
+            Wanted::Address { ip, account: None, .. } if self.objects.names(*ip) => Reason::Named,
+            Wanted::Address { account: None, .. } => Reason::Dialled,
+        }
     }
 
     fn prefetch(&mut self, now: Instant) -> Vec<Wanted> {
@@ -432,6 +470,7 @@ impl State {
         let generation = self.snapshot.generation + 1;
         let (snapshot, found) = translate(&self.objects, &self.context, generation);
         self.found = found;
+        self.is_tellable = true;
         if generation > 1 && snapshot.same_state(&self.snapshot) {
             return None;
         }
@@ -441,6 +480,9 @@ impl State {
     }
 
     fn problems_if_changed(&mut self) -> Option<Arc<[Problem]>> {
+        if !std::mem::take(&mut self.is_tellable) {
+            return None;
+        }
         let failing = self.kinds.iter().filter_map(|(kind, state)| {
             let why = state.failing.as_ref()?;
             Some(Problem {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::discovery::services::SERVICE_NAME;
 
 fn slice(names: &[&str]) -> Object {
     let endpoint = |name: &&str| {
@@ -64,7 +65,7 @@ impl World {
     }
 
     fn read(&mut self, name: &str) {
-        self.remote.pending.insert(wanted(name));
+        self.remote.pending.insert(wanted(name), Vec::new());
         assert!(self.take(&wanted(name), Found::Pods(vec![pod(name)])));
     }
 
@@ -94,6 +95,10 @@ impl World {
         self.remote.prefetch(&self.objects, "a", self.now)
     }
 
+    fn refresh(&mut self) -> Vec<Wanted> {
+        self.remote.refresh(self.now)
+    }
+
     fn expire(&mut self) -> bool {
         self.remote.expire(&mut self.objects, "a", self.now)
     }
@@ -120,7 +125,7 @@ async fn used_pod_is_read_again_and_unused_one_is_dropped() {
     world.now += UNUSED / 2;
     world.remote.used(&world.objects, &["uid-one".into()], &[], world.now);
     assert!(!world.expire());
-    assert_eq!(world.prefetch(), [wanted("one"), wanted("two")], "older than {REFRESH:?}");
+    assert_eq!(world.refresh(), [wanted("one"), wanted("two")], "older than {REFRESH:?}");
     world.now += UNUSED / 2;
     assert!(world.expire());
     assert!(world.has("one") && !world.has("two"));
@@ -156,6 +161,61 @@ fn pod_that_shares_its_nodes_network_is_never_read() {
     world.objects.insert(Object::Node(Arc::new(serde_json::from_value(node).unwrap())));
     assert_eq!(world.prefetch(), []);
     assert_eq!(behind(&world.objects, "a", "10.0.1.1".parse().unwrap()), []);
+}
+
+#[tokio::test]
+async fn who_wants_what_was_given_up_is_answered_and_may_ask_again_at_once() {
+    let mut world = World::with(&["one"]);
+    for ip in ["10.0.1.1", "10.0.1.77"] {
+        let (asked, mut answer) = world.need(ip);
+        assert_eq!(asked.len(), 1);
+        world.remote.answer(world.generation);
+        assert!(answer.try_recv().is_err(), "not before it was given up");
+        assert!(!world.take(&asked[0], Found::GivenUp), "nothing is known by that");
+        world.remote.answer(world.generation);
+        assert_eq!(answer.try_recv(), Ok(world.generation));
+        assert_eq!(world.need(ip).0, asked);
+    }
+    assert!(world.objects.absent().unwrap().is_empty());
+}
+
+/// Both names for it are told as one.
+#[tokio::test]
+async fn address_is_nobodys_as_long_as_it_was_looked_for_in_vain_in_one_way() {
+    let mut world = World::with(&[]);
+    let by_node =
+        Wanted::Address { ip: "10.0.1.77".parse().unwrap(), account: None, node: Some("b".into()) };
+    assert!(world.take(&at("10.0.1.77"), Found::None));
+    world.now += ABSENT / 2;
+    assert!(!world.take(&by_node, Found::None), "that is known");
+    world.now += ABSENT / 2;
+    world.expire();
+    assert!(world.objects.absent().unwrap().contains("10.0.1.77"));
+    world.now += ABSENT / 2;
+    assert!(world.expire());
+    assert!(world.objects.absent().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn places_for_addresses_are_free_again_when_what_was_absent_is_forgotten() {
+    let caller = SpiffeId::parse("spiffe://cluster.local/ns/a/sa/caller").unwrap();
+    for (caller, most) in [(None, MOST_ABSENT), (Some(&caller), MOST_CALLERS)] {
+        let mut world = World::with(&[]);
+        for round in 0..2 {
+            let mut asked = 0;
+            for n in 0..2 * u32::try_from(MOST_ABSENT).unwrap() {
+                let ip = std::net::Ipv4Addr::from_bits(n).to_string();
+                for wanted in world.need_for(&ip, caller).0 {
+                    world.take(&wanted, Found::None);
+                    asked += 1;
+                }
+                world.remote.answer(world.generation);
+            }
+            assert_eq!(asked, most, "{round}");
+            world.now += ABSENT;
+            world.expire();
+        }
+    }
 }
 
 #[tokio::test]
@@ -216,7 +276,7 @@ async fn pod_that_is_left_alone_is_kept_while_somebody_connects_to_it() {
     world.remote.used(&world.objects, &[], &["10.0.1.1".parse().unwrap()], world.now);
     world.now += UNUSED / 2;
     assert!(!world.expire());
-    assert_eq!(world.prefetch(), [at("10.0.1.1")], "its annotations may have changed");
+    assert_eq!(world.refresh(), [at("10.0.1.1")], "its annotations may have changed");
     // Somebody else has the address by now.
     assert!(read(&mut world, "two"));
     assert!(world.has("two") && !world.has("one"));
@@ -256,7 +316,7 @@ async fn pod_whose_slice_says_another_address_is_read_again_once() {
     assert!(world.take(&again, Found::Pods(vec![pod("one")])));
     assert!(world.objects.absent().unwrap().is_empty() && world.has("one"));
     world.now += REFRESH;
-    assert_eq!(world.prefetch(), [wanted("one")], "wherever it is");
+    assert_eq!(world.refresh(), [wanted("one")], "wherever it is");
 }
 
 #[tokio::test]
@@ -268,7 +328,7 @@ async fn those_who_wait_for_the_same_are_one_and_who_gave_up_is_forgotten() {
     for _ in 0..10_000 {
         assert_eq!(world.need("10.0.1.1").0, []);
     }
-    let waiting = &world.remote.waiting[&"10.0.1.1".parse::<IpAddr>().unwrap()];
+    let waiting = &world.remote.waiting[&("10.0.1.1".parse::<IpAddr>().unwrap(), false)];
     assert!(waiting.wanted.len() == 500 && waiting.done.len() < 10, "{}", waiting.done.len());
     for wanted in asked {
         world.remote.answer(world.generation);
@@ -303,7 +363,7 @@ fn pod_of_this_node_is_not_taken_from_a_list() {
 #[test]
 fn late_answer_does_not_take_the_place_of_a_pod_of_this_node() {
     let mut world = World::with(&["one"]);
-    world.remote.pending.insert(wanted("one"));
+    world.remote.pending.insert(wanted("one"), Vec::new());
     world.objects.insert(here("one"));
     assert!(!world.take(&wanted("one"), Found::Pods(vec![pod("one")])), "nothing has changed");
     assert_eq!(world.objects.get(&pod("one").key()), Some(&here("one")));
@@ -332,5 +392,66 @@ fn end_of_what_was_read_takes_no_pod_of_this_node_of_its_name_along() {
         end(&mut world);
         assert_eq!(world.objects.get(&pod("one").key()), Some(&here("one")), "{n}");
         assert!(!world.remote.keeps(&pod("one").key()), "{n}");
+    }
+}
+
+#[tokio::test]
+async fn who_dials_an_address_waits_for_no_read_of_one_who_says_to_have_called_from_there() {
+    let caller = SpiffeId::parse("spiffe://cluster.local/ns/a/sa/caller").unwrap();
+    for is_later in [false, true] {
+        let mut world = World::with(&[]);
+        let (for_caller, mut called) = world.need_for("10.0.1.77", Some(&caller));
+        world.generation += u64::from(is_later);
+        let (asked, mut dialled) = world.need("10.0.1.77");
+        assert_eq!((for_caller.len(), asked.clone()), (1, vec![at("10.0.1.77")]));
+        world.take(&asked[0], Found::None);
+        world.remote.answer(world.generation);
+        assert!(dialled.try_recv().is_ok() && called.try_recv().is_err());
+        world.take(&for_caller[0], Found::GivenUp);
+        world.remote.answer(world.generation);
+        assert!(called.try_recv().is_ok());
+        assert!(world.remote.waiting.is_empty());
+    }
+}
+
+/// Whatever comes of it, and whoever has begun to read it: each is answered once, when all is read that was wanted
+/// for it.
+#[tokio::test]
+async fn everybody_is_answered_when_nothing_is_read_for_them_any_more() {
+    type What = fn(&Wanted) -> Found;
+    let whats: [What; 4] = [
+        |_| Found::None,
+        |_| Found::GivenUp,
+        |_| Found::Failed("no".into()),
+        |wanted| match wanted {
+            Wanted::Pod { name, .. } => Found::Pods(vec![pod(name)]),
+            Wanted::Address { .. } => Found::None,
+        },
+    ];
+    for what in whats {
+        let mut world = World::with(&["one", "two"]);
+        world.read("one");
+        // Begun by nobody.
+        let ahead = world.prefetch();
+        assert_eq!(ahead, [wanted("two")]);
+        let (asked, mut first) = world.need("10.0.1.1");
+        assert_eq!(asked, []);
+        // By what is known later one more is wanted for the same address.
+        world.objects.insert(slice(&["one", "two", "three"]));
+        world.generation += 1;
+        let (more, mut second) = world.need("10.0.1.1");
+        assert_eq!(more, [wanted("three")]);
+        let (nothing, mut third) = world.need("10.0.1.1");
+        assert_eq!(nothing, []);
+        let answered = |world: &mut World, answers: &mut [&mut oneshot::Receiver<u64>]| {
+            world.remote.answer(world.generation);
+            answers.iter_mut().map(|answer| usize::from(answer.try_recv().is_ok())).sum::<usize>()
+        };
+        let waiters = &mut [&mut first, &mut second, &mut third];
+        world.take(&ahead[0], what(&ahead[0]));
+        assert_eq!(answered(&mut world, waiters), 0, "three is still being read");
+        world.take(&more[0], what(&more[0]));
+        assert_eq!(answered(&mut world, waiters), 3);
+        assert!(world.remote.waiting.is_empty() && world.remote.over.is_empty());
     }
 }

@@ -13,11 +13,11 @@ use tokio::time::{advance, pause, resume};
 
 use super::{Api, PATHS, PODS, ip, pod, until};
 
-const VIP: &str = "10.96.0.10";
+pub(super) const VIP: &str = "10.96.0.10";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 
 /// A service with two pods of another node and one of this.
-fn shop(api: &Api) {
+pub(super) fn shop(api: &Api) {
     let remote = |name: &str, ip: &str| {
         let mut pod = pod(name, ip);
         pod["spec"]["nodeName"] = json!("b");

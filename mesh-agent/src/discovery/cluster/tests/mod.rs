@@ -1,8 +1,10 @@
 //! Against a server that speaks as much of the Kubernetes API as is asked for.
 
 mod demand;
+mod places;
 mod policies;
 mod report;
+mod scan;
 mod seen;
 mod state;
 mod waits;

@@ -12,7 +12,7 @@ use crate::discovery::translate::{Context, NetnsFrom};
 /// What nobody has used for so long is dropped, and what was not there is forgotten.
 const LONG: Duration = Duration::from_secs(600);
 
-fn nothing() -> State {
+pub(super) fn nothing() -> State {
     State::new(Context {
         node: "a".into(),
         trust_domain: cluster_local(),
