@@ -6,6 +6,7 @@ pub mod ask;
 mod authority;
 pub mod check;
 mod environment;
+pub mod node;
 pub mod output;
 pub mod parts;
 mod problems;
@@ -25,6 +26,7 @@ use mesh_core::balance::Policy;
 use mesh_core::spiffe::TrustDomain;
 
 pub use self::authority::{Ca, CaRun};
+pub use self::check::Check;
 pub use self::environment::{UnknownVariable, unknown_variables};
 use self::output::Format;
 pub use self::problems::{FlagProblem, cgroup2};
@@ -48,8 +50,8 @@ pub struct Cli {
 pub enum Command {
     /// Attach the eBPF programs and carry traffic until SIGTERM.
     Run(Box<Run>),
-    /// Report whether this kernel can run the mesh, and what is missing. Changes nothing.
-    Check(Check),
+    /// Report whether this kernel and this node can run the mesh, and what is missing. Changes nothing.
+    Check(Box<Check>),
     /// Detach every program and remove pinned maps: the way out after a crash. Refuses while an agent runs.
     Detach(Detach),
     /// A certificate authority: of a cluster, or in a directory for running without one.
@@ -80,6 +82,9 @@ pub enum Question {
     Connections(Ask),
     /// The tunnels to other nodes.
     Tunnels(Ask),
+    /// All of these and the effective configuration, for a report of a problem: names, addresses and identities,
+    /// and no secrets. JSON, unless it is to be YAML.
+    Dump(AskAgent),
     /// Show the log level, or change it until the agent ends.
     Log(Log),
     /// Version of this program, and of the agent that runs.
@@ -180,7 +185,7 @@ pub struct Run {
         env = "MESH_KUBELET_CGROUP",
         value_name = "NAME,...",
         value_delimiter = ',',
-        default_value = "kubelet.service,k3s.service,k3s-agent.service,rke2-server.service,rke2-agent.service"
+        default_value = DEFAULT_KUBELET_CGROUP
     )]
     pub kubelet_cgroup: Vec<String>,
 
@@ -233,16 +238,16 @@ pub struct Run {
     pub bpffs: PathBuf,
 
     /// TCP and UDP port of this node where other agents reach this one. The same on every node.
-    #[arg(long, env = "MESH_TUNNEL_PORT", value_name = "PORT", default_value = "15019")]
+    #[arg(long, env = "MESH_TUNNEL_PORT", value_name = "PORT", default_value = DEFAULT_TUNNEL_PORT)]
     pub tunnel_port: NonZeroU16,
 
     /// Serves `/metrics`.
-    #[arg(long, env = "MESH_METRICS_ADDR", value_name = "ADDR", default_value = "[::]:15020")]
+    #[arg(long, env = "MESH_METRICS_ADDR", value_name = "ADDR", default_value = DEFAULT_METRICS_ADDR)]
     pub metrics_addr: SocketAddr,
 
     /// Serves `/healthz/ready` and `/healthz/live`: to the node alone, since who keeps its connections there
     /// busy has the agent restarted.
-    #[arg(long, env = "MESH_READY_ADDR", value_name = "ADDR", default_value = "127.0.0.1:15021")]
+    #[arg(long, env = "MESH_READY_ADDR", value_name = "ADDR", default_value = DEFAULT_READY_ADDR)]
     pub ready_addr: SocketAddr,
 
     #[command(flatten)]
@@ -368,6 +373,11 @@ impl Run {
 const DEFAULT_TRUST_BUNDLE: &str = "/etc/malla/trust/bundle.pem";
 const DEFAULT_CGROUP: &str = "/sys/fs/cgroup";
 const DEFAULT_BPFFS: &str = "/sys/fs/bpf/malla";
+const DEFAULT_TUNNEL_PORT: &str = "15019";
+const DEFAULT_METRICS_ADDR: &str = "[::]:15020";
+const DEFAULT_READY_ADDR: &str = "127.0.0.1:15021";
+const DEFAULT_KUBELET_CGROUP: &str =
+    "kubelet.service,k3s.service,k3s-agent.service,rke2-server.service,rke2-agent.service";
 
 /// Where the admin socket is.
 #[derive(Clone, Debug, Args)]
@@ -408,34 +418,6 @@ pub struct Ask {
     /// Only what belongs to this namespace.
     #[arg(long, short, value_name = "NAME")]
     pub namespace: Option<String>,
-}
-
-/// `mesh-agent check`.
-#[derive(Clone, Debug, Args)]
-pub struct Check {
-    /// cgroup v2 directory that `run` would attach to. Where v1 is mounted, `unified` in it.
-    #[arg(long, env = "MESH_CGROUP", value_name = "DIR", default_value = DEFAULT_CGROUP)]
-    pub cgroup: PathBuf,
-
-    /// Directory below a bpf file system that `run` would pin to.
-    #[arg(long, env = "MESH_BPFFS", value_name = "DIR", default_value = DEFAULT_BPFFS)]
-    pub bpffs: PathBuf,
-
-    /// Warn of what `run --redirect-peer on` would skip.
-    #[arg(long, env = "MESH_REDIRECT_PEER", value_enum, default_value_t)]
-    pub redirect_peer: Switch,
-
-    /// Directory of manifests that `run` would follow, to look for what it would not enforce.
-    #[arg(long, env = "MESH_MANIFESTS", value_name = "DIR")]
-    pub manifests: Option<PathBuf>,
-
-    /// How to reach the Kubernetes API that `run` would follow [default: as a pod does].
-    #[arg(long, env = "MESH_KUBECONFIG", value_name = "FILE")]
-    pub kubeconfig: Option<PathBuf>,
-
-    /// How to print the report.
-    #[arg(long, short, value_enum, default_value_t)]
-    pub output: Format,
 }
 
 /// `mesh-agent log`.

@@ -10,7 +10,7 @@ use mesh_agent::capture::{Capture, Detached};
 use mesh_agent::cli::ask::{Answered, AskError, DetachError};
 use mesh_agent::cli::check::{Category, Report};
 use mesh_agent::cli::output::{self, Format};
-use mesh_agent::cli::{Ca, Check, Cli, Command, Question, Run, ask, cgroup2, parts};
+use mesh_agent::cli::{Ca, Check, Cli, Command, Question, Run, ask, cgroup2, node, parts};
 use tokio::runtime::{Builder, Runtime};
 
 /// A problem was found.
@@ -98,12 +98,14 @@ fn start(mut run: Run) -> anyhow::Result<ExitCode> {
 }
 
 fn report(check: &Check, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
-    let checks = parts::kernel_features(&cgroup2(&check.cgroup), &check.bpffs);
+    let (cgroup, runtime) = (cgroup2(&check.cgroup), small_runtime()?);
+    let checks = parts::kernel_features(&cgroup, &check.bpffs);
     let mut categories = vec![Category { category_name: "kernel", checks }];
+    let checks = runtime.block_on(node::findings(check, &cgroup));
+    categories.push(Category { category_name: "node", checks });
     if check.redirect_peer.is_on() {
         let (manifests, kubeconfig) = (check.manifests.as_deref(), check.kubeconfig.as_deref());
-        let checks =
-            vec![small_runtime()?.block_on(parts::skipped_policies(manifests, kubeconfig))];
+        let checks = vec![runtime.block_on(parts::skipped_policies(manifests, kubeconfig))];
         categories.push(Category { category_name: "redirect", checks });
     }
     let report = Report::new(categories);

@@ -217,11 +217,16 @@ impl Kubelet {
 
     /// The ID of the cgroup of this node's kubelet, if it runs. A service that is restarted gets another.
     pub fn cgroup(&mut self) -> Option<u64> {
+        // The kernel's ID of a cgroup is its inode.
+        self.place().and_then(net::inode)
+    }
+
+    /// Where that cgroup is.
+    pub fn place(&mut self) -> Option<&Path> {
         if self.found.as_ref().is_none_or(|found| !is_inhabited(found)) {
             self.found = self.look();
         }
-        // The kernel's ID of a cgroup is its inode.
-        self.found.as_ref().and_then(|found| net::inode(found))
+        self.found.as_deref()
     }
 
     /// Not in pods, nor in what belongs to a user: those name their cgroups as they like.

@@ -1,7 +1,7 @@
 //! Telemetry: what the agents tell of a connection is what happened.
 
 use std::io::{Read as _, Write as _};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpListener, UdpSocket};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::{Carrier, Mesh, PodSpec, Serve, ServiceSpec, exchange, linger_zero, wait};
@@ -297,8 +297,8 @@ fn command_line_tells_by_its_exit_code() -> Result<()> {
     harness::require!();
     let mut mesh = Mesh::two_nodes()?;
     let agent = mesh.agent("a");
-    for command in ["status", "workloads", "services", "certs", "connections", "tunnels", "version"]
-    {
+    const PARTS: [&str; 6] = ["status", "workloads", "services", "certs", "connections", "tunnels"];
+    for command in PARTS.into_iter().chain(["version", "dump"]) {
         for format in ["table", "json", "yaml"] {
             let cli = agent.cli(&[command, "-o", format])?;
             ensure!(cli.code == 0, "{command} -o {format}: {}: {}", cli.code, cli.stderr);
@@ -306,6 +306,9 @@ fn command_line_tells_by_its_exit_code() -> Result<()> {
         }
         agent.ask(&[command])?;
     }
+    let dump = agent.ask(&["dump"])?;
+    assert_eq!(dump["config"]["node"], "a", "{dump}");
+    ensure!(PARTS.iter().all(|part| !dump[part].is_null()), "{dump}");
     assert_eq!(agent.ask(&["log"])?["level"], "mesh_agent=debug,info");
     assert_eq!(agent.ask(&["log", "debug"])?["level"], "debug");
     let dir = agent.ca_dir().display().to_string();
@@ -369,6 +372,37 @@ fn check_tells_feature_by_feature_what_the_kernel_has() -> Result<()> {
     let broken = agent.cli(&["check", "--cgroup", "/proc/self"])?;
     assert_eq!(broken.code, 1, "{}", broken.stdout);
     ensure!(broken.stdout.contains('×'), "{}", broken.stdout);
+    Ok(())
+}
+
+#[test]
+fn check_tells_of_ports_that_another_program_has_and_not_of_the_agents_own() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes()?;
+    // The one shares its port for metrics with nobody, the other with a successor.
+    for flag in ["--standby=off", "--standby=on"] {
+        mesh.agent_mut("a").kill()?;
+        mesh.agent_mut("a").set_flag(flag);
+        mesh.agent_mut("a").restart()?;
+        let beside = mesh.agent("a").cli(&["check"])?;
+        ensure!(beside.code == 0, "beside {flag}: {}{}", beside.stdout, beside.stderr);
+    }
+    mesh.agent_mut("a").kill()?;
+    let node = mesh.node("a").netns();
+    let metrics = node.run(|| Ok(TcpListener::bind("[::]:15020")?))?;
+    let tunnels = node.run(|| Ok(UdpSocket::bind("[::]:15019")?))?;
+    let found = mesh.agent("a").cli(&["check"])?;
+    assert_eq!(found.code, 1, "{}{}", found.stdout, found.stderr);
+    for told in [
+        "× TCP [::]:15020 (--metrics-addr)\n    another program has TCP port 15020\n",
+        "× UDP [::]:15019 (--tunnel-port)\n    another program has UDP port 15019\n",
+        "√ TCP [::]:15019 (--tunnel-port)\n",
+        "√ TCP 127.0.0.1:15021 (--ready-addr)\n",
+    ] {
+        ensure!(found.stdout.contains(told), "no {told:?} in {}", found.stdout);
+    }
+    drop((metrics, tunnels));
+    assert_eq!(mesh.agent("a").cli(&["check"])?.code, 0, "they are free again");
     Ok(())
 }
 

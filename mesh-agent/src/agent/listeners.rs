@@ -1,6 +1,9 @@
 //! Where others reach the agent: other nodes' agents, Prometheus, the kubelet, and the command line.
 
+use std::fmt;
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -117,16 +120,72 @@ pub(super) async fn serve_http(
 /// Whether an agent that waits for its turn could listen where it is told to: what another program has, it would
 /// find out when the one before it has gone.
 pub(super) fn rehearse(options: &Run) -> Result<()> {
-    let tunnels = SocketAddr::new(net::any_address(), options.tunnel_port.get());
-    for (flag, addr) in
-        [("--metrics-addr", usable(options.metrics_addr)), ("--tunnel-port", tunnels)]
-    {
-        let found = net::may_share(addr);
-        found.with_context(|| {
+    let Run { tunnel_port, metrics_addr, ready_addr, .. } = options;
+    let ports = Port::all(*tunnel_port, *metrics_addr, *ready_addr);
+    // Which of an agent's UDP sockets gets a packet is told by their number, and this may be the moment when
+    // another agent counts them.
+    for port in ports.into_iter().filter(|port| port.transport == Transport::Tcp) {
+        port.rehearse().with_context(|| {
+            let Port { flag, addr, .. } = port;
             format!("{flag}: listen on {addr}, in place of the agent that runs here")
         })?;
     }
     Ok(())
+}
+
+/// A port of the node that an agent has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Port {
+    /// The flag that says where it is.
+    pub(crate) flag: &'static str,
+    /// What comes there.
+    pub(crate) transport: Transport,
+    /// Where it is.
+    pub(crate) addr: SocketAddr,
+}
+
+/// What comes to a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    Tcp,
+    Udp,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}
+
+impl Port {
+    /// All that an agent with these flags has.
+    pub(crate) fn all(
+        tunnel_port: NonZeroU16,
+        metrics_addr: SocketAddr,
+        ready_addr: SocketAddr,
+    ) -> [Self; 4] {
+        let tunnels = SocketAddr::new(net::any_address(), tunnel_port.get());
+        [
+            ("--tunnel-port", Transport::Tcp, tunnels),
+            ("--tunnel-port", Transport::Udp, tunnels),
+            ("--metrics-addr", Transport::Tcp, usable(metrics_addr)),
+            ("--ready-addr", Transport::Tcp, usable(ready_addr)),
+        ]
+        .map(|(flag, transport, addr)| Self { flag, transport, addr })
+    }
+
+    /// Whether an agent would get it now, be it beside one that shares it. Nothing arrives at a TCP socket that does
+    /// not listen; but not for a UDP port that an agent has, lest a third one counts this socket as an agent's
+    /// ([`Steering`]).
+    pub(crate) fn rehearse(&self) -> io::Result<()> {
+        match self.transport {
+            Transport::Tcp => net::may_share(self.addr),
+            Transport::Udp => net::udp_socket(self.addr).map(drop),
+        }
+    }
 }
 
 pub(super) async fn listen(addr: SocketAddr) -> Result<TcpListener> {
@@ -141,5 +200,41 @@ pub(super) fn usable(addr: SocketAddr) -> SocketAddr {
             SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), v6.port())
         }
         addr => addr,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+
+    use super::*;
+
+    fn rehearsed(flag: &str, transport: Transport, number: u16) -> io::Result<()> {
+        let addr = SocketAddr::new(net::any_address(), number);
+        let all = Port::all(NonZeroU16::new(number).unwrap(), addr, addr);
+        let mut ports = all.iter().filter(|port| port.transport == transport);
+        ports.find(|port| port.flag == flag).unwrap().rehearse()
+    }
+
+    #[test]
+    fn port_that_another_program_has_is_found_and_one_that_an_agent_shares_is_not() {
+        let any = SocketAddr::new(net::any_address(), 0);
+        let in_use = |tried: io::Result<()>| tried.unwrap_err().kind() == io::ErrorKind::AddrInUse;
+
+        let theirs = UdpSocket::bind(any).unwrap();
+        let port = theirs.local_addr().unwrap().port();
+        assert!(in_use(rehearsed("--tunnel-port", Transport::Udp, port)));
+        let theirs = TcpListener::bind(any).unwrap();
+        let port = theirs.local_addr().unwrap().port();
+        for flag in ["--tunnel-port", "--metrics-addr", "--ready-addr"] {
+            assert!(in_use(rehearsed(flag, Transport::Tcp, port)), "{flag}");
+        }
+
+        let shared = net::udp_socket(any).unwrap();
+        let port = shared.local_addr().unwrap().port();
+        rehearsed("--tunnel-port", Transport::Udp, port).unwrap();
+        let shared = net::listen_shared(any).unwrap();
+        let port = shared.local_addr().unwrap().port();
+        rehearsed("--metrics-addr", Transport::Tcp, port).unwrap();
     }
 }

@@ -51,6 +51,7 @@ use tracing::{debug, error, info, warn};
 use self::connections::Connections;
 use self::direct::{Verdicts, WISHES};
 use self::heart::Heart;
+pub(crate) use self::listeners::Port;
 use self::listeners::{serve_http, serve_tunnels};
 use self::pods::Pods;
 pub use self::signer::run_ca;

@@ -138,6 +138,9 @@ pub async fn answer(question: &Question, out: &mut dyn Write) -> Result<Answered
         Question::Certs(ask) => list::<CertificateView>(ask, "/certs", out).await?,
         Question::Connections(ask) => list::<ConnectionView>(ask, "/connections", out).await?,
         Question::Tunnels(ask) => list::<TunnelView>(ask, "/tunnels", out).await?,
+        Question::Dump(ask) => {
+            print_data(out, ask.output, &read(&ask.admin, "/config_dump").await?)?;
+        }
         Question::Log(asked) => log(asked, out).await?,
         Question::Version(ask) => version(ask, out).await?,
     }

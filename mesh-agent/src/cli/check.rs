@@ -1,10 +1,83 @@
 //! `mesh-agent check`: what this machine has, category by category, in the form of `linkerd check`.
 
 use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
+use std::path::PathBuf;
 
+use clap::Args;
+use mesh_core::addr::Cidr;
 use serde::Serialize;
 
 use super::output::{Format, print_data};
+use super::{
+    Admin, DEFAULT_BPFFS, DEFAULT_CGROUP, DEFAULT_KUBELET_CGROUP, DEFAULT_METRICS_ADDR,
+    DEFAULT_READY_ADDR, DEFAULT_TUNNEL_PORT, Switch,
+};
+
+/// `mesh-agent check`. What `run` has too is called there as here, and has the same default.
+#[derive(Clone, Debug, Args)]
+pub struct Check {
+    /// cgroup v2 directory that `run` would attach to. Where v1 is mounted, `unified` in it.
+    #[arg(long, env = "MESH_CGROUP", value_name = "DIR", default_value = DEFAULT_CGROUP)]
+    pub cgroup: PathBuf,
+
+    /// Directory below a bpf file system that `run` would pin to.
+    #[arg(long, env = "MESH_BPFFS", value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    pub bpffs: PathBuf,
+
+    /// TCP and UDP port where other agents would reach the one of this node.
+    #[arg(long, env = "MESH_TUNNEL_PORT", value_name = "PORT", default_value = DEFAULT_TUNNEL_PORT)]
+    pub tunnel_port: NonZeroU16,
+
+    /// Where `run` would serve `/metrics`.
+    #[arg(long, env = "MESH_METRICS_ADDR", value_name = "ADDR", default_value = DEFAULT_METRICS_ADDR)]
+    pub metrics_addr: SocketAddr,
+
+    /// Where `run` would serve `/healthz/ready` and `/healthz/live`.
+    #[arg(long, env = "MESH_READY_ADDR", value_name = "ADDR", default_value = DEFAULT_READY_ADDR)]
+    pub ready_addr: SocketAddr,
+
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "clap would show it as help")]
+    pub admin: Admin,
+
+    /// What the cgroup of the node's kubelet may be called.
+    #[arg(
+        long,
+        env = "MESH_KUBELET_CGROUP",
+        value_name = "NAME,...",
+        value_delimiter = ',',
+        default_value = DEFAULT_KUBELET_CGROUP
+    )]
+    pub kubelet_cgroup: Vec<String>,
+
+    /// This node's name, to look in the Kubernetes API whether it says where its pods are. Without it nobody
+    /// looks.
+    #[arg(long, env = "MESH_NODE", value_name = "NAME")]
+    pub node: Option<String>,
+
+    /// Blocks of addresses that `run` would take for those of pods, where Nodes do not say so.
+    #[arg(long, env = "MESH_POD_CIDRS", value_name = "LIST", value_delimiter = ',')]
+    pub pod_cidrs: Vec<Cidr>,
+
+    /// Warn of what `run --redirect-peer on` would skip.
+    #[arg(long, env = "MESH_REDIRECT_PEER", value_enum, default_value_t)]
+    pub redirect_peer: Switch,
+
+    /// Directory of manifests that `run` would follow, to look for what it would not enforce. What only a
+    /// cluster has is not looked for then.
+    #[arg(long, env = "MESH_MANIFESTS", value_name = "DIR")]
+    pub manifests: Option<PathBuf>,
+
+    /// How to reach the Kubernetes API that `run` would follow [default: as a pod does].
+    #[arg(long, env = "MESH_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// How to print the report.
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Format,
+}
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

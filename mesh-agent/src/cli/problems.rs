@@ -56,8 +56,7 @@ impl Run {
             let problem = format!("`{}` is not the name of a signer", self.signer);
             note("--signer", problem, "a domain, a slash and a name, such as malla.dev/workload");
         }
-        // Every cgroup v2 directory has this file, and no v1 directory does.
-        if !self.cgroup.join("cgroup.controllers").exists() {
+        if !is_cgroup2(&self.cgroup) {
             let problem = format!("{} is not a cgroup v2 directory", self.cgroup.display());
             note("--cgroup", problem, "`findmnt -t cgroup2` shows where there is one");
         }
@@ -108,8 +107,12 @@ impl Run {
 /// systemd has both (its "hybrid" hierarchy).
 pub fn cgroup2(dir: &Path) -> PathBuf {
     let unified = dir.join("unified");
-    let is_v2 = |dir: &Path| dir.join("cgroup.controllers").exists();
-    if !is_v2(dir) && is_v2(&unified) { unified } else { dir.to_owned() }
+    if !is_cgroup2(dir) && is_cgroup2(&unified) { unified } else { dir.to_owned() }
+}
+
+/// Every cgroup v2 directory has this file, and no v1 directory does.
+pub(super) fn is_cgroup2(dir: &Path) -> bool {
+    dir.join("cgroup.controllers").exists()
 }
 
 const MAX_WORKERS: usize = 1024;

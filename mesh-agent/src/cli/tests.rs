@@ -64,6 +64,26 @@ fn every_flag_of_run_can_be_set_in_the_environment() {
     }
 }
 
+/// What was checked would else not be what is run.
+#[test]
+fn check_takes_the_flags_that_run_has_as_run_does() {
+    let command = Cli::command();
+    let [run, check] = ["run", "check"].map(|name| command.find_subcommand(name).unwrap());
+    let mut shared = Vec::new();
+    for arg in check.get_arguments().filter(|arg| arg.get_env().is_some()) {
+        let long = arg.get_long().unwrap();
+        let same = run.get_arguments().find(|same| same.get_long() == Some(long));
+        let same = same.unwrap_or_else(|| panic!("run has no --{long}"));
+        assert_eq!(arg.get_env(), same.get_env(), "--{long}");
+        assert_eq!(arg.get_default_values(), same.get_default_values(), "--{long}");
+        assert_eq!(arg.get_value_delimiter(), same.get_value_delimiter(), "--{long}");
+        shared.push(long);
+    }
+    for flag in ["tunnel-port", "metrics-addr", "ready-addr", "kubelet-cgroup", "pod-cidrs"] {
+        assert!(shared.contains(&flag), "--{flag}");
+    }
+}
+
 #[test]
 fn roots_are_beside_the_ca_or_where_the_deployment_puts_them() {
     let bundle = |flags: &str| run(&format!("mesh-agent run --node n1 {flags}")).bundle();
