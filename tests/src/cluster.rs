@@ -7,7 +7,9 @@ mod agents;
 mod api;
 mod deployment;
 mod house;
+mod load;
 mod process;
+mod shop;
 mod signer;
 
 use std::ffi::OsStr;
@@ -26,6 +28,7 @@ pub use self::agents::Agents;
 pub use self::deployment::{Deployment, User};
 pub use self::house::{OwnAgents, SharedAgents};
 pub use self::process::{Frozen, Outage, PodProcess};
+pub use self::shop::{SERVERS, Shop, enabled, host, service_of_pods};
 pub use self::signer::SignerProcess;
 use crate::guard::Guard;
 use crate::wait;

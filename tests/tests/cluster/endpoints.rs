@@ -4,10 +4,8 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster, SharedAgents, wait};
+use harness::{Agents, Cluster, SharedAgents, service_of_pods, wait};
 use serde_json::{Value, json};
-
-use crate::service;
 
 /// Servers of a namespace in the mesh on the second node; a client there and one outside of the mesh, both
 /// on the first.
@@ -33,7 +31,7 @@ impl Both {
     }
 
     fn offer(&self, name: &str, app: &str, fields: &Value) -> Result<()> {
-        let mut service = service(app, 80);
+        let mut service = service_of_pods(app, 80);
         service["metadata"]["name"] = json!(name);
         for (field, value) in fields.as_object().into_iter().flatten() {
             service["spec"][field] = value.clone();
@@ -115,7 +113,7 @@ fn external_names_lead_where_they_lead_without_the_mesh() -> Result<()> {
     let world = Both::begin()?;
     let server = json!({"containers": [{"image": world.image}]});
     for cluster in [&world.shop, &world.outside] {
-        cluster.apply(&service("web", 80))?;
+        cluster.apply(&service_of_pods("web", 80))?;
         cluster.start("web", &world.nodes[1], server.clone())?;
     }
     for cluster in [&world.shop, &world.outside] {

@@ -1,11 +1,8 @@
 //! Both families of addresses: what holds for IPv4 holds for IPv6.
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster};
+use harness::{Agents, Cluster, SERVERS, Shop, host};
 use serde_json::json;
-
-use crate::agents::{SERVERS, Shop};
-use crate::{host, hosts, hosts_of_pod};
 
 /// Options of `curl` that leave a name one of its addresses.
 const FAMILIES: [&str; 2] = ["-4", "-6"];
@@ -21,7 +18,7 @@ fn both_families_are_carried_by_address_service_and_name_in_strict_mode() -> Res
     require_cluster!();
     let agents = Agents::deployed()?;
     let shop = Shop::open(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
-    if hosts(&shop.cluster, "web")?.len() < FAMILIES.len() {
+    if shop.cluster.hosts("web")?.len() < FAMILIES.len() {
         harness::skip!("the cluster gives addresses of one family to a Service");
     }
     let outside = Cluster::namespace()?;
@@ -37,10 +34,10 @@ fn both_families_are_carried_by_address_service_and_name_in_strict_mode() -> Res
 
 /// Between nodes and on one, and nothing else comes in.
 fn is_carried(family: &str, agents: &Agents, shop: &Shop, outside: &Cluster) -> Result<()> {
-    let service = of(family, hosts(&shop.cluster, "web")?).context("a Service without it")?;
+    let service = of(family, shop.cluster.hosts("web")?).context("a Service without it")?;
     let mut pods = Vec::new();
     for pod in SERVERS {
-        pods.push(of(family, hosts_of_pod(&shop.cluster, pod)?).context("a pod without it")?);
+        pods.push(of(family, shop.cluster.hosts_of_pod(pod)?).context("a pod without it")?);
     }
     let names = SERVERS.map(|name| format!("{name}.headless"));
     for hosts in [&[service.clone()][..], &pods, &["web".to_owned()], &names] {

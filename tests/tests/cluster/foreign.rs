@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster, wait};
+use harness::{Agents, Cluster, service_of_pods, wait};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
@@ -17,7 +17,6 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use crate::certificates::world::{base64, unbase64};
-use crate::service;
 
 const SIGNER: &str = "signer.example/mesh";
 /// Between two looks at what is asked.
@@ -122,7 +121,7 @@ fn certificates_of_somebody_elses_signer_carry_and_what_it_does_not_sign_is_refu
     signer.beside(admin, || {
         let nodes = shop.two_nodes()?;
         let (nginx, curl) = (Cluster::load("nginx")?, Cluster::load("curl")?);
-        shop.apply(&service("web", 80))?;
+        shop.apply(&service_of_pods("web", 80))?;
         shop.start("web", &nodes[1], json!({"containers": [{"image": nginx}]}))?;
         for account in ["client", "unwanted", "unheard"] {
             shop.kubectl(&["create", "serviceaccount", account])?;

@@ -1,7 +1,7 @@
 //! Programs that nobody wrote for a mesh, and the four services of the demo, in the images that are made for them.
 
 use anyhow::Result;
-use harness::{Agents, Cluster, wait};
+use harness::{Agents, Cluster, service_of_pods, wait};
 use serde_json::json;
 
 /// A strict namespace whose servers are on the second node.
@@ -34,7 +34,7 @@ impl Shop {
             container["command"] = json!(command);
         }
         if let Some(port) = port {
-            self.cluster.apply(&crate::service(name, port))?;
+            self.cluster.apply(&service_of_pods(name, port))?;
         }
         self.cluster.start(name, &self.nodes[node], json!({"containers": [container]}))
     }

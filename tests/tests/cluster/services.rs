@@ -4,10 +4,8 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster, wait};
+use harness::{Agents, Cluster, service_of_pods, wait};
 use serde_json::{Value, json};
-
-use crate::service;
 
 struct Shop {
     cluster: Cluster,
@@ -26,7 +24,7 @@ impl Shop {
 
     /// A Service that says `fields`, of the pods with this label.
     fn offer(&self, name: &str, app: &str, fields: &Value) -> Result<()> {
-        let mut service = service(app, 80);
+        let mut service = service_of_pods(app, 80);
         service["metadata"]["name"] = json!(name);
         for (field, value) in fields.as_object().into_iter().flatten() {
             service["spec"][field] = value.clone();

@@ -7,10 +7,8 @@ use std::panic::resume_unwind;
 use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use harness::{Agents, Cluster, PodProcess, wait};
+use harness::{Agents, Cluster, PodProcess, host, service_of_pods, wait};
 use serde_json::{Value, json};
-
-use crate::{host, service};
 
 /// Pods that start one after the other, in so many rows beside each other.
 const PODS: usize = 20;
@@ -41,7 +39,7 @@ impl<A: Deref<Target = Agents>> Rush<A> {
         let (servers, clients) = (Cluster::namespace()?, Cluster::namespace()?);
         let nodes = clients.two_nodes()?;
         servers.annotate(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
-        servers.apply(&service("web", 80))?;
+        servers.apply(&service_of_pods("web", 80))?;
         let nginx = Cluster::load("nginx")?;
         servers.start("web", &nodes[1], json!({"containers": [{"image": nginx}]}))?;
         servers.ready("web")?;

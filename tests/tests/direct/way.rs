@@ -2,10 +2,10 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use harness::{Family, Mesh, PodSpec, Serve, exchange, wait};
+use harness::{Family, Mesh, Pattern, PodSpec, Serve, exchange, exchange_patterns, long, wait};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{connect, is_direct, kernel, mapped, until_direct};
@@ -235,6 +235,34 @@ fn every_family_is_counted_alike() -> Result<()> {
         let record = mesh.agent("a").wait_for_record(&ended)?;
         assert_eq!((record.number("bytes_sent"), record.number("bytes_recv")), (100, 100));
         assert_eq!(record.text("message"), "connection complete");
+    }
+    Ok(())
+}
+
+/// Both ways at once, and every byte is counted.
+#[test]
+fn bulk_is_to_the_byte_and_so_is_what_is_told_of_it() -> Result<()> {
+    harness::require!();
+    let bytes = long::either(20_000_000, 1 << 30);
+    let mesh = Mesh::two_nodes()?;
+    let server = mesh.pod("a2").serve(8080, Serve::Exchange(bytes))?;
+    for family in Family::BOTH {
+        let to = mesh.service("a").addr(family, 80);
+        let direct = || {
+            let stream = mesh.pod("a1").connect(to).ok()?;
+            // It has been accepted when it gets something.
+            stream.peek(&mut [0]).ok()?;
+            is_direct(&server, &stream).ok()?.then_some(stream)
+        };
+        let stream = wait::until_some(wait::SOON, "a direct connection", direct)?;
+        let began = Instant::now();
+        exchange_patterns(&stream, bytes, Pattern::CLIENT, Pattern::SERVER)?;
+        long::report(&format!("{bytes} bytes both ways: {:?}", began.elapsed()));
+        let client = stream.local_addr()?.to_string();
+        drop(stream);
+        let ended = [("way", "direct"), ("src.addr", client.as_str()), ("direction", "outbound")];
+        let record = mesh.agent("a").wait_for_record(&ended)?;
+        assert_eq!((record.number("bytes_sent"), record.number("bytes_recv")), (bytes, bytes));
     }
     Ok(())
 }

@@ -95,12 +95,12 @@ impl Up {
         if let Some(missing) = tools::missing() {
             return say_skipped(&missing);
         }
-        if Cluster::of_this_checkout(None)?.is_some() {
+        if meant()?.is_some() {
             say("cluster: one runs already; `cargo xtask cluster down` ends it");
         } else {
-            start(self.nodes, Life::Detached, None)?;
+            start(self.nodes, Life::Detached, which().as_deref())?;
         }
-        say(&format!("export KUBECONFIG={}", kubeconfig(None)?.display()));
+        say(&format!("export KUBECONFIG={}", kubeconfig(which().as_deref())?.display()));
         say(&format!("export PATH={}:$PATH", tools::KUBERNETES.dir()?.display()));
         Ok(())
     }

@@ -31,7 +31,7 @@ pub(crate) struct Cluster {
     /// The checkout that calls it its own.
     checkout: Option<PathBuf>,
     /// Which of the checkout's it is: the one of `cluster up`, and of the first file of tests, has no name, and others
-    /// that tests start beside it have one.
+    /// that tests start beside it have one (`MALLA_CLUSTER`).
     which: Option<String>,
     /// How many nodes it has.
     pub(crate) nodes: usize,

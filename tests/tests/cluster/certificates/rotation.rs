@@ -3,11 +3,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster, wait};
+use harness::{Agents, Cluster, service_of_pods, wait};
 use serde_json::{Value, json};
-
-use crate::hosts_of_pod;
-use crate::load::under_load;
 
 use super::world::{Answer, Asked, World, certificates, is_believed};
 
@@ -85,7 +82,7 @@ fn root_is_replaced_under_traffic_and_no_connection_fails() -> Result<()> {
     let shop = Cluster::namespace()?;
     shop.annotate(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     let nodes = shop.two_nodes()?;
-    shop.apply(&crate::service("web", 80))?;
+    shop.apply(&service_of_pods("web", 80))?;
     let nginx = Cluster::load("nginx")?;
     let server = |name: &str, account: &str| {
         let spec = json!({"serviceAccountName": account, "containers": [{"image": nginx}]});
@@ -98,8 +95,8 @@ fn root_is_replaced_under_traffic_and_no_connection_fails() -> Result<()> {
         agents.wait_until_enrolled(node, shop.name(), pod, true)?;
         agents.wait_until_carried(node, shop.name(), pod)?;
     }
-    let asked = under_load(&shop, "client", "web", || rotate(&agents, &shop, &nodes, &server))?;
-    ensure!(asked > 100, "hardly any traffic: {asked}");
+    let asked = shop.under_load("client", "web", || rotate(&agents, &shop, &nodes, &server))?;
+    ensure!(asked.len() > 100, "hardly any traffic: {}", asked.len());
     Ok(())
 }
 
@@ -150,7 +147,7 @@ fn rotate(
 
     // Of the old root's client and the new one's server, and of the old ones.
     for pod in ["web", "new-web"] {
-        for host in hosts_of_pod(shop, pod)? {
+        for host in shop.hosts_of_pod(pod)? {
             let ask = ["curl", "--silent", "--show-error", "--fail", "--max-time", "5", &host];
             assert_eq!(shop.exec("client", &ask)?.trim(), pod);
         }

@@ -1,85 +1,17 @@
-//! What those who run a cluster do to it while it is used.
+//! The file that users apply, with the settings that it comes with and no other: all that they do with it.
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster, long, wait};
-use serde_json::{Value, json};
+use harness::{Agents, Cluster, SERVERS, Shop, enabled, long, service_of_pods, wait};
+use serde_json::json;
 
-use crate::agents::{SERVERS, Shop, enabled};
-use crate::load::under_load;
-
-#[test]
-fn deployment_grows_to_twenty_pods_and_shrinks_under_load_and_no_request_fails() -> Result<()> {
-    require_cluster!();
-    let agents = Agents::deployed()?;
-    let cluster = Cluster::namespace()?;
-    cluster.annotate(&enabled())?;
-    let [here, _] = cluster.two_nodes()?;
-    let image = Cluster::load("nginx")?;
-    cluster.apply(&crate::service("web", 80))?;
-    cluster.apply(&json!({
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": "web"},
-        "spec": {
-            "replicas": 1,
-            "selector": {"matchLabels": {"app": "web"}},
-            "template": {
-                "metadata": {"labels": {"app": "web"}},
-                "spec": {"containers": [{
-                    "name": "main",
-                    "image": image,
-                    "imagePullPolicy": "IfNotPresent",
-                    "readinessProbe": {"tcpSocket": {"port": 80}, "periodSeconds": 1},
-                    // As without a mesh: who still sends to it has not heard yet that it goes.
-                    "lifecycle": {"preStop": {"sleep": {"seconds": 10}}},
-                }]},
-            },
-        },
-    }))?;
-    let settled = || {
-        cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=120s"])?;
-        // Those that go have gone.
-        wait::until(wait::SOON, "the pods that are too many to go", || {
-            let wanted = cluster.get(&["deployment", "web"]).unwrap_or_default();
-            let pods = cluster.get(&["pods", "--selector=app=web"]).unwrap_or_default();
-            pods["items"].as_array().map(Vec::len)
-                == wanted["spec"]["replicas"].as_u64().and_then(|many| many.try_into().ok())
-        })
-    };
-    settled()?;
-    cluster.client("client", &here)?;
-    agents.wait_until_carried(&here, cluster.name(), "client")?;
-    let asked = under_load(&cluster, "client", "web", || {
-        for replicas in ["20", "1"] {
-            cluster.kubectl(&["scale", "deployment/web", "--replicas", replicas])?;
-            settled()?;
-        }
-        Ok(())
-    });
-    let asked = asked.with_context(|| agents.failures(cluster.name()))?;
-    ensure!(asked > 200, "hardly any traffic: {asked}");
-    let answered: std::collections::BTreeSet<_> = agents
-        .records(&here)
-        .iter()
-        .filter(|record| {
-            record.has(&[("src.namespace", cluster.name()), ("direction", "outbound")])
-        })
-        .map(|record| record.text("dst.workload").to_owned())
-        .collect();
-    ensure!(answered.len() > 5, "many of them were asked: {answered:?}");
-    // All pods are of one service account: a certificate for each node that has one, and not for each pod.
-    let logs = ["logs", "--selector=app=malla-ca", "--tail=-1"];
-    let signed = agents.system().kubectl(&logs)?;
-    let identity = format!("identity=spiffe://cluster.local/ns/{}/sa/default ", cluster.name());
-    let signed = signed.lines().filter(|line| line.contains(&identity)).count();
-    ensure!((1..=cluster.nodes()?.len()).contains(&signed), "signed {signed} times");
-    Ok(())
-}
+use crate::scaling::deployment_grows_to_twenty_pods_and_shrinks;
 
 /// All that people do with the file, by one deployment of it: the agents' settings are those that it comes with.
 #[test]
 fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace() -> Result<()> {
-    require_cluster!();
+    if let Some(missing) = Cluster::missing() {
+        harness::skip!("{missing}");
+    }
     let mut agents = Agents::shipped()?;
     let shop = Shop::open(&json!({}))?;
     running_pods_join_and_leave_twenty_times(&shop)?;
@@ -87,13 +19,13 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
     shop.cluster.annotate(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     shop.wait_until_enrolled(&agents, true)?;
     shop.hear_both(&["web"])?;
+    deployment_grows_to_twenty_pods_and_shrinks(&agents, &shop)?;
     let talks = Talks::begin(&shop, &agents)?;
     let before = shop.lives()?;
     let times = long::either(1, 5);
-    let asked = under_load(&shop.cluster, "client", "web", || {
-        (0..times).try_for_each(|_| agents.replace())
-    })?;
-    ensure!(asked > 100, "hardly any traffic: {asked}");
+    let replace = || (0..times).try_for_each(|_| agents.replace());
+    let asked = shop.cluster.under_load("client", "web", replace)?;
+    ensure!(asked.len() > 100, "hardly any traffic: {}", asked.len());
     shop.wait_until_enrolled(&agents, true)?;
     shop.hear_both_by_address()?;
     // What was open has gone on until its agent had drained, of both nodes, or for ever if none carried it.
@@ -118,7 +50,7 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
 
 fn running_pods_join_and_leave_twenty_times(shop: &Shop) -> Result<()> {
     let before = shop.lives()?;
-    let asked = under_load(&shop.cluster, "client", "web", || {
+    let asked = shop.cluster.under_load("client", "web", || {
         for _ in 0..20 {
             shop.cluster.annotate(&enabled())?;
             shop.wait_until_told("enabled")?;
@@ -127,7 +59,7 @@ fn running_pods_join_and_leave_twenty_times(shop: &Shop) -> Result<()> {
         }
         Ok(())
     })?;
-    ensure!(asked > 200, "hardly any traffic: {asked}");
+    ensure!(asked.len() > 200, "hardly any traffic: {}", asked.len());
     assert_eq!(shop.lives()?, before, "no pod is another, or was restarted");
     Ok(())
 }
@@ -173,7 +105,7 @@ impl<'a> Talks<'a> {
             json!({"containers": [{"image": image, "command": command}]})
         };
         for (name, node) in [("echo-far", there), ("echo-near", here)] {
-            this.shop.apply(&crate::service(name, 7000))?;
+            this.shop.apply(&service_of_pods(name, 7000))?;
             this.shop.start(name, node, run("exec nc -ll -p 7000 -e cat"))?;
             this.shop.ready(name)?;
             agents.wait_until_carried(node, this.shop.name(), name)?;
@@ -239,30 +171,5 @@ impl<'a> Talks<'a> {
         let near = self.heard("talk-near", |heard| heard.len() > begun + 20)?;
         ensure!(counts(&near), "one connection all the time: {near:?}");
         Ok(())
-    }
-}
-
-impl Shop {
-    /// Who the pods are, and how often their programs were started.
-    fn lives(&self) -> Result<Vec<(Value, Value)>> {
-        let pods = self.cluster.get(&["pods"])?;
-        let pods = pods["items"].as_array().context("no pods")?.iter();
-        let life = |pod: &Value| {
-            let started = &pod["status"]["containerStatuses"][0]["restartCount"];
-            (pod["metadata"]["uid"].clone(), started.clone())
-        };
-        Ok(pods.map(life).collect())
-    }
-
-    /// Waits until every pod says this of itself: then it is so in the kernel.
-    fn wait_until_told(&self, says: &str) -> Result<()> {
-        let told = |pod: &Value| {
-            let told = &pod["metadata"]["annotations"]["malla.dev/redirection"];
-            told.as_str().unwrap_or_default() == says
-        };
-        wait::until(wait::SOON, &format!("all pods to say `{says}`"), || {
-            let pods = self.cluster.get(&["pods"]).unwrap_or_default();
-            pods["items"].as_array().is_some_and(|pods| !pods.is_empty() && pods.iter().all(told))
-        })
     }
 }

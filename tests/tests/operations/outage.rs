@@ -1,5 +1,5 @@
 //! The API server of a real cluster is stopped and started again, or has no time for the agents, while it is
-//! needed. In a file of its own, which has a cluster of its own: nothing else works there meanwhile.
+//! needed.
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
