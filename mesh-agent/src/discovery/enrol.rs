@@ -4,7 +4,6 @@
 //! widens anything: it counts as the narrowest one, also where the namespace's is wider. Where none lets
 //! through more than another it counts as not given.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -12,7 +11,7 @@ use mesh_core::addr::Cidr;
 use mesh_core::settings::{Mode, Outbound, PortList, Settings, UnknownPods};
 use mesh_core::snapshot::Enrolment;
 
-use super::kube::{Namespace, ObjectMeta, Pod};
+use super::kube::{Namespace, ObjectMeta, Pod, Texts};
 use super::objects::{Kind, ObjectKey};
 use super::problems::Shown;
 use super::{Problems, Report, shown};
@@ -212,7 +211,7 @@ impl Wishes {
                     _ => None,
                 },
             ),
-            ambient: meta.labels.as_ref().and_then(|labels| match labels.get(AMBIENT)?.as_str() {
+            ambient: meta.labels.as_ref().and_then(|labels| match labels.get(AMBIENT)? {
                 "ambient" => Some(true),
                 "none" => Some(false),
                 _ => None,
@@ -285,8 +284,8 @@ fn foreign(meta: &ObjectMeta, settings: &[&str], also: &[&str], report: &mut Rep
 }
 
 /// Those of the labels or annotations that are ours.
-fn ours(map: Option<&BTreeMap<String, String>>) -> impl Iterator<Item = (&str, &str)> {
-    let all = map.into_iter().flatten().map(|(key, text)| (key.as_str(), text.as_str()));
+fn ours(texts: Option<&Texts>) -> impl Iterator<Item = (&str, &str)> {
+    let all = texts.into_iter().flat_map(Texts::iter);
     all.filter(|(key, _)| key.starts_with(PREFIX))
 }
 

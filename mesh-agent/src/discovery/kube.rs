@@ -6,12 +6,16 @@
 //!
 //! As in the API, a field that is missing or `null` is `None`, or empty where it is required there.
 
+mod texts;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Deserializer, de};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+
+pub use self::texts::Texts;
 
 /// `metadata`.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -26,11 +30,9 @@ pub struct ObjectMeta {
     /// Of this state of the object; only who follows the API reads it.
     pub resource_version: Option<String>,
     /// What selectors see; those that are read.
-    #[serde(default, deserialize_with = "read_only")]
-    pub labels: Option<BTreeMap<String, String>>,
+    pub labels: Option<Texts>,
     /// What they do not; those that are read.
-    #[serde(default, deserialize_with = "read_only")]
-    pub annotations: Option<BTreeMap<String, String>>,
+    pub annotations: Option<Texts>,
     /// What the object belongs to.
     pub owner_references: Option<Vec<OwnerReference>>,
     /// When it was made.
@@ -215,11 +217,12 @@ pub struct ServiceSpec {
     pub cluster_ip: Option<String>,
     /// One of each family at most.
     #[serde(rename = "clusterIPs")]
-    pub cluster_ips: Option<Vec<String>>,
+    pub cluster_ips: Option<Box<[String]>>,
     /// What it is reached at.
-    pub ports: Option<Vec<ServicePort>>,
-    /// Whose pods are behind it.
-    pub selector: Option<BTreeMap<String, String>>,
+    pub ports: Option<Box<[ServicePort]>>,
+    /// Whether it says whose pods are behind it.
+    #[serde(rename = "selector", default, deserialize_with = "is_any")]
+    pub selects: bool,
     /// Whether pods that are not ready count too.
     pub publish_not_ready_addresses: Option<bool>,
     /// `Cluster` or `Local`.
@@ -274,28 +277,28 @@ pub struct EndpointSlice {
     #[serde(default, deserialize_with = "or_default")]
     pub address_type: String,
     /// Behind the Service.
-    pub endpoints: Option<Vec<Endpoint>>,
+    pub endpoints: Option<Box<[Endpoint]>>,
     /// Of all of them.
-    pub ports: Option<Vec<EndpointPort>>,
+    pub ports: Option<Box<[EndpointPort]>>,
 }
 
-/// One of `endpoints`.
+/// One of `endpoints`. A cluster may have 100,000: what most of them do not have takes one word.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Endpoint {
-    /// Only the first counts.
-    #[serde(default, deserialize_with = "or_default")]
-    pub addresses: Vec<String>,
+    /// The first of its `addresses`; of more the API says that "consumers should only use the first".
+    #[serde(rename = "addresses", default, deserialize_with = "first")]
+    pub address: Option<Box<str>>,
     /// Whether it may be used.
     pub conditions: Option<EndpointConditions>,
     /// Where it is.
-    pub node_name: Option<String>,
+    pub node_name: Option<Box<str>>,
     /// The zone of that node.
-    pub zone: Option<String>,
+    pub zone: Option<Box<str>>,
     /// Whom it is meant for.
-    pub hints: Option<EndpointHints>,
+    pub hints: Option<Box<EndpointHints>>,
     /// The pod that it is.
-    pub target_ref: Option<ObjectReference>,
+    pub target_ref: Option<Box<ObjectReference>>,
 }
 
 /// `hints` of an endpoint.
@@ -347,69 +350,13 @@ pub struct EndpointPort {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 pub struct ObjectReference {
     /// Such as `Pod`.
-    pub kind: Option<String>,
+    pub kind: Option<Box<str>>,
     /// The slice's own if nothing is said.
-    pub namespace: Option<String>,
+    pub namespace: Option<Box<str>>,
     /// Its name.
-    pub name: Option<String>,
+    pub name: Option<Box<str>>,
     /// Which one of that name.
-    pub uid: Option<String>,
-}
-
-/// Keys of labels and annotations that are read: without a prefix, and the prefixes of others.
-const KEYS: [&str; 3] = ["app", "version", "pod-template-hash"];
-const PREFIXES: [&str; 9] = [
-    "malla.dev",
-    "kubernetes.io",
-    "app.kubernetes.io",
-    "topology.kubernetes.io",
-    "istio.io",
-    "sidecar.istio.io",
-    "ambient.istio.io",
-    "service.istio.io",
-    "linkerd.io",
-];
-
-/// The labels or annotations that are read. Others may be 256 KiB in every object, such as what `kubectl
-/// apply` remembers, and a change of one is no news.
-fn read_only<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Option<BTreeMap<String, String>>, D::Error> {
-    Ok(Option::<ReadOnly>::deserialize(deserializer)?.map(|read| read.0))
-}
-
-struct ReadOnly(BTreeMap<String, String>);
-
-impl<'de> Deserialize<'de> for ReadOnly {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(Keys).map(Self)
-    }
-}
-
-struct Keys;
-
-impl<'de> de::Visitor<'de> for Keys {
-    type Value = BTreeMap<String, String>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("texts by key")
-    }
-
-    fn visit_map<M: de::MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
-        let mut read = BTreeMap::new();
-        while let Some(key) = map.next_key::<String>()? {
-            let is_read = match key.split_once('/') {
-                Some((prefix, _)) => PREFIXES.contains(&prefix),
-                None => KEYS.contains(&key.as_str()),
-            };
-            if is_read {
-                read.insert(key, map.next_value()?);
-            } else {
-                map.next_value::<de::IgnoredAny>()?;
-            }
-        }
-        Ok(read)
-    }
+    pub uid: Option<Box<str>>,
 }
 
 /// `null` is as good as nothing, as in the API.
@@ -419,6 +366,22 @@ where
     T: Deserialize<'de> + Default,
 {
     Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+/// The first of a list.
+fn first<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    let all = Option::<Vec<T>>::deserialize(deserializer)?;
+    Ok(all.and_then(|all| all.into_iter().next()))
+}
+
+/// Whether there is anything in a map of texts.
+fn is_any<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    let texts = Option::<BTreeMap<String, String>>::deserialize(deserializer)?;
+    Ok(texts.is_some_and(|texts| !texts.is_empty()))
 }
 
 #[cfg(test)]
@@ -436,7 +399,7 @@ mod tests {
         assert_eq!(read::<Pod>(null).unwrap(), nothing);
         assert_eq!(read::<Pod>(r#"{"spec": {}}"#).unwrap(), nothing);
         let slice = r#"{"metadata": {"labels": null}, "addressType": null, "endpoints": [{"addresses": null}], "ports": null}"#;
-        let endpoints = Some(vec![Endpoint::default()]);
+        let endpoints = Some([Endpoint::default()].into());
         assert_eq!(
             read::<EndpointSlice>(slice).unwrap(),
             EndpointSlice { endpoints, ..EndpointSlice::default() }
@@ -461,9 +424,22 @@ mod tests {
                 "malla.dev/mesh": "enabled", "note": 3}}, "labels": {{"app": "web", "team": "shop"}}}}"#
         );
         let meta: ObjectMeta = read(&meta).unwrap();
-        let map = |key: &str, value: &str| Some(BTreeMap::from([(key.into(), value.into())]));
+        let map = |key: &str, value: &str| Some([(key, value)].into_iter().collect());
         assert_eq!(meta.annotations, map("malla.dev/mesh", "enabled"));
         assert_eq!(meta.labels, map("app", "web"));
+    }
+
+    #[test]
+    fn first_address_counts_and_a_selector_by_whether_there_is_one() {
+        let endpoint = read::<Endpoint>(r#"{"addresses": ["10.0.0.1", "10.0.0.2"]}"#).unwrap();
+        assert_eq!(endpoint.address.as_deref(), Some("10.0.0.1"));
+        assert_eq!(read::<Endpoint>(r#"{"addresses": []}"#).unwrap(), Endpoint::default());
+        let selects = |json: &str| read::<ServiceSpec>(json).unwrap().selects;
+        assert!(selects(r#"{"selector": {"app": "web"}}"#));
+        for none in ["{}", r#"{"selector": null}"#, r#"{"selector": {}}"#] {
+            assert!(!selects(none), "{none}");
+        }
+        assert!(read::<ServiceSpec>(r#"{"selector": "app"}"#).is_err());
     }
 
     #[test]

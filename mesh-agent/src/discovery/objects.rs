@@ -315,7 +315,7 @@ fn addresses(object: &Object) -> Vec<IpAddr> {
         }
         Object::EndpointSlice(slice) => {
             let endpoints = slice.endpoints.iter().flatten();
-            endpoints.filter_map(|endpoint| ip(endpoint.addresses.first()?)).collect()
+            endpoints.filter_map(|endpoint| ip(endpoint.address.as_deref()?)).collect()
         }
         Object::Pod(pod) => networks::addresses(pod).collect(),
         Object::Namespace(_) | Object::Node(_) | Object::ServiceAccount(_) => Vec::new(),

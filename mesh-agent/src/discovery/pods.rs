@@ -212,7 +212,7 @@ fn workload(
 fn may_take_part(namespace: &str, pod: &Pod) -> bool {
     let metadata = ObjectMeta {
         name: Some(namespace.to_owned()),
-        annotations: Some(BTreeMap::from([(MESH.to_owned(), "enabled".to_owned())])),
+        annotations: Some([(MESH, "enabled")].into_iter().collect()),
         ..ObjectMeta::default()
     };
     takes_part(&Namespace { metadata }, pod)
@@ -251,7 +251,7 @@ fn netns(workload: &mut Workload, pod: &Pod, context: &Context, report: &mut Rep
     }
     let path = pod.metadata.annotations.as_ref().and_then(|map| map.get(NETNS));
     match path {
-        Some(path) if path.starts_with('/') => workload.netns = Some(path.as_str().into()),
+        Some(path) if path.starts_with('/') => workload.netns = Some(path.into()),
         _ if !workload.is_enrolled() => {}
         wrong => {
             let message = match wrong {
@@ -269,8 +269,8 @@ fn netns(workload: &mut Workload, pod: &Pod, context: &Context, report: &mut Rep
 fn names(key: &ObjectKey, pod: &Pod) -> WorkloadNames {
     let labels = pod.metadata.labels.as_ref();
     let label = |names: &[&str]| {
-        let found = names.iter().find_map(|name| labels?.get(*name).filter(|v| !v.is_empty()));
-        found.map(|value| Arc::from(value.as_str()))
+        let found = names.iter().find_map(|name| labels?.get(name).filter(|v| !v.is_empty()));
+        found.map(Arc::from)
     };
     let workload: Arc<str> = owner(key, pod).into();
     let app = label(&["app", "app.kubernetes.io/name"]);

@@ -62,7 +62,8 @@ pub(super) struct Unread<'a> {
     pub(super) networks: &'a Networks,
 }
 
-/// Makes services of `services`, with the endpoints of `slices` behind them.
+/// Makes services of `services`, with the endpoints of `slices` behind them: one after the other, so that what it
+/// takes on the way is as much as one service has, and not all of them.
 pub(super) fn translate<'a>(
     services: impl Iterator<Item = (&'a ObjectKey, &'a KubeService)>,
     slices: impl Iterator<Item = (&'a ObjectKey, &'a EndpointSlice)>,
@@ -71,22 +72,15 @@ pub(super) fn translate<'a>(
     around: &'a Around<'a>,
     problems: &mut Problems,
 ) -> Services {
-    let mut unread_addresses: HashSet<_> = pods.unread().collect();
-    let services: BTreeMap<_, _> = services
-        .map(|(key, service)| {
-            let mut report = Report::of(key, problems);
-            let namespace = around.namespaces.get(&*key.namespace);
-            let policies = Policies::read(service, namespace, &mut report);
-            ((&*key.namespace, &*key.name), (key, service, policies))
-        })
+    let mut with_slices: BTreeMap<_, _> = services
+        .map(|(key, service)| ((&*key.namespace, &*key.name), (key, service, Vec::new())))
         .collect();
-    let mut ports_of_slices = Ports::new();
     for (key, slice) in slices {
-        let mut report = Report::of(key, problems);
         let label = slice.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME));
-        let of = label.and_then(|name| services.get_key_value(&(&*key.namespace, name.as_str())));
-        let Some(((namespace, name), (_, _, policies))) = of else {
-            report.say(
+        let of = label.and_then(|name| with_slices.get_mut(&(&*key.namespace, name)));
+        match of {
+            Some((_, _, its)) => its.push((key, slice)),
+            None => Report::of(key, problems).say(
                 format_args!("metadata.labels[\"{SERVICE_NAME}\"]"),
                 match label {
                     Some(name) => format!("no Service `{}` in this namespace", shown(name)),
@@ -96,20 +90,25 @@ pub(super) fn translate<'a>(
                     Some(_) => missing(unread.files, WRITE_THE_NAME),
                     None => WRITE_THE_NAME.to_owned(),
                 },
-            );
-            continue;
-        };
-        let mut reader = Reader {
-            of: (*namespace, *name),
-            hints: policies.distribution.filter(|_| around.writes_hints),
-            around,
-            pods: (pods, unread),
-            ports: &mut ports_of_slices,
-        };
-        unread_addresses.extend(reader.read(slice, &mut report));
+            ),
+        }
     }
     let mut owners = HashMap::new();
-    let translated = services.values().filter_map(|(key, service, policies)| {
+    let mut unread_addresses: HashSet<_> = pods.unread().collect();
+    let translated = with_slices.into_values().filter_map(|(key, service, slices)| {
+        let namespace = around.namespaces.get(&*key.namespace);
+        let policies = Policies::read(service, namespace, &mut Report::of(key, problems));
+        let mut ports_of_slices = Ports::new();
+        for (of_slice, slice) in slices {
+            let mut reader = Reader {
+                namespace: &key.namespace,
+                hints: policies.distribution.filter(|_| around.writes_hints),
+                around,
+                pods: (pods, unread),
+                ports: &mut ports_of_slices,
+            };
+            unread_addresses.extend(reader.read(slice, &mut Report::of(of_slice, problems)));
+        }
         let spec = service.spec.as_ref()?;
         // A name for another name: DNS answers it, and no address of ours is involved.
         if spec.type_.as_deref() == Some("ExternalName") {
@@ -118,8 +117,7 @@ pub(super) fn translate<'a>(
         let mut report = Report::of(key, problems);
         let mut vips = vips(spec, &mut report);
         vips.retain(|vip| claim(*vip, key, &mut owners, pods, &mut report));
-        let found = (policies, &ports_of_slices, around);
-        let (ports, is_unread) = ports(key, spec, found, &mut report);
+        let (ports, is_unread) = ports(spec, (&policies, &ports_of_slices, around), &mut report);
         if is_unread {
             unread_addresses.extend(&vips);
         }
@@ -129,7 +127,7 @@ pub(super) fn translate<'a>(
             host: format!("{}.{}.svc.cluster.local", key.name, key.namespace).into(),
             vips,
             ports,
-            selector: spec.selector.as_ref().is_some_and(|selector| !selector.is_empty()),
+            selector: spec.selects,
             traffic: policies.traffic,
             distribution: policies.distribution,
             affinity: policies.affinity,
@@ -198,7 +196,6 @@ fn claim<'a>(
 }
 
 fn ports(
-    key: &ObjectKey,
     spec: &ServiceSpec,
     (policies, found, around): (&Policies, &Ports<'_>, &Around<'_>),
     report: &mut Report<'_>,
@@ -220,7 +217,7 @@ fn ports(
         };
         let name = port.name.as_deref().unwrap_or_default();
         // The slice's own port number is the answer to `targetPort`, by name or by number.
-        let of_port = found.get(&(&*key.namespace, &*key.name, name));
+        let of_port = found.get(name);
         let candidates = of_port.map_or(&[][..], |found| &found.candidates);
         let chosen = choose(candidates, not_ready_too, policies.traffic, around);
         is_unread |= chosen.is_unread;

@@ -65,7 +65,7 @@ pub fn translate(
             Object::Node(node) => {
                 let labels = node.metadata.labels.as_ref();
                 if let Some(zone) = labels.and_then(|labels| labels.get(ZONE)) {
-                    zones.insert(key.name.as_str(), zone.as_str());
+                    zones.insert(key.name.as_str(), zone);
                 }
                 nodes.insert(
                     key.name.as_str().into(),

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 /// Of each service.
 const ENDPOINTS: usize = 10;
 /// What a service with its endpoints may take of an agent, in bytes. The names and addresses themselves are a tenth.
-const A_SERVICE: u64 = 16 * 1024;
+const A_SERVICE: u64 = 12 * 1024;
 /// What an agent may take beside, in bytes: memory comes in pages, and the allocator keeps some.
 const BESIDE: u64 = 2 << 20;
 /// Objects in one request of `kubectl`'s.

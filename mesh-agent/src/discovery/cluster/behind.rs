@@ -30,7 +30,7 @@ pub(super) fn behind(objects: &Objects, node: &str, ip: IpAddr) -> Vec<Wanted> {
         let of = service_of(slice).map(|name| (&*key.namespace, name));
         let is_of = of.is_some_and(|of| services.contains(&of));
         for endpoint in slice.endpoints.iter().flatten() {
-            if is_of || endpoint.addresses.first().is_some_and(|address| is_ip(address)) {
+            if is_of || endpoint.address.as_deref().is_some_and(is_ip) {
                 wanted.extend(missing(objects, (node, &nodes), &key.namespace, endpoint));
             }
         }
@@ -46,7 +46,7 @@ pub(super) fn missing(
     namespace: &str,
     endpoint: &Endpoint,
 ) -> Option<Wanted> {
-    let ip = endpoint.addresses.first()?.parse::<IpAddr>().ok()?.to_canonical();
+    let ip = endpoint.address.as_ref()?.parse::<IpAddr>().ok()?.to_canonical();
     let on = endpoint.node_name.as_deref();
     if on == Some(node) || on.is_some_and(|on| nodes.is_of(on, ip)) {
         return None;
@@ -55,7 +55,8 @@ pub(super) fn missing(
         let wanted = Wanted::Address { ip, account: None, node: on.map(str::to_owned) };
         return (!knows(objects, ip) && !nodes.has(ip)).then_some(wanted);
     };
-    let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.clone());
+    let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.as_deref());
+    let uid = uid.map(str::to_owned);
     let known = objects.get(&key).filter(|pod| uid.is_none() || uid.as_deref() == uid_of(pod));
     let at = match known {
         Some(pod) if has(pod, ip) => return None,
@@ -84,14 +85,14 @@ pub(super) fn slices(objects: &Objects) -> impl Iterator<Item = (&ObjectKey, &En
 }
 
 pub(super) fn service_of(slice: &EndpointSlice) -> Option<&str> {
-    slice.metadata.labels.as_ref()?.get(SERVICE_NAME).map(String::as_str)
+    slice.metadata.labels.as_ref()?.get(SERVICE_NAME)
 }
 
 pub(super) fn pod_key(endpoint: &Endpoint, namespace: &str) -> Option<ObjectKey> {
     let target = endpoint.target_ref.as_ref()?;
-    let name = target.name.clone().filter(|_| target.kind.as_deref() == Some("Pod"))?;
-    let namespace = target.namespace.clone().unwrap_or_else(|| namespace.to_owned());
-    Some(ObjectKey { kind: Kind::Pod, namespace, name })
+    let name = target.name.as_deref().filter(|_| target.kind.as_deref() == Some("Pod"))?;
+    let namespace = target.namespace.as_deref().unwrap_or(namespace);
+    Some(ObjectKey { kind: Kind::Pod, namespace: namespace.to_owned(), name: name.to_owned() })
 }
 
 fn uid_of(object: &Object) -> Option<&str> {

@@ -325,6 +325,11 @@ impl Remote {
         changed
     }
 
+    /// Whether somebody waits for nothing but to be answered.
+    pub(super) fn is_waited_for(&self) -> bool {
+        !self.over.is_empty()
+    }
+
     /// Answers those who have waited for nothing that is still being read, now that `generation` says
     /// what there is.
     pub(super) fn answer(&mut self, generation: u64) {

@@ -24,6 +24,7 @@ mod behind;
 mod demand;
 mod feed;
 mod find;
+mod pace;
 mod places;
 mod policies;
 mod report;
@@ -41,11 +42,12 @@ use mesh_core::snapshot::Snapshot;
 use time::OffsetDateTime;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, interval, timeout, timeout_at};
+use tokio::time::{Instant, interval, sleep_until, timeout, timeout_at};
 use tracing::warn;
 
 use self::demand::{Found, Remote, Wanted};
 use self::feed::{News, What, follow};
+use self::pace::Pace;
 use self::places::{Places, Reason};
 pub use self::policies::network_policies;
 use self::report::{Known, Reports, Write};
@@ -162,7 +164,9 @@ impl ClusterSource {
         let mut tidy = interval(TIDY);
         loop {
             let mut to_read_again = Vec::new();
+            let due = state.due();
             let mut to_read = tokio::select! {
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => Vec::new(),
                 Some(first) = news.recv() => {
                     state.take(first, Instant::now());
                     // Who waits for what was read does not wait for a burst too.
@@ -199,12 +203,16 @@ impl ClusterSource {
                 }
             };
             confirmed.send_replace(state.confirmed());
+            let began = Instant::now();
+            if state.due().is_some_and(|due| due <= began) {
+                if let Some(snapshot) = state.snapshot_if_changed() {
+                    to_read.extend(state.prefetch(Instant::now()));
+                    snapshots.send_replace(snapshot);
+                }
+                state.pace.made(began, Instant::now());
+            }
             if let Some(found) = state.problems_if_changed() {
                 problems.send_replace(found);
-            }
-            if let Some(snapshot) = state.snapshot_if_changed() {
-                to_read.extend(state.prefetch(Instant::now()));
-                snapshots.send_replace(snapshot);
             }
             state.answer();
             let at = OffsetDateTime::now_utc();
@@ -261,6 +269,7 @@ struct State {
     kinds: BTreeMap<Kind, KindState>,
     /// Something came that may make another snapshot.
     is_stale: bool,
+    pace: Pace,
     snapshot: Arc<Snapshot>,
     found: Vec<Problem>,
     told: Arc<[Problem]>,
@@ -292,6 +301,7 @@ impl State {
             is_write_told: false,
             kinds: BTreeMap::from(kinds),
             is_stale: false,
+            pace: Pace::default(),
             snapshot: Arc::new(nothing),
             found: Vec::new(),
             told: [].into(),
@@ -440,8 +450,11 @@ impl State {
         self.reports.failed(key, now);
     }
 
+    /// Not while another snapshot is due: what was read for who waits may be in that one alone.
     fn answer(&mut self) {
-        self.remote.answer(self.snapshot.generation);
+        if self.due().is_none() {
+            self.remote.answer(self.snapshot.generation);
+        }
     }
 
     fn is_failing(&self) -> bool {
@@ -459,6 +472,12 @@ impl State {
     fn confirmed(&self) -> Option<Instant> {
         // `None` comes before every moment.
         self.kinds.values().map(|kind| kind.confirmed).min().flatten()
+    }
+
+    /// From when on another snapshot is to be made, if one is; a moment that has passed if at once.
+    fn due(&self) -> Option<Instant> {
+        let listed = self.confirmed().filter(|_| self.is_stale)?;
+        Some(self.pace.next(self.remote.is_waited_for()).unwrap_or(listed))
     }
 
     fn snapshot_if_changed(&mut self) -> Option<Arc<Snapshot>> {

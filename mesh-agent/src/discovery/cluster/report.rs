@@ -105,7 +105,7 @@ impl Reports {
         let key = annotation_key(pod);
         let Some(Object::Pod(object)) = objects.get(&pod_key(pod)) else { return None };
         let annotations = object.metadata.annotations.as_ref();
-        let present = annotations.and_then(|all| all.get(REDIRECTION)).map(String::as_str);
+        let present = annotations.and_then(|all| all.get(REDIRECTION));
         if present == wanted {
             self.told.remove(&key);
             return None;

@@ -5,9 +5,7 @@ use crate::discovery::Problem;
 use crate::discovery::kube::{Container, PodSpec, PodStatus};
 
 fn meta(annotations: &[(&str, &str)], labels: &[(&str, &str)]) -> ObjectMeta {
-    let map = |pairs: &[(&str, &str)]| {
-        Some(pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
-    };
+    let map = |pairs: &[(&str, &str)]| Some(pairs.iter().copied().collect());
     ObjectMeta { annotations: map(annotations), labels: map(labels), ..Default::default() }
 }
 
@@ -60,8 +58,8 @@ fn pod_that_cannot_be_carried_is_left_alone_with_the_reason() {
     };
     let annotated = |key: &str, value: &str| {
         with(&|pod| {
-            let map = pod.metadata.annotations.get_or_insert_default();
-            map.insert(key.into(), value.into());
+            let ours = (MESH, "enabled");
+            pod.metadata.annotations = Some([ours, (key, value)].into_iter().collect());
         })
     };
     let container = |name: &str| Container { name: name.into() };

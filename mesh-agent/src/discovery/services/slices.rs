@@ -34,8 +34,8 @@ pub(super) struct Port<'a> {
     pub(super) app_protocol: Option<&'a str>,
 }
 
-/// Ports by namespace, service and port name.
-pub(super) type Ports<'a> = BTreeMap<(&'a str, &'a str, &'a str), Port<'a>>;
+/// The ports of a service by their names.
+pub(super) type Ports<'a> = BTreeMap<&'a str, Port<'a>>;
 
 /// What is behind an endpoint.
 enum Behind {
@@ -59,8 +59,8 @@ impl Behind {
 
 /// Reads the slices of a service.
 pub(super) struct Reader<'a, 'b> {
-    /// Namespace and name of the service.
-    pub(super) of: (&'a str, &'a str),
+    /// The service's.
+    pub(super) namespace: &'a str,
     /// What hints are made from that a slice does not have.
     pub(super) hints: Option<Distribution>,
     pub(super) around: &'a Around<'a>,
@@ -85,8 +85,7 @@ impl<'a> Reader<'a, '_> {
             found.app_protocol = found.app_protocol.or(said);
         }
         for (index, endpoint) in slice.endpoints.iter().flatten().enumerate() {
-            // The API says of more than the first: "consumers should only use the first".
-            let Some(text) = endpoint.addresses.first() else { continue };
+            let Some(text) = &endpoint.address else { continue };
             let Ok(ip) = text.parse::<IpAddr>() else {
                 report.say(
                     format_args!("endpoints[{index}].addresses[0]"),
@@ -96,7 +95,7 @@ impl<'a> Reader<'a, '_> {
                 continue;
             };
             let ip = ip.to_canonical();
-            let found = behind((index, endpoint), ip, self.of.0, self.pods, report);
+            let found = behind((index, endpoint), ip, self.namespace, self.pods, report);
             let (workload, is_unread) = match found {
                 Behind::Pod(workload) => (Some(workload), false),
                 Behind::Outside => (None, false),
@@ -125,8 +124,7 @@ impl<'a> Reader<'a, '_> {
     }
 
     fn port(&mut self, name: Option<&'a str>) -> &mut Port<'a> {
-        let (of_namespace, of_name) = self.of;
-        self.ports.entry((of_namespace, of_name, name.unwrap_or_default())).or_default()
+        self.ports.entry(name.unwrap_or_default()).or_default()
     }
 
     /// Whom an endpoint is meant for: as the slice says, or else as the controller of slices would

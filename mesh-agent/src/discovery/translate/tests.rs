@@ -174,7 +174,7 @@ fn setting_that_is_given_as_a_label_is_reported_wherever_it_is_read_as_an_annota
 /// Whoever may edit one Service could otherwise fill the memory of every agent.
 #[test]
 fn object_with_thousands_of_mistakes_has_a_few_told_and_the_others_counted() {
-    let labels = (0..30_000).map(|n| (format!("malla.dev/a{n:05}"), "x".to_owned())).collect();
+    let labels = (0..30_000).map(|n| (format!("malla.dev/a{n:05}"), "x")).collect();
     let metadata =
         ObjectMeta { name: Some("web".into()), labels: Some(labels), ..Default::default() };
     let service = Service { metadata, ..Default::default() };

@@ -1,7 +1,6 @@
 //! What is written beside the trusted roots, as the fuzzer writes it. Signers of all versions do, and whoever
 //! may change the ConfigMap.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::api::ConfigMap;
@@ -47,7 +46,7 @@ pub fn published(input: &[u8]) {
 
 /// What is written in the annotation, if it is well-formed.
 fn read(text: &str) -> Option<Vec<Published>> {
-    let annotations = Some(BTreeMap::from([(SINCE.to_owned(), text.to_owned())]));
+    let annotations = Some([(SINCE, text)].into_iter().collect());
     let metadata = ObjectMeta { annotations, ..ObjectMeta::default() };
     let map = ConfigMap { metadata, ..ConfigMap::default() };
     Held::of(Some(&map), "malla-system").ok()?.before()

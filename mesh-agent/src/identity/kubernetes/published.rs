@@ -140,7 +140,7 @@ impl Held {
         };
         let annotations = map.and_then(|map| map.metadata.annotations.as_ref());
         let text = annotations.and_then(|annotations| annotations.get(SINCE));
-        let annotated = text.map(|text| serde_json::from_str(text)).transpose();
+        let annotated = text.map(serde_json::from_str).transpose();
         let annotated = annotated.map_err(|source| CaError::Annotation { source })?;
         Ok(Self { certs, annotated })
     }

@@ -411,6 +411,22 @@ async fn change_of_what_is_not_read_makes_no_snapshot() {
 }
 
 #[tokio::test]
+async fn what_is_wrong_with_a_change_is_told_with_it() {
+    let api = Api::start().await;
+    api.has(PODS, vec![pod("one", "10.0.0.1")]);
+    let mut followed = api.follow();
+    followed.until_pods(&["one"]).await;
+    until("a watch", || api.asked("watch pods") == 1).await;
+    let mut wrong = pod("one", "10.0.0.1");
+    wrong["metadata"]["annotations"] = json!({"malla.dev/mode": "hard"});
+    api.event("MODIFIED", wrong);
+    // Nothing else comes, and what is kept is looked through twice a minute.
+    let is_told = |all: &Arc<[Problem]>| all.iter().any(|problem| problem.message.contains("hard"));
+    let told = timeout(Duration::from_secs(5), followed.problems.wait_for(is_told)).await;
+    told.expect("with the change").unwrap();
+}
+
+#[tokio::test]
 async fn server_that_is_down_leaves_the_last_state_and_is_told() {
     let api = Api::start().await;
     api.has(PODS, vec![pod("one", "10.0.0.1")]);

@@ -39,11 +39,11 @@ fn large() -> State {
         state.objects.insert(Object::Service(Arc::new(service)));
         let endpoint = |of_it: u32| {
             let first = Ipv4Addr::new(10, 100, 0, 0).to_bits() + n * ENDPOINTS;
-            let addresses = vec![address(first + of_it).to_string()];
-            Endpoint { addresses, node_name: Some("b".into()), ..Endpoint::default() }
+            let address = Some(address(first + of_it).to_string().into());
+            Endpoint { address, node_name: Some("b".into()), ..Endpoint::default() }
         };
         let mut metadata = meta(format!("s{n}-1"));
-        metadata.labels = Some(BTreeMap::from([(SERVICE_NAME.to_owned(), format!("s{n}"))]));
+        metadata.labels = Some([(SERVICE_NAME, format!("s{n}"))].into_iter().collect());
         let endpoints = Some((0..ENDPOINTS).map(endpoint).collect());
         let slice = EndpointSlice { metadata, endpoints, ..EndpointSlice::default() };
         state.objects.insert(Object::EndpointSlice(Arc::new(slice)));

@@ -3,9 +3,9 @@
 use tokio::time::Instant;
 
 use super::*;
-use crate::discovery::cluster::State;
 use crate::discovery::cluster::demand::{Found, Wanted};
 use crate::discovery::cluster::feed::{News, What};
+use crate::discovery::cluster::{KINDS, State};
 use crate::discovery::objects::{Kind, Object, ObjectKey};
 use crate::discovery::translate::{Context, NetnsFrom};
 
@@ -125,4 +125,36 @@ fn address_that_was_nobodys_is_forgotten_unless_pods_cannot_be_read() {
         let asked = state.demand(Demand::Know { ip: at, caller: None, done }, now + LONG);
         assert_eq!(asked.is_empty(), is_kept, "{kind:?}");
     }
+}
+
+/// Everything was listed, and there is a first snapshot, which took that long.
+fn listed(took: Duration, now: Instant) -> State {
+    let mut state = nothing();
+    for kind in KINDS {
+        state.take(News { kind, what: What::All(Vec::new()) }, now - took);
+    }
+    assert!(state.due().is_some_and(|due| due <= now), "the first one is due at once");
+    assert!(state.snapshot_if_changed().is_some());
+    state.pace.made(now - took, now);
+    state
+}
+
+#[tokio::test(start_paused = true)]
+async fn next_snapshot_of_a_cluster_that_takes_long_is_not_made_at_once() {
+    const TOOK: Duration = Duration::from_millis(50);
+    let now = Instant::now() + LONG;
+    let mut state = listed(TOOK, now);
+    assert_eq!(state.due(), None, "nothing is new");
+    state.take(News { kind: Kind::Pod, what: What::Is(object(pod("one", "10.0.0.1"))) }, now);
+    assert_eq!(state.due(), Some(now + 9 * TOOK));
+    // Somebody comes whose question is answered by what is not in force yet.
+    let (done, mut answer) = oneshot::channel();
+    let know = Demand::Know { ip: ip("10.0.0.1"), caller: None, done };
+    assert_eq!(state.demand(know, now), []);
+    assert_eq!(state.due(), Some(now + TOOK));
+    state.answer();
+    assert!(answer.try_recv().is_err(), "not with the snapshot before");
+    assert!(state.snapshot_if_changed().is_some());
+    state.answer();
+    assert_eq!(answer.try_recv(), Ok(2));
 }
