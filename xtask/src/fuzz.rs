@@ -4,8 +4,15 @@
 //! they may break are their promises, which the targets and debug assertions check. `events` and `packet`
 //! read structures with `unsafe`, once they have looked at how many bytes there are: what the fuzzer finds of
 //! them are broken promises too, and a read past the end would go unnoticed.
+//!
+//! What was found to be worth feeding is kept in one file for each target ([`kept`]), from which the next run goes
+//! on, and which unit tests repeat.
+
+mod kept;
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -16,12 +23,19 @@ use crate::{root, say, setup};
 
 const CARGO_FUZZ: &str = "0.13.2";
 const FUZZ_DIR: &str = "mesh-agent/fuzz";
+/// For one target, with its build.
+const KEEP_LIMIT: Duration = Duration::from_secs(1800);
 
 #[derive(Debug, Args)]
 pub(crate) struct Fuzz {
     /// How long each target runs.
     #[arg(long, default_value_t = 60)]
     seconds: u64,
+
+    /// Put what was found into `mesh-agent/fuzz/kept`, to be committed: of all inputs the fewest that reach as much.
+    /// With `--seconds 0` of what earlier runs have found.
+    #[arg(long)]
+    keep: bool,
 
     /// Only this target.
     target: Option<String>,
@@ -46,23 +60,26 @@ impl Fuzz {
         let mut found = Vec::new();
         let wanted = |target: &&String| self.target.as_ref().is_none_or(|only| only == *target);
         for target in targets.iter().filter(wanted) {
-            say(&format!("fuzz: {target} for {} s", self.seconds));
-            let corpus = root()?.join(FUZZ_DIR).join("corpus").join(target);
-            fs::create_dir_all(&corpus).with_context(|| format!("make {}", corpus.display()))?;
-            let mut fuzz = cargo("fuzz run --sanitizer none --fuzz-dir")?;
-            fuzz.args([FUZZ_DIR, target]);
+            let kept = root()?.join(FUZZ_DIR).join("kept").join(target);
+            kept::unpack(&kept, &root()?.join(FUZZ_DIR).join("corpus").join(target))?;
             // What is found goes to the first directory; the seeds stay as they are.
-            fuzz.args(["corpus", "seeds"].map(|inputs| format!("{FUZZ_DIR}/{inputs}/{target}")));
-            fuzz.arg("--").arg(format!("-max_total_time={}", self.seconds));
-            fuzz.env("PATH", &path);
-            // The build comes on top of the time that was asked for.
-            let ran = watch(target, fuzz, Duration::from_secs(self.seconds + 900))?;
-            if ran.success {
+            let inputs = ["corpus", "seeds"].map(|inputs| format!("{FUZZ_DIR}/{inputs}/{target}"));
+            if self.seconds > 0 {
+                say(&format!("fuzz: {target} for {} s", self.seconds));
+                let mut fuzz = fuzz(target, &inputs, &path)?;
+                fuzz.arg(format!("-max_total_time={}", self.seconds));
+                // The build comes on top of the time that was asked for.
+                let ran = watch(target, fuzz, Duration::from_secs(self.seconds + 900))?;
+                if !ran.success {
+                    say(&format!("FAILED  fuzz {target}: {}\n{}", ran.how, ran.tail()));
+                    found.push(target.as_str());
+                    continue;
+                }
                 let summary = ran.lines.iter().rev().find(|line| line.starts_with("Done "));
                 say(&format!("ok      fuzz {target}: {}", summary.map_or("", String::as_str)));
-            } else {
-                say(&format!("FAILED  fuzz {target}: {}\n{}", ran.how, ran.tail()));
-                found.push(target.as_str());
+            }
+            if self.keep {
+                keep(target, inputs, &kept, &path)?;
             }
         }
         if !found.is_empty() {
@@ -70,6 +87,30 @@ impl Fuzz {
         }
         Ok(())
     }
+}
+
+/// Runs a target on these directories, with libFuzzer's options to come.
+fn fuzz(target: &str, inputs: &[String], path: &str) -> Result<Command> {
+    let mut fuzz = cargo("fuzz run --sanitizer none --fuzz-dir")?;
+    fuzz.args([FUZZ_DIR, target]).args(inputs).arg("--").env("PATH", path);
+    Ok(fuzz)
+}
+
+/// Packs the fewest of all inputs that reach as much.
+fn keep(target: &str, inputs: [String; 2], kept: &Path, path: &str) -> Result<()> {
+    let fewest = format!("{FUZZ_DIR}/target/fewest/{target}");
+    let place = root()?.join(&fewest);
+    if place.exists() {
+        fs::remove_dir_all(&place).with_context(|| format!("empty {}", place.display()))?;
+    }
+    fs::create_dir_all(&place).with_context(|| format!("make {}", place.display()))?;
+    let [corpus, seeds] = inputs;
+    let mut merge = fuzz(target, &[fewest, corpus, seeds], path)?;
+    merge.arg("-merge=1");
+    must(&format!("fuzz: what is worth keeping of {target}"), merge, KEEP_LIMIT)?;
+    let (inputs, bytes) = kept::pack(&place, kept)?;
+    say(&format!("kept    fuzz {target}: {inputs} inputs, {bytes} bytes in {}", kept.display()));
+    Ok(())
 }
 
 /// The names of all targets.
