@@ -19,7 +19,7 @@ use crate::build::{self, Executable};
 use crate::check;
 use crate::cluster::tested::{self, Tested};
 use crate::process::{self, Finished};
-use crate::{privilege, say, setup};
+use crate::{image, privilege, say, setup};
 
 /// No test binary is allowed to take longer, and those on a cluster no longer than twice that.
 const BINARY_LIMIT: Duration = Duration::from_secs(900);
@@ -58,6 +58,11 @@ pub(crate) struct E2e {
     /// out. `MALLA_SEED=N` repeats what was random.
     #[arg(long)]
     long: bool,
+
+    /// The profile of cargo that the agent's image on clusters is built in: `release` is what users have, and takes
+    /// ten minutes more. Default: tested.
+    #[arg(long)]
+    profile: Option<String>,
 
     /// Run the tests that need a cluster on this one, and not on one that is made for them.
     #[arg(long)]
@@ -106,6 +111,10 @@ impl E2e {
                 && self.file.as_ref().is_none_or(|file| *file == binary.name)
         });
         Ok(tally.finish())
+    }
+
+    fn profile(&self) -> &str {
+        self.profile.as_deref().unwrap_or(image::TESTED)
     }
 
     fn threads(&self, test: &Executable) -> usize {
@@ -167,13 +176,15 @@ impl Tally {
         let run =
             |test: &Executable, on: &Tested| run_binary(test, options, agent, &on.environment);
         let theirs = options.kubeconfig.as_deref();
-        if let Some(given) = Tested::given(theirs, options.load_image.as_deref())? {
+        if let Some(given) =
+            Tested::given(theirs, options.load_image.as_deref(), options.profile())?
+        {
             for test in tests {
                 self.record(&name(test), run(test, &given));
             }
             return Ok(());
         }
-        let agent_image = tested::prepare()?;
+        let agent_image = tested::prepare(options.profile())?;
         if options.long {
             // What takes minutes wants the machine for itself.
             let cluster = Tested::start(None, &agent_image)?;

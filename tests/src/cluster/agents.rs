@@ -17,9 +17,6 @@ const READY: Duration = Duration::from_secs(60);
 /// The agents of all nodes, one after the other, each beside one that drains.
 const REPLACED: Duration = Duration::from_secs(180);
 
-/// How long a new root waits before it signs, in tests.
-const SPREAD_S: u64 = 10;
-
 /// Agents on all nodes, removed with what they have attached when dropped.
 #[derive(Debug)]
 pub struct Agents {
@@ -44,9 +41,9 @@ impl Agents {
     }
 
     /// Not quite what users apply, but in a namespace of its own and under other names
-    /// ([`Deployment::read`]), with the image's name, logs that tests read (the access log too, as JSON), a
-    /// drain of 2 s, and a new root that signs after [`SPREAD_S`]; and with the settings `changed`. With
-    /// `roots` those are what the agents trust, and there is no CA.
+    /// ([`Deployment::read`]), with the image's name, logs that tests read (the access log too, as JSON), and a
+    /// drain of 2 s; and with the settings `changed`. With `roots` those are what the agents trust, and there is
+    /// no CA.
     pub(super) fn deploy(changed: &[(&str, &str)], roots: Option<&str>) -> Result<Self> {
         let mut deployment = Deployment::read(None)?;
         name_image(&mut deployment)?;
@@ -57,10 +54,6 @@ impl Agents {
         for (name, value) in changed {
             settings[*name] = json!(value);
         }
-        // Tests tell the kubelets to bring a new root at once.
-        let ca = &mut deployment.object("Deployment")["spec"]["template"]["spec"]["containers"][0];
-        let env = ca["env"].as_array_mut().context("no environment")?;
-        env.push(json!({"name": "MESH_BUNDLE_SPREAD_S", "value": SPREAD_S.to_string()}));
         let spec = deployment.object("DaemonSet")["spec"]["template"]["spec"].clone();
         if let Some(roots) = roots {
             deployment.system().apply(&json!({

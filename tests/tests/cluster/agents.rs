@@ -176,6 +176,39 @@ fn network_policies_are_warned_of_where_a_setting_skips_them() -> Result<()> {
     Ok(())
 }
 
+/// With what the file gives it, and its own rights: beside an agent that has the ports.
+#[test]
+fn check_in_an_agents_pod_finds_what_it_needs_of_its_node() -> Result<()> {
+    require_cluster!();
+    let agents = Agents::deployed()?;
+    let cluster = Cluster::namespace()?;
+    let nodes = cluster.two_nodes()?;
+    let check = agents.ask_by_exec(&nodes[0], &["check"])?;
+    let categories = check["categories"].as_array().context("no categories")?;
+    let found = |words: &str| -> Result<&Value> {
+        let mut all = categories
+            .iter()
+            .flat_map(|category| category["checks"].as_array().into_iter().flatten());
+        let is_it = |one: &&Value| {
+            one["description"].as_str().is_some_and(|description| description.contains(words))
+        };
+        all.find(is_it).with_context(|| format!("nothing of {words} in {check}"))
+    };
+    for words in
+        ["--tunnel-port", "--ready-addr", "--metrics-addr", "--kubelet-cgroup", "--pod-cidrs"]
+    {
+        let found = found(words)?;
+        assert_eq!(found["result"], "success", "{found}");
+    }
+    let node = cluster.get(&["node", &nodes[0]])?;
+    let blocks = node["spec"]["podCIDRs"].as_array().context("a node without blocks")?;
+    let said = found("--pod-cidrs")?["detail"].to_string();
+    for block in blocks.iter().filter_map(Value::as_str) {
+        ensure!(said.contains(block), "no {block} in {said}");
+    }
+    Ok(())
+}
+
 /// Probes reach a strict pod because they are the kubelet's, not because they come from the node.
 #[test]
 fn probes_reach_a_strict_pod_and_other_processes_of_the_node_do_not() -> Result<()> {

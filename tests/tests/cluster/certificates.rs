@@ -2,20 +2,20 @@
 //! rights of the deployment.
 
 mod rotation;
-pub(crate) mod world;
+mod world;
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Cluster, wait};
+use harness::{Cluster, is_believed, wait};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, PKCS_ECDSA_P384_SHA384, SanType,
 };
 use serde_json::json;
 
-use self::world::{Answer, Asked, World, is_believed, uri};
+use self::world::{Answer, Asked, World, uri};
 
 #[test]
 fn workload_of_the_askers_node_gets_a_certificate_that_openssl_believes() -> Result<()> {

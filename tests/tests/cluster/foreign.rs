@@ -8,15 +8,13 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster, service_of_pods, wait};
+use harness::{Agents, Cluster, base64, service_of_pods, unbase64, wait};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 use serde_json::{Value, json};
 use time::OffsetDateTime;
-
-use crate::certificates::world::{base64, unbase64};
 
 const SIGNER: &str = "signer.example/mesh";
 /// Between two looks at what is asked.

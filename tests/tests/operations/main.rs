@@ -3,5 +3,6 @@
 //! of the other tests.
 
 mod outage;
+mod rotation;
 mod scaling;
 mod shipped;

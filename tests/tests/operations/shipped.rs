@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use harness::{Agents, Cluster, SERVERS, Shop, enabled, long, service_of_pods, wait};
 use serde_json::json;
 
+use crate::rotation::Rotation;
 use crate::scaling::deployment_grows_to_twenty_pods_and_shrinks;
 
 /// All that people do with the file, by one deployment of it: the agents' settings are those that it comes with.
@@ -14,12 +15,14 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
     }
     let mut agents = Agents::shipped()?;
     let shop = Shop::open(&json!({}))?;
+    let rotation = Rotation::begin(&agents)?;
     running_pods_join_and_leave_twenty_times(&shop)?;
 
     shop.cluster.annotate(&json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"}))?;
     shop.wait_until_enrolled(&agents, true)?;
     shop.hear_both(&["web"])?;
     deployment_grows_to_twenty_pods_and_shrinks(&agents, &shop)?;
+    rotation.reaches_every_agent(&agents, &shop.nodes)?;
     let talks = Talks::begin(&shop, &agents)?;
     let before = shop.lives()?;
     let times = long::either(1, 5);
@@ -31,6 +34,9 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
     // What was open has gone on until its agent had drained, of both nodes, or for ever if none carried it.
     talks.check(2 * times)?;
 
+    let ends = || rotation.ends_and_both_are_trusted(&agents, &shop);
+    let asked = shop.cluster.under_load("client", "web", ends)?;
+    ensure!(asked.len() > 50, "hardly any traffic: {}", asked.len());
     one_replica_of_the_ca_is_evicted_and_not_both(agents.system())?;
     agents.delete()?;
     shop.hear_both(&["web"])?;

@@ -26,14 +26,18 @@ impl Tested {
     /// # Errors
     ///
     /// Fails if the agent's image cannot be made.
-    pub(crate) fn given(theirs: Option<&Path>, load: Option<&str>) -> Result<Option<Self>> {
+    pub(crate) fn given(
+        theirs: Option<&Path>,
+        load: Option<&str>,
+        profile: &str,
+    ) -> Result<Option<Self>> {
         if let Some(file) = theirs {
             let file = file.canonicalize().with_context(|| format!("find {}", file.display()))?;
             let mut environment = vec![xtask()?];
             environment.push(("MALLA_KUBECONFIG", file.into()));
             environment.push(("MALLA_KUBECTL", "kubectl".into()));
             environment.extend(load.map(|load| ("MALLA_LOAD_IMAGE", load.into())));
-            environment.extend(agent()?);
+            environment.extend(agent(profile)?);
             return Ok(Some(Self { environment, bound: None }));
         }
         if let Some(missing) = tools::missing() {
@@ -43,7 +47,7 @@ impl Tested {
         if Cluster::of_this_checkout(None)?.is_none() {
             return Ok(None);
         }
-        Ok(Some(Self { environment: ours(None, &agent()?)?, bound: None }))
+        Ok(Some(Self { environment: ours(None, &agent(profile)?)?, bound: None }))
     }
 
     /// Starts a cluster, `which` of this checkout's.
@@ -86,20 +90,21 @@ fn xtask() -> Result<(&'static str, OsString)> {
 /// The agent's image: where it is, and what it is called.
 pub(crate) type Image = [(&'static str, OsString); 2];
 
-/// Makes what every cluster needs, before one takes its share of the machine.
+/// Makes what every cluster needs, before one takes its share of the machine: the agent's image is built in this
+/// profile of cargo.
 ///
 /// # Errors
 ///
 /// Fails with what the programs say that make it.
-pub(crate) fn prepare() -> Result<Image> {
+pub(crate) fn prepare(profile: &str) -> Result<Image> {
     tools::ready()?;
-    agent()
+    agent(profile)
 }
 
-fn agent() -> Result<Image> {
+fn agent(profile: &str) -> Result<Image> {
     let archive = root()?.join("target/cluster/mesh-agent.tar");
     let dir = archive.parent().context("the file is in a directory")?;
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-    let name = image::tested(&archive)?;
+    let name = image::agent(&archive, profile)?;
     Ok([("MALLA_IMAGE", archive.into()), ("MALLA_IMAGE_NAME", name.into())])
 }

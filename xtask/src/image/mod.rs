@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
+pub(crate) use self::agent::TESTED;
 pub(crate) use self::programs::{ALL, COREDNS, EVERY_NODE, PAUSE};
 use crate::say;
 
@@ -51,13 +52,13 @@ impl Image {
     }
 }
 
-/// Writes the agent's image as the cluster tests run it, and returns its name.
+/// Writes the agent's image, built in a profile of cargo, and returns its name.
 ///
 /// # Errors
 ///
 /// Fails with what the compiler said, or if a file cannot be written.
-pub(crate) fn tested(out: &Path) -> Result<String> {
-    agent::write(out, agent::TESTED)
+pub(crate) fn agent(out: &Path, profile: &str) -> Result<String> {
+    agent::write(out, profile)
 }
 
 /// One of the tests' images.
