@@ -2,6 +2,9 @@
 //! by a `fuzzing` module beside them. Each function there takes any bytes, and panics if a promise is
 //! broken. Compiled for the fuzzer, and for the tests, which repeat what it began with and has found.
 
+#[cfg(test)]
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 /// Feeds `target` with every seed of the fuzz target `name`, and with what is kept of its runs (`cargo xtask fuzz
 /// --keep`): one input after the other, each behind its length.
 #[cfg(test)]
@@ -13,15 +16,20 @@ pub(crate) fn replay(name: &str, target: impl Fn(&[u8])) {
         fed += 1;
     }
     assert!(fed > 0, "{name} has no seeds");
-    let kept = std::fs::read(format!("{dir}/kept/{name}")).unwrap();
-    let mut rest = &kept[..];
-    while !rest.is_empty() {
-        let (length, inputs) = rest.split_first_chunk().unwrap();
-        let (input, others) = inputs.split_at(u32::from_be_bytes(*length).try_into().unwrap());
-        target(input);
-        rest = others;
+    let kept = std::fs::read(format!("{dir}/kept/{name}"));
+    let kept = kept.unwrap_or_else(|error| {
+        panic!("nothing is kept of {name} ({error}): cargo xtask fuzz --keep {name}")
+    });
+    let (mut rest, mut nth) = (&kept[..], 0);
+    while let Some((length, inputs)) = rest.split_first_chunk() {
+        let length = u32::from_be_bytes(*length).try_into().unwrap();
+        let torn = || panic!("kept/{name} ends within input {nth}");
+        let (input, others) = inputs.split_at_checked(length).unwrap_or_else(torn);
+        let fed = catch_unwind(AssertUnwindSafe(|| target(input)));
+        assert!(fed.is_ok(), "input {nth} in kept/{name}: {}", input.escape_ascii());
+        (rest, nth) = (others, nth + 1);
     }
-    assert!(!kept.is_empty(), "nothing is kept of {name}");
+    assert!(rest.is_empty() && nth > 0, "kept/{name} is torn or empty");
     // What every parser gets sooner or later.
     target(&[]);
     (0..=255).for_each(|byte| target(&[byte; 300]));

@@ -61,7 +61,7 @@ pub(crate) struct E2e {
 
     /// The profile of cargo that the agent's image on clusters is built in: `release` is what users have, and takes
     /// ten minutes more. Default: tested.
-    #[arg(long)]
+    #[arg(long, value_parser = [image::TESTED, image::RELEASE])]
     profile: Option<String>,
 
     /// Run the tests that need a cluster on this one, and not on one that is made for them.

@@ -1,24 +1,26 @@
 //! The root is replaced by deleting its Secret, with the times that the file comes with.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{
-    Agents, Cluster, SERVERS, Shop, certificates, is_believed, service_of_pods, unbase64, wait,
-};
+use harness::{Agents, Cluster, SERVERS, Shop, certificates, is_believed, unbase64, wait};
 use serde_json::{Value, json};
 
-/// Until a kubelet that nobody tells has brought a ConfigMap to a pod: it looks once a minute, and at what it has
-/// seen then.
-const BROUGHT: Duration = Duration::from_secs(170);
-/// Until a new root signs: 180 s after it was published (`--bundle-spread-s`).
-const SIGNS: Duration = Duration::from_secs(240);
+/// How long a new root waits before it signs (`--bundle-spread-s`): kubelets, which nobody tells, have brought it to
+/// every agent by then.
+const SPREAD: Duration = Duration::from_secs(180);
+/// Until it is seen to sign after that.
+const SIGNS: Duration = Duration::from_secs(60);
+/// The pod that is certified by the new root.
+const NEWCOMER: &str = "newcomer";
 
 /// A new root that waits until it may sign.
 pub(crate) struct Rotation {
     before: Vec<String>,
     after: Vec<String>,
+    /// Seen by us, and so a moment later.
+    published: Instant,
 }
 
 impl Rotation {
@@ -31,51 +33,75 @@ impl Rotation {
             let roots = certificates(&bundle(system).ok()?);
             (roots.len() > before.len()).then_some(roots)
         })?;
-        Ok(Self { before, after })
+        Ok(Self { before, after, published: Instant::now() })
     }
 
-    /// Every agent trusts both, before the new one signs.
+    /// Every agent trusts both before the new one signs: whatever was certified by now is of the old one.
     pub(crate) fn reaches_every_agent(&self, agents: &Agents, nodes: &[String]) -> Result<()> {
         for node in nodes {
-            wait::until(BROUGHT, "both roots at the agent", || {
+            let left = SPREAD.saturating_sub(self.published.elapsed());
+            wait::until(left, &format!("both roots at the agent of {node}"), || {
                 roots(agents, node) == self.after.len()
             })?;
         }
+        ensure!(
+            !self.signs(agents)?,
+            "the new one signs too early: {:?}",
+            self.published.elapsed()
+        );
         Ok(())
     }
 
-    /// The new one signs, and those that it has certified talk with those of the old one.
-    pub(crate) fn ends_and_both_are_trusted(&self, agents: &Agents, shop: &Shop) -> Result<()> {
-        let (system, cluster) = (agents.system(), &shop.cluster);
-        let new: String =
-            self.after.iter().filter(|root| !self.before.contains(root)).cloned().collect();
+    /// The root that is new.
+    fn new_root(&self) -> String {
+        self.after.iter().filter(|root| !self.before.contains(root)).cloned().collect()
+    }
+
+    fn signs(&self, agents: &Agents) -> Result<bool> {
+        let new = self.new_root();
         let subject = new.lines().find_map(|line| line.strip_prefix("# ")).context("no subject")?;
-        let signs = format!("root=\"{subject}\" waits=false");
-        wait::until(SIGNS, "the new root to sign", || {
-            let logs = ["logs", "--selector=app=malla-ca", "--tail=-1"];
-            system.kubectl(&logs).unwrap_or_default().contains(&signs)
-        })?;
+        let logs = ["logs", "--selector=app=malla-ca", "--tail=-1"];
+        let log = agents.system().kubectl(&logs)?;
+        Ok(log.contains(&format!("root=\"{subject}\" waits=false")))
+    }
+
+    /// The new one signs, and a server that it has certified, the last one behind `web`, talks with the client and
+    /// the servers of the old one.
+    pub(crate) fn ends_and_both_are_trusted(&self, agents: &Agents, shop: &Shop) -> Result<()> {
+        let cluster = &shop.cluster;
+        let left = SPREAD.saturating_sub(self.published.elapsed()) + SIGNS;
+        wait::until(left, "the new root to sign", || self.signs(agents).unwrap_or_default())?;
         let known = requests(cluster)?;
-        cluster.kubectl(&["create", "serviceaccount", "newcomer"])?;
-        cluster.apply(&service_of_pods("newcomer", 80))?;
+        cluster.kubectl(&["create", "serviceaccount", NEWCOMER])?;
         let [_, node] = &shop.nodes;
         let container = json!([{"image": Cluster::load("nginx")?}]);
-        let spec = json!({"serviceAccountName": "newcomer", "containers": container});
-        cluster.start_as("newcomer", "newcomer", node, spec)?;
-        cluster.ready("newcomer")?;
-        agents.wait_until_carried(node, cluster.name(), "newcomer")?;
+        let spec = json!({"serviceAccountName": NEWCOMER, "containers": container});
+        cluster.start_as(NEWCOMER, "web", node, spec)?;
+        cluster.ready(NEWCOMER)?;
+        agents.wait_until_carried(node, cluster.name(), NEWCOMER)?;
         let pem = wait::until_some(wait::SOON, "a certificate", || newest(cluster, &known))?;
-        let chain = unbase64(&pem).context("no base64")?;
+        let (chain, new) = (unbase64(&pem).context("no base64")?, self.new_root());
         ensure!(is_believed(&chain, &new)?, "not of the new root");
+        let old = self.before.concat();
+        ensure!(!is_believed(&chain, &old)?, "who has only the old one does not believe this");
 
         // Of the old root's client and the new one's server, and of the old ones.
-        for pod in [SERVERS[0], SERVERS[1], "newcomer"] {
+        for pod in [SERVERS[0], SERVERS[1], NEWCOMER] {
             for host in cluster.hosts_of_pod(pod)? {
                 let ask = ["curl", "--silent", "--show-error", "--fail", "--max-time", "5", &host];
                 assert_eq!(cluster.exec("client", &ask)?.trim(), pod);
             }
         }
-        cluster.kubectl(&["delete", "pod/newcomer", "service/newcomer"]).map(drop)
+        Ok(())
+    }
+
+    /// What was asked meanwhile was answered, in the end by all three of them. The third one goes.
+    pub(crate) fn check(answers: &[String], shop: &Shop) -> Result<()> {
+        ensure!(answers.len() > 1000, "hardly any traffic: {}", answers.len());
+        for pod in [SERVERS[0], SERVERS[1], NEWCOMER] {
+            ensure!(answers.iter().any(|answer| answer == pod), "{pod} was not asked");
+        }
+        shop.cluster.kubectl(&["delete", "pod", NEWCOMER]).map(drop)
     }
 }
 

@@ -5,13 +5,20 @@
 //! ```
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Puts each input of `packed`, if there is such a file, into a file in `place`, which is made.
+/// Puts each input of `packed`, if there is such a file, into a file in `place`, which is made, instead of those of an
+/// earlier one.
 pub(super) fn unpack(packed: &Path, place: &Path) -> Result<()> {
     fs::create_dir_all(place).with_context(|| format!("make {}", place.display()))?;
+    for file in files(place)? {
+        let name = file.file_name().unwrap_or_default();
+        if name.to_string_lossy().starts_with("kept-") {
+            fs::remove_file(&file).with_context(|| format!("remove {}", file.display()))?;
+        }
+    }
     if !packed.exists() {
         return Ok(());
     }
@@ -28,12 +35,12 @@ pub(super) fn unpack(packed: &Path, place: &Path) -> Result<()> {
 /// and how many bytes that are.
 pub(super) fn pack(place: &Path, packed: &Path) -> Result<(usize, usize)> {
     let mut all = Vec::new();
-    for entry in fs::read_dir(place).with_context(|| format!("read {}", place.display()))? {
-        let file = entry.context("read a directory")?.path();
+    for file in files(place)? {
         all.push(fs::read(&file).with_context(|| format!("read {}", file.display()))?);
     }
     all.sort();
     all.dedup();
+    ensure!(!all.is_empty(), "there is nothing in {}", place.display());
     let mut bytes = Vec::new();
     for input in &all {
         let length = u32::try_from(input.len()).context("an input of gigabytes")?;
@@ -45,6 +52,11 @@ pub(super) fn pack(place: &Path, packed: &Path) -> Result<(usize, usize)> {
     }
     fs::write(packed, &bytes).with_context(|| format!("write {}", packed.display()))?;
     Ok((all.len(), bytes.len()))
+}
+
+fn files(place: &Path) -> Result<Vec<PathBuf>> {
+    let all = fs::read_dir(place).with_context(|| format!("read {}", place.display()))?;
+    all.map(|entry| Ok(entry.context("read a directory")?.path())).collect()
 }
 
 /// The inputs in a packed file.
@@ -91,6 +103,16 @@ mod tests {
             assert!(unpack(&packed, &to).is_err(), "{cut}");
         }
         unpack(&dir.join("none"), &to).unwrap();
+
+        fs::write(to.join("found"), b"by itself").unwrap();
+        for input in ["0", "1", "3"] {
+            fs::remove_file(from.join(input)).unwrap();
+        }
+        assert_eq!(pack(&from, &packed).unwrap(), (1, 4 + 3));
+        unpack(&packed, &to).unwrap();
+        assert_eq!(files(&to).unwrap().len(), 2, "the one that is kept, and what was found");
+        fs::remove_file(from.join("2")).unwrap();
+        assert!(pack(&from, &packed).is_err(), "nothing would be left");
         fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
-pub(crate) use self::agent::TESTED;
+pub(crate) use self::agent::{RELEASE, TESTED};
 pub(crate) use self::programs::{ALL, COREDNS, EVERY_NODE, PAUSE};
 use crate::say;
 
@@ -28,7 +28,7 @@ pub(crate) struct Image {
 
     /// The profile of cargo that the agent is built in. `tested` is what the cluster tests run: as
     /// `release` but hardly optimised, and so built in a minute or two.
-    #[arg(long, conflicts_with = "program", default_value = agent::RELEASE)]
+    #[arg(long, conflicts_with = "program", default_value = RELEASE)]
     profile: String,
 }
 

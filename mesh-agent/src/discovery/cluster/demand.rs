@@ -116,7 +116,7 @@ pub(super) struct Remote {
 
 /// What somebody waits to know of: an address, and whether it is because of a call that says to come from there. Who
 /// dials it does not wait for what is read for a caller, who may have made it up.
-type Asked = (IpAddr, bool);
+pub(super) type Asked = (IpAddr, bool);
 
 #[derive(Debug)]
 struct Kept {
@@ -144,17 +144,17 @@ impl Absent {
 struct Waiting {
     /// What is still being read for it,
     wanted: BTreeSet<Wanted>,
-    /// by what was known in this snapshot.
-    generation: u64,
+    /// by what was known after so many changes.
+    changes: u64,
     done: Vec<oneshot::Sender<u64>>,
 }
 
 impl Remote {
-    /// Somebody wants to know what is at `ip`: returns what is to be read for it now. `generation` is the
-    /// snapshot's that was made of `objects`.
+    /// Somebody wants to know what is at `ip`: returns what is to be read for it now. `changes` says how often
+    /// `objects` have changed: the answer to the same question may be another one by now.
     pub(super) fn need(
         &mut self,
-        (objects, generation): (&Objects, u64),
+        (objects, changes): (&Objects, u64),
         node: &str,
         (ip, caller): (IpAddr, Option<&SpiffeId>),
         done: oneshot::Sender<u64>,
@@ -162,7 +162,7 @@ impl Remote {
     ) -> Vec<Wanted> {
         let asked: Asked = (ip, caller.is_some());
         let waiting = self.waiting.get_mut(&asked);
-        if let Some(waiting) = waiting.filter(|one| one.generation == generation) {
+        if let Some(waiting) = waiting.filter(|one| one.changes == changes) {
             // Who has given up is not kept for as long as others come: looked for now and then.
             if waiting.done.len().is_power_of_two() {
                 waiting.done.retain(|done| !done.is_closed());
@@ -180,7 +180,7 @@ impl Remote {
         }
         let to_read = self.begin(wanted.iter().cloned(), now);
         let waiting = self.waiting.entry(asked).or_default();
-        waiting.generation = generation;
+        waiting.changes = changes;
         waiting.done.push(done);
         for wanted in wanted {
             if let Some(who) = self.pending.get_mut(&wanted)
@@ -193,6 +193,12 @@ impl Remote {
             self.over.push(asked);
         }
         to_read
+    }
+
+    /// Somebody wants to know what is there, and nothing can be read.
+    pub(super) fn ask_nothing(&mut self, asked: Asked, done: oneshot::Sender<u64>) {
+        self.waiting.entry(asked).or_default().done.push(done);
+        self.over.push(asked);
     }
 
     /// Whether another address may be looked for, for a caller or for a pod of this node.
@@ -330,10 +336,10 @@ impl Remote {
         !self.over.is_empty()
     }
 
-    /// Answers those who have waited for nothing that is still being read, now that `generation` says
+    /// Answers those who have waited for nothing that is still being read, and of whom `generation` says
     /// what there is.
-    pub(super) fn answer(&mut self, generation: u64) {
-        for asked in self.over.drain(..) {
+    pub(super) fn answer(&mut self, generation: u64, says: impl Fn(&Asked) -> bool) {
+        for asked in self.over.extract_if(.., |asked| says(asked)) {
             // Something more may be wanted since.
             if let Entry::Occupied(waiting) = self.waiting.entry(asked)
                 && waiting.get().wanted.is_empty()

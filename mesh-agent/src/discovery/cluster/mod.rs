@@ -45,6 +45,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep_until, timeout, timeout_at};
 use tracing::warn;
 
+use self::behind::knows;
 use self::demand::{Found, Remote, Wanted};
 use self::feed::{News, What, follow};
 use self::pace::Pace;
@@ -171,7 +172,9 @@ impl ClusterSource {
                     state.take(first, Instant::now());
                     // Who waits for what was read does not wait for a burst too.
                     let until = Instant::now() + BURST;
-                    while reads.is_empty() && let Ok(Some(next)) = timeout_at(until, news.recv()).await {
+                    while reads.is_empty()
+                        && !state.remote.is_waited_for()
+                        && let Ok(Some(next)) = timeout_at(until, news.recv()).await {
                         state.take(next, Instant::now());
                     }
                     Vec::new()
@@ -203,6 +206,8 @@ impl ClusterSource {
                 }
             };
             confirmed.send_replace(state.confirmed());
+            // Who need not wait for a snapshot is not why one is made.
+            state.answer();
             let began = Instant::now();
             if state.due().is_some_and(|due| due <= began) {
                 if let Some(snapshot) = state.snapshot_if_changed() {
@@ -269,6 +274,10 @@ struct State {
     kinds: BTreeMap<Kind, KindState>,
     /// Something came that may make another snapshot.
     is_stale: bool,
+    /// Somebody may wait for that one: a pod of this node that begins, or who was refused for what was not read.
+    is_urgent: bool,
+    /// So many times something came that may make another one.
+    changes: u64,
     pace: Pace,
     snapshot: Arc<Snapshot>,
     found: Vec<Problem>,
@@ -301,6 +310,8 @@ impl State {
             is_write_told: false,
             kinds: BTreeMap::from(kinds),
             is_stale: false,
+            is_urgent: false,
+            changes: 0,
             pace: Pace::default(),
             snapshot: Arc::new(nothing),
             found: Vec::new(),
@@ -325,7 +336,7 @@ impl State {
             _ => kind.failing = None,
         }
         let is_first = kind.confirmed.replace(now).is_none();
-        self.is_stale |= is_first
+        let is_news = is_first
             | match news.what {
                 What::All(mut objects) => {
                     if news.kind == Kind::Pod {
@@ -354,19 +365,28 @@ impl State {
                 What::Gone(key) => self.objects.remove(&key).is_some(),
                 What::Current | What::Answered | What::Failing(_) => false,
             };
+        // Of pods only this node's are followed. Services and endpoints are what changes all the time.
+        self.note(is_news, matches!(news.kind, Kind::Pod | Kind::Namespace));
+    }
+
+    /// Something came, which may make another snapshot if it `is_news`.
+    fn note(&mut self, is_news: bool, is_urgent: bool) {
+        self.is_stale |= is_news;
+        self.is_urgent |= is_news && is_urgent;
+        self.changes += u64::from(is_news);
     }
 
     /// Returns what is to be read for it.
     fn demand(&mut self, demand: Demand, now: Instant) -> Vec<Wanted> {
         match demand {
-            Demand::Know { done, .. } if self.cannot_read() => {
+            Demand::Know { ip, caller, done } if self.cannot_read() => {
                 // What is not known now will not be in time, and a queue helps nobody.
-                done.send(self.snapshot.generation).ok();
+                self.remote.ask_nothing((ip.to_canonical(), caller.is_some()), done);
                 Vec::new()
             }
             Demand::Know { ip, caller, done } => {
                 let at = (ip.to_canonical(), caller.as_ref());
-                let known = (&self.objects, self.snapshot.generation);
+                let known = (&self.objects, self.changes);
                 self.remote.need(known, &self.context.node, at, done, now)
             }
             Demand::Used { pods, addresses } => {
@@ -374,7 +394,8 @@ impl State {
                 Vec::new()
             }
             Demand::Seen { uid, ips } => {
-                self.is_stale |= self.objects.see(uid, ips);
+                let is_news = self.objects.see(uid, ips);
+                self.note(is_news, true);
                 Vec::new()
             }
         }
@@ -389,7 +410,8 @@ impl State {
             Found::Pods(_) | Found::None => {}
         }
         let node = Arc::clone(&self.context.node);
-        self.is_stale |= self.remote.take(&mut self.objects, &node, wanted, found, now);
+        let is_news = self.remote.take(&mut self.objects, &node, wanted, found, now);
+        self.note(is_news, true);
     }
 
     /// Not while pods cannot be read: what is dropped could not be had again.
@@ -403,7 +425,8 @@ impl State {
             return Vec::new();
         }
         self.objects.forget_seen();
-        self.is_stale |= self.remote.expire(&mut self.objects, &self.context.node, now);
+        let is_news = self.remote.expire(&mut self.objects, &self.context.node, now);
+        self.note(is_news, false);
         self.is_reportable = true;
         self.prefetch(now)
     }
@@ -430,7 +453,8 @@ impl State {
 
     /// What is to be written into the API now, which is `at` by the time of day.
     fn reports(&mut self, outcomes: &Outcomes, now: Instant, at: OffsetDateTime) -> Vec<Write> {
-        if !std::mem::take(&mut self.is_reportable) || self.is_failing() {
+        // What is known and what is in force belong together: with the snapshot that is due.
+        if self.due().is_some() || !std::mem::take(&mut self.is_reportable) || self.is_failing() {
             return Vec::new();
         }
         let known = Known {
@@ -450,11 +474,13 @@ impl State {
         self.reports.failed(key, now);
     }
 
-    /// Not while another snapshot is due: what was read for who waits may be in that one alone.
+    /// While another snapshot is due, what was read for who waits may be in that one alone. But no snapshot says of a
+    /// caller that it was looked for in vain: for that there is none to wait for.
     fn answer(&mut self) {
-        if self.due().is_none() {
-            self.remote.answer(self.snapshot.generation);
-        }
+        let (is_due, objects) = (self.due().is_some(), &self.objects);
+        self.remote.answer(self.snapshot.generation, |(ip, is_callers)| {
+            !is_due || (*is_callers && !knows(objects, *ip))
+        });
     }
 
     fn is_failing(&self) -> bool {
@@ -477,7 +503,11 @@ impl State {
     /// From when on another snapshot is to be made, if one is; a moment that has passed if at once.
     fn due(&self) -> Option<Instant> {
         let listed = self.confirmed().filter(|_| self.is_stale)?;
-        Some(self.pace.next(self.remote.is_waited_for()).unwrap_or(listed))
+        Some(self.pace.next(self.is_waited_for()).unwrap_or(listed))
+    }
+
+    fn is_waited_for(&self) -> bool {
+        self.is_urgent || self.remote.is_waited_for()
     }
 
     fn snapshot_if_changed(&mut self) -> Option<Arc<Snapshot>> {
@@ -485,6 +515,7 @@ impl State {
             return None;
         }
         self.is_stale = false;
+        self.is_urgent = false;
         self.is_reportable = true;
         let generation = self.snapshot.generation + 1;
         let (snapshot, found) = translate(&self.objects, &self.context, generation);

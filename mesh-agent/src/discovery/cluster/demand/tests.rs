@@ -144,10 +144,10 @@ async fn pod_that_was_replaced_is_read_and_the_old_one_never_meant() {
     world.objects.insert(newer);
     let (asked, mut answer) = world.need("10.0.1.1");
     assert_eq!(asked.len(), 1);
-    world.remote.answer(1);
+    world.remote.answer(1, |_| true);
     assert!(answer.try_recv().is_err(), "not before it was read");
     world.take(&asked[0], Found::None);
-    world.remote.answer(2);
+    world.remote.answer(2, |_| true);
     assert_eq!(answer.try_recv(), Ok(2));
     assert!(world.objects.absent().unwrap().contains("uid-newer"));
 }
@@ -169,10 +169,10 @@ async fn who_wants_what_was_given_up_is_answered_and_may_ask_again_at_once() {
     for ip in ["10.0.1.1", "10.0.1.77"] {
         let (asked, mut answer) = world.need(ip);
         assert_eq!(asked.len(), 1);
-        world.remote.answer(world.generation);
+        world.remote.answer(world.generation, |_| true);
         assert!(answer.try_recv().is_err(), "not before it was given up");
         assert!(!world.take(&asked[0], Found::GivenUp), "nothing is known by that");
-        world.remote.answer(world.generation);
+        world.remote.answer(world.generation, |_| true);
         assert_eq!(answer.try_recv(), Ok(world.generation));
         assert_eq!(world.need(ip).0, asked);
     }
@@ -209,7 +209,7 @@ async fn places_for_addresses_are_free_again_when_what_was_absent_is_forgotten()
                     world.take(&wanted, Found::None);
                     asked += 1;
                 }
-                world.remote.answer(world.generation);
+                world.remote.answer(world.generation, |_| true);
             }
             assert_eq!(asked, most, "{round}");
             world.now += ABSENT;
@@ -251,7 +251,7 @@ async fn callers_address_is_never_said_to_be_nobodys_and_soon_looked_for_again()
         for wanted in &asked {
             assert!(!world.take(wanted, Found::None), "there is nothing to tell");
         }
-        world.remote.answer(world.generation);
+        world.remote.answer(world.generation, |_| true);
         asked.len()
     };
     assert_eq!((look(&mut world), look(&mut world)), (1, 0), "not again at once");
@@ -299,11 +299,11 @@ async fn pod_whose_slice_says_another_address_is_read_again_once() {
     };
     let (asked, mut answer) = world.need("10.0.1.1");
     assert_eq!(asked, std::slice::from_ref(&again));
-    world.remote.answer(2);
+    world.remote.answer(2, |_| true);
     assert!(answer.try_recv().is_err(), "not before it was read");
     // The slice is the older one.
     assert!(world.take(&again, elsewhere()));
-    world.remote.answer(3);
+    world.remote.answer(3, |_| true);
     assert_eq!(answer.try_recv(), Ok(3));
     let absent = world.objects.absent().unwrap();
     assert!(absent.contains("uid-one 10.0.1.1") && !absent.contains("uid-one"));
@@ -331,11 +331,11 @@ async fn those_who_wait_for_the_same_are_one_and_who_gave_up_is_forgotten() {
     let waiting = &world.remote.waiting[&("10.0.1.1".parse::<IpAddr>().unwrap(), false)];
     assert!(waiting.wanted.len() == 500 && waiting.done.len() < 10, "{}", waiting.done.len());
     for wanted in asked {
-        world.remote.answer(world.generation);
+        world.remote.answer(world.generation, |_| true);
         assert!(first.try_recv().is_err());
         world.take(&wanted, Found::None);
     }
-    world.remote.answer(world.generation);
+    world.remote.answer(world.generation, |_| true);
     assert_eq!(first.try_recv(), Ok(world.generation));
     assert!(world.remote.waiting.is_empty());
 }
@@ -405,10 +405,10 @@ async fn who_dials_an_address_waits_for_no_read_of_one_who_says_to_have_called_f
         let (asked, mut dialled) = world.need("10.0.1.77");
         assert_eq!((for_caller.len(), asked.clone()), (1, vec![at("10.0.1.77")]));
         world.take(&asked[0], Found::None);
-        world.remote.answer(world.generation);
+        world.remote.answer(world.generation, |_| true);
         assert!(dialled.try_recv().is_ok() && called.try_recv().is_err());
         world.take(&for_caller[0], Found::GivenUp);
-        world.remote.answer(world.generation);
+        world.remote.answer(world.generation, |_| true);
         assert!(called.try_recv().is_ok());
         assert!(world.remote.waiting.is_empty());
     }
@@ -444,7 +444,7 @@ async fn everybody_is_answered_when_nothing_is_read_for_them_any_more() {
         let (nothing, mut third) = world.need("10.0.1.1");
         assert_eq!(nothing, []);
         let answered = |world: &mut World, answers: &mut [&mut oneshot::Receiver<u64>]| {
-            world.remote.answer(world.generation);
+            world.remote.answer(world.generation, |_| true);
             answers.iter_mut().map(|answer| usize::from(answer.try_recv().is_ok())).sum::<usize>()
         };
         let waiters = &mut [&mut first, &mut second, &mut third];

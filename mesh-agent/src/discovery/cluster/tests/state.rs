@@ -145,16 +145,99 @@ async fn next_snapshot_of_a_cluster_that_takes_long_is_not_made_at_once() {
     let now = Instant::now() + LONG;
     let mut state = listed(TOOK, now);
     assert_eq!(state.due(), None, "nothing is new");
-    state.take(News { kind: Kind::Pod, what: What::Is(object(pod("one", "10.0.0.1"))) }, now);
+    let service = json!({"metadata": {"name": "web"}, "spec": {"clusterIP": "10.96.0.1"}});
+    let service = Object::Service(Arc::new(serde_json::from_value(service).unwrap()));
+    state.take(News { kind: Kind::Service, what: What::Is(service) }, now);
     assert_eq!(state.due(), Some(now + 9 * TOOK));
     // Somebody comes whose question is answered by what is not in force yet.
     let (done, mut answer) = oneshot::channel();
-    let know = Demand::Know { ip: ip("10.0.0.1"), caller: None, done };
-    assert_eq!(state.demand(know, now), []);
+    let know = Demand::Know { ip: ip("10.96.0.1"), caller: None, done };
+    assert_eq!(state.demand(know, now).len(), 1);
+    let by_address = Wanted::Address { ip: ip("10.96.0.1"), account: None, node: None };
+    state.read(by_address, Found::GivenUp, now);
     assert_eq!(state.due(), Some(now + TOOK));
     state.answer();
     assert!(answer.try_recv().is_err(), "not with the snapshot before");
     assert!(state.snapshot_if_changed().is_some());
     state.answer();
     assert_eq!(answer.try_recv(), Ok(2));
+}
+
+/// Who dials a service while another state of it is known and not in force yet asks for that one's pods.
+#[tokio::test(start_paused = true)]
+async fn pod_that_has_come_since_the_last_snapshot_is_read_by_who_asks_now() {
+    let now = Instant::now() + LONG;
+    let mut state = listed(Duration::from_millis(50), now);
+    let ask = |state: &mut State| {
+        let (done, answer) = oneshot::channel();
+        let know = Demand::Know { ip: ip("10.96.0.1"), caller: None, done };
+        (state.demand(know, now), answer)
+    };
+    let service = json!({"metadata": {"name": "web"}, "spec": {"clusterIP": "10.96.0.1"}});
+    let service = Object::Service(Arc::new(serde_json::from_value(service).unwrap()));
+    let slice = |pod: &str, ip: &str| {
+        let slice = json!({
+            "metadata": {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}},
+            "endpoints": [{"addresses": [ip], "nodeName": "b", "targetRef": {"kind": "Pod", "name": pod}}],
+        });
+        Object::EndpointSlice(Arc::new(serde_json::from_value(slice).unwrap()))
+    };
+    let is = |kind, object| News { kind, what: What::Is(object) };
+    state.take(is(Kind::Service, service), now);
+    state.take(is(Kind::EndpointSlice, slice("p1", "10.0.1.1")), now);
+    let (first, mut answer) = ask(&mut state);
+    let named = |wanted: &[Wanted]| match wanted {
+        [Wanted::Pod { name, .. }] => name.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(named(&first), "p1");
+    assert_eq!(ask(&mut state).0, [], "it is being read");
+    state.take(is(Kind::EndpointSlice, slice("p2", "10.0.1.2")), now);
+    let (second, _answer) = ask(&mut state);
+    assert_eq!(named(&second), "p2");
+    // Both wait for both.
+    state.read(first[0].clone(), Found::None, now);
+    assert!(state.snapshot_if_changed().is_some());
+    state.answer();
+    assert!(answer.try_recv().is_err());
+    state.read(second[0].clone(), Found::None, now);
+    assert!(state.snapshot_if_changed().is_none() && state.due().is_none());
+    state.answer();
+    assert_eq!(answer.try_recv(), Ok(state.snapshot.generation));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_somebody_may_wait_for_is_in_force_sooner_than_what_changes_all_the_time() {
+    const TOOK: Duration = Duration::from_millis(50);
+    let now = Instant::now() + LONG;
+    let service = json!({"metadata": {"name": "web"}, "spec": {"clusterIP": "10.96.0.1"}});
+    let service = Object::Service(Arc::new(serde_json::from_value(service).unwrap()));
+    let namespace = json!({"metadata": {"name": "default"}});
+    let namespace = Object::Namespace(Arc::new(serde_json::from_value(namespace).unwrap()));
+    let own = object(pod("one", "10.0.0.1"));
+    for (kind, news, is_urgent) in [
+        (Kind::Service, service, false),
+        (Kind::Namespace, namespace, true),
+        (Kind::Pod, own, true),
+    ] {
+        let mut state = listed(TOOK, now);
+        state.take(News { kind, what: What::Is(news) }, now);
+        assert_eq!(state.due(), Some(now + if is_urgent { TOOK } else { 9 * TOOK }), "{kind:?}");
+    }
+    let mut state = listed(TOOK, now);
+    let seen = Demand::Seen { uid: "uid-new".into(), ips: vec![ip("10.0.0.9")] };
+    assert_eq!(state.demand(seen, now), []);
+    assert_eq!(state.due(), Some(now + TOOK));
+    // A caller of whom nothing will be known waits for nothing.
+    let (done, mut answer) = oneshot::channel();
+    let caller = Some(SpiffeId::new(cluster_local(), "default", "lonely").unwrap());
+    let know = Demand::Know { ip: ip("10.0.1.77"), caller, done };
+    let asked = state.demand(know, now);
+    state.read(asked[0].clone(), Found::None, now);
+    let (done, mut later) = oneshot::channel();
+    let caller = Some(SpiffeId::new(cluster_local(), "default", "lonely").unwrap());
+    let know = Demand::Know { ip: ip("10.0.1.77"), caller, done };
+    assert_eq!(state.demand(know, now), []);
+    state.answer();
+    assert_eq!((answer.try_recv(), later.try_recv()), (Ok(1), Ok(1)));
 }
