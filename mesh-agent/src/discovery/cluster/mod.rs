@@ -28,10 +28,10 @@ mod pace;
 mod places;
 mod policies;
 mod report;
+mod state;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,20 +43,17 @@ use time::OffsetDateTime;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep_until, timeout, timeout_at};
-use tracing::warn;
 
-use self::behind::knows;
-use self::demand::{Found, Remote, Wanted};
-use self::feed::{News, What, follow};
-use self::pace::Pace;
+use self::feed::follow;
 use self::places::{Places, Reason};
 pub use self::policies::network_policies;
-use self::report::{Known, Reports, Write};
+use self::report::Write;
+use self::state::State;
 use super::client::escaped;
 use super::file::Settings;
 use super::kube::{EndpointSlice, Namespace, Node, Pod, Service};
-use super::objects::{Kind, Objects};
-use super::translate::{Context, NetnsFrom, translate};
+use super::objects::Kind;
+use super::translate::{Context, NetnsFrom};
 use super::{Demand, Outcomes, Problem};
 
 /// News that wait to be read: then the feeds wait, and after them the server's buffers.
@@ -257,299 +254,5 @@ async fn put(client: &Client, write: Write) -> Result<(), String> {
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => Ok(()),
         Ok(Err(error)) => Err(crate::telemetry::chain(&error)),
         Err(_elapsed) => Err("no answer in time".into()),
-    }
-}
-
-/// What is known of the cluster. No IO.
-#[derive(Debug)]
-struct State {
-    context: Context,
-    objects: Objects,
-    remote: Remote,
-    reports: Reports,
-    /// Something came that may have to be written into the API.
-    is_reportable: bool,
-    /// That something cannot be written was said.
-    is_write_told: bool,
-    kinds: BTreeMap<Kind, KindState>,
-    /// Something came that may make another snapshot.
-    is_stale: bool,
-    /// Somebody may wait for that one: a pod of this node that begins, or who was refused for what was not read.
-    is_urgent: bool,
-    /// So many times something came that may make another one.
-    changes: u64,
-    pace: Pace,
-    snapshot: Arc<Snapshot>,
-    found: Vec<Problem>,
-    told: Arc<[Problem]>,
-    /// Something came that may have to be told.
-    is_tellable: bool,
-    /// Reads that did not get their turn and were not told of.
-    given_up: usize,
-}
-
-/// How it stands with one kind.
-#[derive(Debug)]
-struct KindState {
-    /// When the server last said something of it; `None` before its first list.
-    confirmed: Option<Instant>,
-    /// Why the server cannot be asked.
-    failing: Option<String>,
-}
-
-impl State {
-    fn new(context: Context) -> Self {
-        let nothing = Snapshot::empty(Arc::clone(&context.node), context.trust_domain.clone());
-        let kinds = KINDS.map(|kind| (kind, KindState { confirmed: None, failing: None }));
-        Self {
-            context,
-            objects: Objects::on_demand(),
-            remote: Remote::default(),
-            reports: Reports::default(),
-            is_reportable: false,
-            is_write_told: false,
-            kinds: BTreeMap::from(kinds),
-            is_stale: false,
-            is_urgent: false,
-            changes: 0,
-            pace: Pace::default(),
-            snapshot: Arc::new(nothing),
-            found: Vec::new(),
-            told: [].into(),
-            is_tellable: false,
-            given_up: 0,
-        }
-    }
-
-    fn take(&mut self, news: News, now: Instant) {
-        let Some(kind) = self.kinds.get_mut(&news.kind) else { return };
-        self.is_tellable = true;
-        match news.what {
-            What::Failing(why) => {
-                kind.failing = Some(why);
-                return;
-            }
-            What::Answered => {
-                kind.failing = None;
-                return;
-            }
-            _ => kind.failing = None,
-        }
-        let is_first = kind.confirmed.replace(now).is_none();
-        let is_news = is_first
-            | match news.what {
-                What::All(mut objects) => {
-                    if news.kind == Kind::Pod {
-                        // They are followed from now on, whoever had their names before.
-                        for object in &objects {
-                            self.remote.forget(&object.key());
-                        }
-                        let kept = self.objects.iter().filter(|(key, _)| self.remote.keeps(key));
-                        let kept: Vec<_> = kept.map(|(_, object)| object.clone()).collect();
-                        objects.splice(0..0, kept);
-                    }
-                    self.objects.replace_all(news.kind, objects)
-                }
-                What::Is(object) => {
-                    self.remote.forget(&object.key());
-                    let before = self.objects.insert(object.clone());
-                    before.as_ref() != Some(&object)
-                }
-                // Its pods are about to go, and what takes their addresses is not theirs.
-                What::Gone(key) if key.kind == Kind::Namespace => {
-                    self.remote.forget_all_of(&mut self.objects, &self.context.node, &key.name);
-                    self.objects.remove(&key).is_some()
-                }
-                // One of that name may be on another node by now.
-                What::Gone(key) if self.remote.keeps(&key) => false,
-                What::Gone(key) => self.objects.remove(&key).is_some(),
-                What::Current | What::Answered | What::Failing(_) => false,
-            };
-        // Of pods only this node's are followed. Services and endpoints are what changes all the time.
-        self.note(is_news, matches!(news.kind, Kind::Pod | Kind::Namespace));
-    }
-
-    /// Something came, which may make another snapshot if it `is_news`.
-    fn note(&mut self, is_news: bool, is_urgent: bool) {
-        self.is_stale |= is_news;
-        self.is_urgent |= is_news && is_urgent;
-        self.changes += u64::from(is_news);
-    }
-
-    /// Returns what is to be read for it.
-    fn demand(&mut self, demand: Demand, now: Instant) -> Vec<Wanted> {
-        match demand {
-            Demand::Know { ip, caller, done } if self.cannot_read() => {
-                // What is not known now will not be in time, and a queue helps nobody.
-                self.remote.ask_nothing((ip.to_canonical(), caller.is_some()), done);
-                Vec::new()
-            }
-            Demand::Know { ip, caller, done } => {
-                let at = (ip.to_canonical(), caller.as_ref());
-                let known = (&self.objects, self.changes);
-                self.remote.need(known, &self.context.node, at, done, now)
-            }
-            Demand::Used { pods, addresses } => {
-                self.remote.used(&self.objects, &pods, &addresses, now);
-                Vec::new()
-            }
-            Demand::Seen { uid, ips } => {
-                let is_news = self.objects.see(uid, ips);
-                self.note(is_news, true);
-                Vec::new()
-            }
-        }
-    }
-
-    fn read(&mut self, wanted: Wanted, found: Found, now: Instant) {
-        match &found {
-            Found::Failed(why) => {
-                warn!(?wanted, error = why, "a pod of another node cannot be read");
-            }
-            Found::GivenUp => self.given_up += 1,
-            Found::Pods(_) | Found::None => {}
-        }
-        let node = Arc::clone(&self.context.node);
-        let is_news = self.remote.take(&mut self.objects, &node, wanted, found, now);
-        self.note(is_news, true);
-    }
-
-    /// Not while pods cannot be read: what is dropped could not be had again.
-    fn tidy(&mut self, now: Instant) -> Vec<Wanted> {
-        // Not each by itself: a pod that dials free addresses could fill the log.
-        let given_up = std::mem::take(&mut self.given_up);
-        if given_up > 0 {
-            warn!(reads = given_up, "more is asked of other nodes' pods than can be read in time");
-        }
-        if self.cannot_read() {
-            return Vec::new();
-        }
-        self.objects.forget_seen();
-        let is_news = self.remote.expire(&mut self.objects, &self.context.node, now);
-        self.note(is_news, false);
-        self.is_reportable = true;
-        self.prefetch(now)
-    }
-
-    /// Not while pods cannot be read, either: each would be a failure to tell of.
-    fn refresh(&mut self, now: Instant) -> Vec<Wanted> {
-        if self.cannot_read() { Vec::new() } else { self.remote.refresh(now) }
-    }
-
-    /// Why this is read that somebody needs.
-    fn reason(&self, wanted: &Wanted) -> Reason {
-        match wanted {
-            Wanted::Pod { .. } => Reason::Named,
-            Wanted::Address { account: Some(_), .. } => Reason::Called,
-            // A slice may name an address and not say whose it is.
-            Wanted::Address { ip, account: None, .. } if self.objects.names(*ip) => Reason::Named,
-            Wanted::Address { account: None, .. } => Reason::Dialled,
-        }
-    }
-
-    fn prefetch(&mut self, now: Instant) -> Vec<Wanted> {
-        self.remote.prefetch(&self.objects, &self.context.node, now)
-    }
-
-    /// What is to be written into the API now, which is `at` by the time of day.
-    fn reports(&mut self, outcomes: &Outcomes, now: Instant, at: OffsetDateTime) -> Vec<Write> {
-        // What is known and what is in force belong together: with the snapshot that is due.
-        if self.due().is_some() || !std::mem::take(&mut self.is_reportable) || self.is_failing() {
-            return Vec::new();
-        }
-        let known = Known {
-            objects: &self.objects,
-            snapshot: &self.snapshot,
-            outcomes,
-            problems: &self.found,
-            at,
-        };
-        self.reports.due(known, now)
-    }
-
-    fn not_written(&mut self, key: String, why: String, now: Instant) {
-        if !std::mem::replace(&mut self.is_write_told, true) {
-            warn!(what = key, error = why, "not written into the API; tried again every minute");
-        }
-        self.reports.failed(key, now);
-    }
-
-    /// While another snapshot is due, what was read for who waits may be in that one alone. But no snapshot says of a
-    /// caller that it was looked for in vain: for that there is none to wait for.
-    fn answer(&mut self) {
-        let (is_due, objects) = (self.due().is_some(), &self.objects);
-        self.remote.answer(self.snapshot.generation, |(ip, is_callers)| {
-            !is_due || (*is_callers && !knows(objects, *ip))
-        });
-    }
-
-    fn is_failing(&self) -> bool {
-        self.kinds.values().any(|kind| kind.failing.is_some())
-    }
-
-    /// Whether pods of other nodes cannot be had, or what their namespaces say of them. The other kinds say
-    /// nothing of a pod: one of them may be refused for ever, and pods must be read all the same.
-    fn cannot_read(&self) -> bool {
-        let needed = [Kind::Namespace, Kind::Pod].map(|kind| self.kinds.get(&kind));
-        needed.into_iter().flatten().any(|kind| kind.failing.is_some())
-    }
-
-    /// The state of the kind of which the server has been silent for longest.
-    fn confirmed(&self) -> Option<Instant> {
-        // `None` comes before every moment.
-        self.kinds.values().map(|kind| kind.confirmed).min().flatten()
-    }
-
-    /// From when on another snapshot is to be made, if one is; a moment that has passed if at once.
-    fn due(&self) -> Option<Instant> {
-        let listed = self.confirmed().filter(|_| self.is_stale)?;
-        Some(self.pace.next(self.is_waited_for()).unwrap_or(listed))
-    }
-
-    fn is_waited_for(&self) -> bool {
-        self.is_urgent || self.remote.is_waited_for()
-    }
-
-    fn snapshot_if_changed(&mut self) -> Option<Arc<Snapshot>> {
-        if !self.is_stale || self.confirmed().is_none() {
-            return None;
-        }
-        self.is_stale = false;
-        self.is_urgent = false;
-        self.is_reportable = true;
-        let generation = self.snapshot.generation + 1;
-        let (snapshot, found) = translate(&self.objects, &self.context, generation);
-        self.found = found;
-        self.is_tellable = true;
-        if generation > 1 && snapshot.same_state(&self.snapshot) {
-            return None;
-        }
-        super::tell_of(&snapshot);
-        self.snapshot = Arc::new(snapshot);
-        Some(Arc::clone(&self.snapshot))
-    }
-
-    fn problems_if_changed(&mut self) -> Option<Arc<[Problem]>> {
-        if !std::mem::take(&mut self.is_tellable) {
-            return None;
-        }
-        let failing = self.kinds.iter().filter_map(|(kind, state)| {
-            let why = state.failing.as_ref()?;
-            Some(Problem {
-                at: "Kubernetes API".into(),
-                object: format!("{kind:?}"),
-                field: String::new(),
-                message: format!("not followed: {why}; the last state stays in force"),
-                remedy: "it is tried again; check the API server and the agent's permissions"
-                    .into(),
-            })
-        });
-        let mut problems: Vec<Problem> = failing.collect();
-        problems.extend(self.found.iter().cloned());
-        if *problems == *self.told {
-            return None;
-        }
-        self.told = problems.into();
-        Some(Arc::clone(&self.told))
     }
 }
