@@ -10,9 +10,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 #[cfg(test)]
 pub(crate) fn replay(name: &str, target: impl Fn(&[u8])) {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz");
+    let feed = |what: &str, input: &[u8]| {
+        let fed = catch_unwind(AssertUnwindSafe(|| target(input)));
+        assert!(fed.is_ok(), "{what}: {}", input.escape_ascii());
+    };
     let mut fed = 0;
     for seed in std::fs::read_dir(format!("{dir}/seeds/{name}")).unwrap() {
-        target(&std::fs::read(seed.unwrap().path()).unwrap());
+        let seed = seed.unwrap().path();
+        feed(&seed.display().to_string(), &std::fs::read(&seed).unwrap());
         fed += 1;
     }
     assert!(fed > 0, "{name} has no seeds");
@@ -25,8 +30,7 @@ pub(crate) fn replay(name: &str, target: impl Fn(&[u8])) {
         let length = u32::from_be_bytes(*length).try_into().unwrap();
         let torn = || panic!("kept/{name} ends within input {nth}");
         let (input, others) = inputs.split_at_checked(length).unwrap_or_else(torn);
-        let fed = catch_unwind(AssertUnwindSafe(|| target(input)));
-        assert!(fed.is_ok(), "input {nth} in kept/{name}: {}", input.escape_ascii());
+        feed(&format!("input {nth} in kept/{name}"), input);
         (rest, nth) = (others, nth + 1);
     }
     assert!(rest.is_empty() && nth > 0, "kept/{name} is torn or empty");

@@ -94,7 +94,10 @@ impl Fuzz {
             }
         }
         if !found.is_empty() {
-            bail!("findings in {} (inputs lie in {FUZZ_DIR}/artifacts)", found.join(", "));
+            bail!(
+                "{} failed (what breaks a promise lies in {FUZZ_DIR}/artifacts)",
+                found.join(", ")
+            );
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Requests beside what a test does, each by a new connection.
 
-use std::panic::resume_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread;
 
 use anyhow::Result;
@@ -11,7 +11,7 @@ use super::Cluster;
 /// over and over took most of it.
 const RATE: &str = "50/s";
 /// As many as no test takes.
-const MOST: usize = 30_000;
+const MOST: usize = 60_000;
 const END: &str = "/tmp/end";
 
 impl Cluster {
@@ -45,10 +45,11 @@ impl Cluster {
         );
         thread::scope(|scope| {
             let asking = scope.spawn(|| self.exec(from, &["sh", "-c", &script]));
-            let worked = work();
+            // Also if it panics: who asks goes on until it is told.
+            let worked = catch_unwind(AssertUnwindSafe(work));
             let ended = self.exec(from, &["touch", END]);
             let asked = asking.join().unwrap_or_else(|panic| resume_unwind(panic));
-            worked?;
+            worked.unwrap_or_else(|panic| resume_unwind(panic))?;
             ended?;
             Ok(asked?.lines().map(str::to_owned).collect())
         })

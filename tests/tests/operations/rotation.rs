@@ -38,6 +38,8 @@ impl Rotation {
 
     /// Every agent trusts both before the new one signs: whatever was certified by now is of the old one.
     pub(crate) fn reaches_every_agent(&self, agents: &Agents, nodes: &[String]) -> Result<()> {
+        let gone = self.published.elapsed();
+        ensure!(gone < SPREAD, "what came before took too long: {gone:?}");
         for node in nodes {
             let left = SPREAD.saturating_sub(self.published.elapsed());
             wait::until(left, &format!("both roots at the agent of {node}"), || {

@@ -112,6 +112,8 @@ pub(super) struct Remote {
     waiting: HashMap<Asked, Waiting>,
     /// Those of `waiting` for which nothing is being read.
     over: Vec<Asked>,
+    /// Who asked while nothing could be read.
+    unread: Vec<(Asked, oneshot::Sender<u64>)>,
 }
 
 /// What somebody waits to know of: an address, and whether it is because of a call that says to come from there. Who
@@ -149,6 +151,16 @@ struct Waiting {
     done: Vec<oneshot::Sender<u64>>,
 }
 
+impl Waiting {
+    fn add(&mut self, done: oneshot::Sender<u64>) {
+        // Who has given up is not kept for as long as others come: looked for now and then.
+        if self.done.len().is_power_of_two() {
+            self.done.retain(|done| !done.is_closed());
+        }
+        self.done.push(done);
+    }
+}
+
 impl Remote {
     /// Somebody wants to know what is at `ip`: returns what is to be read for it now. `changes` says how often
     /// `objects` have changed: the answer to the same question may be another one by now.
@@ -161,13 +173,8 @@ impl Remote {
         now: Instant,
     ) -> Vec<Wanted> {
         let asked: Asked = (ip, caller.is_some());
-        let waiting = self.waiting.get_mut(&asked);
-        if let Some(waiting) = waiting.filter(|one| one.changes == changes) {
-            // Who has given up is not kept for as long as others come: looked for now and then.
-            if waiting.done.len().is_power_of_two() {
-                waiting.done.retain(|done| !done.is_closed());
-            }
-            waiting.done.push(done);
+        if let Some(waiting) = self.waiting.get_mut(&asked).filter(|one| one.changes == changes) {
+            waiting.add(done);
             return Vec::new();
         }
         let mut wanted: Vec<Wanted> = behind(objects, node, ip);
@@ -181,7 +188,7 @@ impl Remote {
         let to_read = self.begin(wanted.iter().cloned(), now);
         let waiting = self.waiting.entry(asked).or_default();
         waiting.changes = changes;
-        waiting.done.push(done);
+        waiting.add(done);
         for wanted in wanted {
             if let Some(who) = self.pending.get_mut(&wanted)
                 && waiting.wanted.insert(wanted)
@@ -197,8 +204,7 @@ impl Remote {
 
     /// Somebody wants to know what is there, and nothing can be read.
     pub(super) fn ask_nothing(&mut self, asked: Asked, done: oneshot::Sender<u64>) {
-        self.waiting.entry(asked).or_default().done.push(done);
-        self.over.push(asked);
+        self.unread.push((asked, done));
     }
 
     /// Whether another address may be looked for, for a caller or for a pod of this node.
@@ -333,12 +339,15 @@ impl Remote {
 
     /// Whether somebody waits for nothing but to be answered.
     pub(super) fn is_waited_for(&self) -> bool {
-        !self.over.is_empty()
+        !self.over.is_empty() || !self.unread.is_empty()
     }
 
     /// Answers those who have waited for nothing that is still being read, and of whom `generation` says
     /// what there is.
     pub(super) fn answer(&mut self, generation: u64, says: impl Fn(&Asked) -> bool) {
+        for (_, done) in self.unread.extract_if(.., |(asked, _)| says(asked)) {
+            done.send(generation).ok();
+        }
         for asked in self.over.extract_if(.., |asked| says(asked)) {
             // Something more may be wanted since.
             if let Entry::Occupied(waiting) = self.waiting.entry(asked)

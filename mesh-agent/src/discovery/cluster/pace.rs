@@ -5,12 +5,12 @@
 //!
 //! # Guarantees
 //!
-//! - Making snapshots because Services and endpoints change takes a tenth of a core as long as one takes less than
+//! - Making snapshots because Services, Nodes and endpoints change takes a tenth of a core as long as one takes less than
 //!   50 ms, more after that, and never more than half of one.
-//! - The same for what somebody may wait for, half of a core in any case: a pod of this node that begins, a namespace
-//!   whose mode changes, and connections that need to know something.
-//! - What comes is in force within [`LONGEST`] and the time that a snapshot takes, or three times that if it is more
-//!   than half of it.
+//! - Half of a core at most for what somebody may wait for: a pod of this node that begins, a namespace whose mode
+//!   changes, connections that need to know something, and all that was read, also of what has come to a service in use.
+//! - What comes is in force within [`LONGEST`] and the time that a snapshot takes, or three times that time if it is
+//!   more than half of [`LONGEST`].
 
 use std::time::Duration;
 
@@ -18,8 +18,8 @@ use tokio::time::Instant;
 
 /// So many times as long as the last snapshot took is waited before the next one, if nobody waits for it.
 const PAUSE: u32 = 9;
-/// From the beginning of one to the beginning of the next, unless it takes so long itself: what is not allowed any
-/// more must end within a second.
+/// From the beginning of one to the beginning of the next, unless it takes more than half of that: what is not allowed
+/// any more must end within a second.
 const LONGEST: Duration = Duration::from_millis(500);
 
 /// What the last snapshot took.

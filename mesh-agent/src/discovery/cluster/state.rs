@@ -9,7 +9,6 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use super::KINDS;
-use super::behind::knows;
 use super::demand::{Found, Remote, Wanted};
 use super::feed::{News, What};
 use super::pace::Pace;
@@ -243,7 +242,7 @@ impl State {
     pub(super) fn answer(&mut self) {
         let (is_due, objects) = (self.due().is_some(), &self.objects);
         self.remote.answer(self.snapshot.generation, |(ip, is_callers)| {
-            !is_due || (*is_callers && !knows(objects, *ip))
+            !is_due || (*is_callers && !objects.names(*ip))
         });
     }
 

@@ -1,5 +1,6 @@
 //! What is known, by what comes in which order. No server.
 
+use time::OffsetDateTime;
 use tokio::time::Instant;
 
 use super::*;
@@ -11,6 +12,8 @@ use crate::discovery::translate::{Context, NetnsFrom};
 
 /// What nobody has used for so long is dropped, and what was not there is forgotten.
 const LONG: Duration = Duration::from_secs(600);
+/// What a snapshot takes.
+const TOOK: Duration = Duration::from_millis(50);
 
 pub(super) fn nothing() -> State {
     State::new(Context {
@@ -141,7 +144,6 @@ fn listed(took: Duration, now: Instant) -> State {
 
 #[tokio::test(start_paused = true)]
 async fn next_snapshot_of_a_cluster_that_takes_long_is_not_made_at_once() {
-    const TOOK: Duration = Duration::from_millis(50);
     let now = Instant::now() + LONG;
     let mut state = listed(TOOK, now);
     assert_eq!(state.due(), None, "nothing is new");
@@ -167,7 +169,7 @@ async fn next_snapshot_of_a_cluster_that_takes_long_is_not_made_at_once() {
 #[tokio::test(start_paused = true)]
 async fn pod_that_has_come_since_the_last_snapshot_is_read_by_who_asks_now() {
     let now = Instant::now() + LONG;
-    let mut state = listed(Duration::from_millis(50), now);
+    let mut state = listed(TOOK, now);
     let ask = |state: &mut State| {
         let (done, answer) = oneshot::channel();
         let know = Demand::Know { ip: ip("10.96.0.1"), caller: None, done };
@@ -208,7 +210,6 @@ async fn pod_that_has_come_since_the_last_snapshot_is_read_by_who_asks_now() {
 
 #[tokio::test(start_paused = true)]
 async fn what_somebody_may_wait_for_is_in_force_sooner_than_what_changes_all_the_time() {
-    const TOOK: Duration = Duration::from_millis(50);
     let now = Instant::now() + LONG;
     let service = json!({"metadata": {"name": "web"}, "spec": {"clusterIP": "10.96.0.1"}});
     let service = Object::Service(Arc::new(serde_json::from_value(service).unwrap()));
@@ -240,4 +241,91 @@ async fn what_somebody_may_wait_for_is_in_force_sooner_than_what_changes_all_the
     assert_eq!(state.demand(know, now), []);
     state.answer();
     assert_eq!((answer.try_recv(), later.try_recv()), (Ok(1), Ok(1)));
+}
+
+/// Another state is known than the snapshot that was just made says: it takes `TOOK`, and one of a Service is due.
+fn due(now: Instant) -> State {
+    let mut state = listed(TOOK, now);
+    let service = json!({"metadata": {"name": "other"}, "spec": {"clusterIP": "10.96.0.99"}});
+    let service = Object::Service(Arc::new(serde_json::from_value(service).unwrap()));
+    state.take(News { kind: Kind::Service, what: What::Is(service) }, now);
+    assert_eq!(state.due(), Some(now + 9 * TOOK));
+    state
+}
+
+fn elsewhere(name: &str, ip: &str) -> Object {
+    let mut there = pod(name, ip);
+    there["spec"]["nodeName"] = json!("b");
+    object(there)
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_what_was_read_gets_the_snapshot_that_has_it() {
+    let now = Instant::now() + LONG;
+    for caller in [None, Some("lonely")] {
+        let mut state = due(now);
+        let (done, mut answer) = oneshot::channel();
+        let caller = caller.map(|name| SpiffeId::new(cluster_local(), "default", name).unwrap());
+        let asked = state.demand(Demand::Know { ip: ip("10.0.1.7"), caller, done }, now);
+        state.read(asked[0].clone(), Found::Pods(vec![elsewhere("there", "10.0.1.7")]), now);
+        state.answer();
+        assert!(answer.try_recv().is_err(), "it is known, and not in force");
+        assert_eq!(state.due(), Some(now + TOOK));
+        assert!(state.snapshot_if_changed().is_some());
+        state.answer();
+        assert_eq!(answer.try_recv(), Ok(2));
+        assert!(state.snapshot.workload("uid-there").is_some());
+    }
+}
+
+/// Somebody may have been answered in vain, and waits for the next snapshot.
+#[tokio::test(start_paused = true)]
+async fn what_was_read_is_urgent_also_if_nobody_waits() {
+    let now = Instant::now() + LONG;
+    let mut state = due(now);
+    let wanted = Wanted::Address { ip: ip("10.0.1.7"), account: None, node: None };
+    state.read(wanted, Found::Pods(vec![elsewhere("there", "10.0.1.7")]), now);
+    assert_eq!(state.due(), Some(now + TOOK));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_while_nothing_can_be_read_gets_all_that_is_known() {
+    let now = Instant::now() + LONG;
+    let mut state = due(now);
+    state.take(News { kind: Kind::Pod, what: What::Failing("refused".into()) }, now);
+    let ask = |state: &mut State| {
+        let (done, answer) = oneshot::channel();
+        let know = Demand::Know { ip: ip("10.96.0.99"), caller: None, done };
+        assert_eq!(state.demand(know, now), []);
+        state.answer();
+        answer
+    };
+    let mut answer = ask(&mut state);
+    assert!(answer.try_recv().is_err(), "another snapshot is due");
+    assert_eq!(state.due(), Some(now + TOOK));
+    assert!(state.snapshot_if_changed().is_some());
+    state.answer();
+    assert_eq!((answer.try_recv(), ask(&mut state).try_recv()), (Ok(2), Ok(2)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_written_back_waits_for_the_snapshot_that_it_belongs_to() {
+    let now = Instant::now() + LONG;
+    let mut state = nothing();
+    for kind in KINDS {
+        let all = if kind == Kind::Pod { vec![object(wrong())] } else { Vec::new() };
+        state.take(News { kind, what: What::All(all) }, now);
+    }
+    let at = OffsetDateTime::UNIX_EPOCH;
+    state.is_reportable = true;
+    assert!(state.reports(&Outcomes::default(), now, at).is_empty(), "a snapshot is due");
+    assert!(state.snapshot_if_changed().is_some());
+    assert!(!state.reports(&Outcomes::default(), now, at).is_empty());
+}
+
+/// A pod of this node that says something that is not understood.
+fn wrong() -> Value {
+    let mut wrong = pod("one", "10.0.0.1");
+    wrong["metadata"]["annotations"] = json!({"malla.dev/mode": "hard"});
+    wrong
 }
