@@ -120,8 +120,16 @@ fn every_flag_that_the_documents_name_exists() {
             "--sides",
             "--dial",
         ];
-        let others =
-            ["--file", "--kubeconfig", "--load-image", "--long", "--nodes", "--out", "--program"];
+        let others = [
+            "--file",
+            "--kubeconfig",
+            "--load-image",
+            "--long",
+            "--nodes",
+            "--out",
+            "--profile",
+            "--program",
+        ];
         let docker = ["--build-arg", "--platform", "--push", "--tag"];
         let kubectl = ["--replicas", "--all", "--all-namespaces"];
         [&demo[..], &bench, &others, &docker, &kubectl].iter().any(|flags| flags.contains(&flag))

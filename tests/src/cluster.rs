@@ -27,6 +27,7 @@ use serde_json::{Value, json};
 pub use self::agents::Agents;
 pub use self::deployment::{Deployment, User};
 pub use self::house::{OwnAgents, SharedAgents};
+pub use self::load::ANSWERS;
 pub use self::process::{Frozen, Outage, PodProcess};
 pub use self::shop::{SERVERS, Shop, enabled, host, service_of_pods};
 pub use self::signer::SignerProcess;

@@ -48,8 +48,8 @@ pub use self::access_log::Record;
 pub use self::agent::{Agent, Cli, Predecessor};
 pub use self::cgroup::Cgroup;
 pub use self::cluster::{
-    Agents, Cluster, Deployment, Frozen, Outage, OwnAgents, PodProcess, SERVERS, SharedAgents,
-    Shop, SignerProcess, User, enabled, host, service_of_pods, xtask,
+    ANSWERS, Agents, Cluster, Deployment, Frozen, Outage, OwnAgents, PodProcess, SERVERS,
+    SharedAgents, Shop, SignerProcess, User, enabled, host, service_of_pods, xtask,
 };
 pub use self::hop::{Fate, Hop};
 pub use self::interrupt::Interrupt;

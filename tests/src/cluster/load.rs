@@ -9,10 +9,12 @@ use super::Cluster;
 
 /// How often is asked, by one `curl`: what is tested beside it needs the machine too, and a program that is started
 /// over and over took most of it.
-const RATE: &str = "50/s";
+const PER_SECOND: usize = 50;
 /// As many as no test takes.
-const MOST: usize = 60_000;
+const MOST: usize = 30_000;
 const END: &str = "/tmp/end";
+/// Where the pod that asks has what was answered so far.
+pub const ANSWERS: &str = "/tmp/answers";
 
 impl Cluster {
     /// Asks `service` over and over from the pod `from` while `work` runs, and returns what was answered: from
@@ -28,16 +30,31 @@ impl Cluster {
         service: &str,
         work: impl FnOnce() -> Result<()>,
     ) -> Result<Vec<String>> {
+        self.under_load_of(PER_SECOND, from, service, work)
+    }
+
+    /// The same with so many requests a second.
+    ///
+    /// # Errors
+    ///
+    /// Fails if one of the requests does, or what `work` does.
+    pub fn under_load_of(
+        &self,
+        per_second: usize,
+        from: &str,
+        service: &str,
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<Vec<String>> {
         let hosts = self.hosts(service)?;
         let urls: Vec<_> = hosts.iter().map(|host| format!("url = http://{host}/")).collect();
         let script = format!(
             "cd /tmp; rm -f {END}
              n=0; while [ $n -lt {MOST} ]; do echo '{urls}'; n=$((n + {each})); done >urls
-             curl --silent --show-error --fail --fail-early --globoff --max-time 5 --rate {RATE} \
-                 --header 'Connection: close' --config urls >answers & pid=$!
+             curl --silent --show-error --no-buffer --fail --fail-early --globoff --max-time 5 --rate {per_second}/s \
+                 --header 'Connection: close' --config urls >{ANSWERS} & pid=$!
              while [ ! -e {END} ] && kill -0 $pid 2>/dev/null; do sleep 0.2; done
              kill $pid 2>/dev/null; wait $pid; code=$?
-             n=0; while read -r answer; do n=$((n + 1)); echo \"$answer\"; done <answers
+             n=0; while read -r answer; do n=$((n + 1)); echo \"$answer\"; done <{ANSWERS}
              # Ended by us, and not by itself.
              [ $code -eq $((128 + 15)) ] || {{ echo \"code $code after $n answers\" >&2; exit 1; }}",
             urls = urls.join("\n"),

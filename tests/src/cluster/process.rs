@@ -130,6 +130,18 @@ impl PodProcess {
         enter.args(command).stdin(Stdio::null()).output().context("start nsenter")
     }
 
+    /// Runs a program of this machine with the network that it sees, in the cgroup of whoever runs this.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it cannot be started.
+    pub fn run_beside(&self, command: &[&str]) -> Result<Output> {
+        let mut enter = Command::new("nsenter");
+        enter.args(["--target", &self.pid.to_string(), "--net", "--"]);
+        sys::unblock_interrupts(&mut enter);
+        enter.args(command).stdin(Stdio::null()).output().context("start nsenter")
+    }
+
     /// What the agent that it is answers to a command of its command line.
     ///
     /// # Errors

@@ -124,6 +124,9 @@ fn agent_changes_one_annotation_of_pods_of_its_node_and_nothing_else() -> Result
     for args in [
         &["delete", "pod", "here"][..],
         &["exec", "here", "--", "true"],
+        &["attach", "here"],
+        &["debug", "here", "--image", &image, "--container", "theirs", "--attach=false"],
+        &["run", "theirs", "--image", &image],
         &[
             "patch",
             "pod",

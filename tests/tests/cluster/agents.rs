@@ -2,7 +2,7 @@
 //! node's processes, and carry.
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster, SERVERS, Shop, enabled, wait};
+use harness::{Agents, Cluster, SERVERS, Shop, enabled, host, wait};
 use serde_json::{Value, json};
 
 #[test]
@@ -38,6 +38,14 @@ fn annotated_namespace_is_carried_between_nodes_and_on_one_until_it_leaves() -> 
     }
     let inbound = [("direction", "inbound"), ("way", "tunnel"), ("peer.node", here)];
     agents.wait_for_record(there, &[&common[..], &inbound].concat())?;
+
+    // What comes to a service in use is read before anybody asks for it.
+    let spec = json!({"containers": [{"image": Cluster::load("nginx")?}]});
+    shop.cluster.start_as("later", "web", there, spec)?;
+    wait::until(wait::SOON, "what has come to the service", || {
+        agents.workload(here, namespace, "later").is_ok_and(|found| found["enrolled"] == true)
+    })?;
+    shop.cluster.kubectl(&["delete", "pod", "later"])?;
 
     shop.cluster.annotate(&json!({"malla.dev/mesh": "disabled"}))?;
     shop.wait_until_enrolled(&agents, false)?;
@@ -80,6 +88,7 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
         ("ambient", "annotate", "ambient.istio.io/redirection=enabled"),
         ("to-be-ambient", "label", "istio.io/dataplane-mode=ambient"),
         ("linkerd", "annotate", "linkerd.io/proxy-version=edge"),
+        ("labelled", "label", "malla.dev/mesh=disabled"),
     ] {
         cluster.start(pod, &nodes[0], json!({"containers": sleep("3600")}))?;
         cluster.kubectl(&[verb, "pod", pod, word])?;
@@ -92,6 +101,7 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
         ("on-host", "shares the node's network"),
         ("ends", "completed"),
         ("alone", "disabled"),
+        ("labelled", "disabled"),
         ("member", ""),
     ] {
         let is_so = || {
@@ -128,6 +138,12 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
         let message = &events["items"][0]["message"];
         message.as_str().is_some_and(|message| message.contains("`hard` is not understood"))
     })?;
+    if Cluster::is_ours() {
+        let counted = || agents.process(&nodes[1])?.metrics();
+        wait::until(wait::SOON, "the mistake to be counted", || {
+            counted().is_ok_and(|metrics| metrics.sum("mesh_manifest_problems", &[]) > 0.0)
+        })?;
+    }
     let status = agents.ask_by_exec(&nodes[0], &["status"])?;
     assert_eq!(status["ready"], true, "{status}");
     Ok(())
@@ -222,6 +238,31 @@ fn check_in_an_agents_pod_finds_what_it_needs_of_its_node() -> Result<()> {
     Ok(())
 }
 
+/// Where its annotations say, as Prometheus asks that runs in a pod.
+#[test]
+fn agents_metrics_are_read_from_a_pod_by_what_its_annotations_say() -> Result<()> {
+    require_cluster!();
+    let agents = Agents::deployed()?;
+    let cluster = Cluster::namespace()?;
+    let nodes = cluster.two_nodes()?;
+    cluster.client("prometheus", &nodes[0])?;
+    let pods = agents.system().get(&["pods", "--selector=app=malla-agent"])?;
+    for agent in pods["items"].as_array().context("no agents")? {
+        let says = |key: &str| {
+            let annotations = &agent["metadata"]["annotations"];
+            let text = annotations[format!("prometheus.io/{key}")].as_str();
+            text.map(str::to_owned).with_context(|| format!("no {key} in {annotations}"))
+        };
+        assert_eq!(says("scrape")?, "true");
+        let address = agent["status"]["podIP"].as_str().context("no address")?;
+        let url = format!("http://{}:{}{}", host(address), says("port")?, says("path")?);
+        let page =
+            cluster.exec("prometheus", &["curl", "--silent", "--fail", "--globoff", &url])?;
+        ensure!(page.contains("\nmesh_snapshot_age_seconds "), "{url}: {page}");
+    }
+    Ok(())
+}
+
 /// Probes reach a strict pod because they are the kubelet's, not because they come from the node.
 #[test]
 fn probes_reach_a_strict_pod_and_other_processes_of_the_node_do_not() -> Result<()> {
@@ -277,8 +318,22 @@ fn probes_reach_a_strict_pod_and_other_processes_of_the_node_do_not() -> Result<
         assert!(cluster.exec("stranger", &ask).is_err(), "the node's address lets nobody in");
         assert_eq!(cluster.exec("member", &ask)?.trim(), name);
     }
+    let mut refused = 2;
+    if Cluster::is_ours() {
+        // Nor a program of the node that is in no pod, with what is the kubelet's network too.
+        let node = agents.process(&nodes[0])?;
+        for name in ["http", "tcp"] {
+            let ip = cluster.get(&["pod", name])?["status"]["podIP"].clone();
+            let ip = ip.as_str().context("no address")?;
+            let ask =
+                format!("exec 3<>/dev/tcp/{ip}/80 && echo >&3 && head --bytes=1 <&3 | grep -q .");
+            let asked = node.run_beside(&["timeout", "3", "bash", "-c", &ask])?;
+            ensure!(!asked.status.success(), "{name} answers a program of the node");
+        }
+        refused += 2;
+    }
     let now = kernel_counter(&agents, &nodes[0], "lookup_strict")?;
-    ensure!(now >= strict + 2, "refused in the kernel: {strict}, then {now}");
+    ensure!(now >= strict + refused, "refused in the kernel: {strict}, then {now}");
     Ok(())
 }
 

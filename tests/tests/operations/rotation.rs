@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Agents, Cluster, SERVERS, Shop, certificates, is_believed, unbase64, wait};
+use harness::{ANSWERS, Agents, Cluster, SERVERS, Shop, certificates, is_believed, unbase64, wait};
 use serde_json::{Value, json};
 
 /// How long a new root waits before it signs (`--bundle-spread-s`): kubelets, which nobody tells, have brought it to
@@ -69,7 +69,12 @@ impl Rotation {
 
     /// The new one signs, and a server that it has certified, the last one behind `web`, talks with the client and
     /// the servers of the old one.
-    pub(crate) fn ends_and_both_are_trusted(&self, agents: &Agents, shop: &Shop) -> Result<()> {
+    pub(crate) fn ends_and_both_are_trusted(
+        &self,
+        agents: &Agents,
+        shop: &Shop,
+        asker: &str,
+    ) -> Result<()> {
         let cluster = &shop.cluster;
         let left = SPREAD.saturating_sub(self.published.elapsed()) + SIGNS;
         wait::until(left, "the new root to sign", || self.signs(agents).unwrap_or_default())?;
@@ -94,7 +99,12 @@ impl Rotation {
                 assert_eq!(cluster.exec("client", &ask)?.trim(), pod);
             }
         }
-        Ok(())
+        let heard = format!(
+            "while read -r pod; do [ $pod != {NEWCOMER} ] || exit 0; done <{ANSWERS}; exit 1"
+        );
+        wait::until(wait::SOON, "the new one to be asked by who asks all the time", || {
+            cluster.exec(asker, &["sh", "-c", &heard]).is_ok()
+        })
     }
 
     /// What was asked meanwhile was answered, in the end by all three of them. The third one goes.

@@ -16,9 +16,10 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
     let mut agents = Agents::shipped()?;
     let shop = Shop::open(&json!({}))?;
     let strict = json!({"malla.dev/mesh": "enabled", "malla.dev/mode": "strict"});
-    // One that asks all the time while the root is replaced, whatever else is done meanwhile.
+    // One that asks all the time while the root is replaced, whatever else is done meanwhile: seldom, since that takes
+    // minutes of the machine.
     shop.cluster.client("asker", &shop.nodes[0])?;
-    let answers = shop.cluster.under_load("asker", "web", || {
+    let answers = shop.cluster.under_load_of(10, "asker", "web", || {
         let rotation = Rotation::begin(&agents)?;
         running_pods_join_and_leave_twenty_times(&shop)?;
         shop.cluster.annotate(&enabled())?;
@@ -29,7 +30,7 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
         shop.hear_both(&["web"])?;
         rotation.reaches_every_agent(&agents, &shop.nodes)?;
         deployment_grows_to_twenty_pods_and_shrinks(&agents, &shop)?;
-        rotation.ends_and_both_are_trusted(&agents, &shop)
+        rotation.ends_and_both_are_trusted(&agents, &shop, "asker")
     })?;
     Rotation::check(&answers, &shop)?;
 
@@ -54,7 +55,14 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
         let nothing = json!({"removed": [], "namespaces": [], "left": []});
         assert_eq!(found, nothing, "on {node}");
     }
-    // What is left is in the API, and nobody puts it back.
+    let kinds = "namespaces,clusterroles,clusterrolebindings,validatingadmissionpolicies,\
+                 validatingadmissionpolicybindings,leases";
+    let left = shop.cluster.kubectl(&["get", kinds, "--all-namespaces", "--output=name"])?;
+    // Not what tests name.
+    let ours = |name: &&str| name.contains("malla-") && !name.contains("malla-test-");
+    let left: Vec<_> = left.lines().filter(ours).collect();
+    ensure!(left.is_empty(), "left in the API: {left:?}");
+    // What is left on pods is in the API alone, and nobody puts it back.
     let forget = ["annotate", "pods", "--all", "malla.dev/redirection-"];
     shop.cluster.kubectl(&forget)?;
     shop.wait_until_told("")

@@ -164,6 +164,10 @@ impl Api {
             }
             return response;
         }
+        // A large cluster's are not for every node: only those of one, or at one address, may be asked for.
+        if path == PODS && !query.contains_key("fieldSelector") {
+            return refuse(StatusCode::BAD_REQUEST);
+        }
         if held.forbidden.contains(&path) {
             return refuse(StatusCode::FORBIDDEN);
         }
