@@ -32,9 +32,9 @@ const E2E_PACKAGE: &str = "mesh-tests";
 /// Everything is built by one command, so that every crate is built with one set of features.
 const BUILD: &str = "build --workspace --all-targets";
 
-/// The test binaries that run on a Kubernetes cluster, the longest one first. The last one does things to all of it,
-/// and takes its API server away.
-const ON_CLUSTER: [&str; 2] = ["cluster", "operations"];
+/// The test binaries that run on a Kubernetes cluster. The last ones do things to all of it: its agents are removed,
+/// and its API server is taken away.
+const ON_CLUSTER: [&str; 3] = ["cluster", "operations", "outage"];
 
 /// Tests on a cluster that run at the same time on each core: they wait for what others do, and a third of them for
 /// the agents to be theirs alone.

@@ -1,5 +1,5 @@
 //! The API server of a real cluster is stopped and started again, or has no time for the agents, while it is
-//! needed.
+//! needed. Nothing else can work there meanwhile: so these tests have a cluster of their own.
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
