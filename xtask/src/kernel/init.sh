@@ -17,6 +17,9 @@ echo
 echo "kernel: $(uname -rm)"
 /programs/mesh-agent check
 echo "check: exit code $?"
-cd /tmp && /programs/capture --test-threads 2 $TESTS 2>&1
-echo "capture: exit code $?"
+cd /tmp
+for tests in capture processes; do
+    /programs/$tests --test-threads 2 $TESTS 2>&1
+    echo "$tests: exit code $?"
+done
 poweroff -f

@@ -1,5 +1,6 @@
 //! `cargo xtask kernel PACKAGE`: boots another kernel than this machine's in an emulator, and runs there what
-//! depends on the kernel: `mesh-agent check`, and the tests that load the programs and connect through them.
+//! depends on the kernel: `mesh-agent check`, the tests that load the programs and connect through them, and
+//! those that find pods by their cgroups.
 //!
 //! The emulator needs no virtualisation of the processor's and no privilege. Everything is in the initial
 //! file system: programs, their libraries, and the modules of the package.
@@ -36,6 +37,10 @@ const COMPRESSED: [&str; 2] = ["", ".xz"];
 
 /// Programs of this machine that the tests call.
 const PROGRAMS: [&str; 1] = ["ip"];
+
+/// What `init` says when all of a program went well.
+const WENT_WELL: [&str; 3] =
+    ["check: exit code 0", "capture: exit code 0", "processes: exit code 0"];
 
 /// An emulated processor is some ten times slower than this one.
 const LIMIT: Duration = Duration::from_secs(1800);
@@ -95,7 +100,7 @@ impl Kernel {
         let mut programs = executables("building", "build --package mesh-agent --bin mesh-agent")?;
         programs.extend(executables(
             "building the tests",
-            "test --no-run --package mesh-agent --test capture",
+            "test --no-run --package mesh-agent --test capture --test processes",
         )?);
 
         let dir = Scratch::new()?;
@@ -155,7 +160,7 @@ fn tell(ran: &Finished) -> Result<()> {
     for line in lines.iter().filter(is_news) {
         say(line);
     }
-    for wanted in ["check: exit code 0", "capture: exit code 0"] {
+    for wanted in WENT_WELL {
         ensure!(lines.contains(&wanted), "no `{wanted}` ({})\n{}", ran.how, ran.tail());
     }
     Ok(())
@@ -273,17 +278,23 @@ mod tests {
 
     #[test]
     fn machine_that_does_not_say_that_all_went_well_has_failed() {
-        let ran = |lines: &[&str]| Finished {
+        let ran = |lines: &[String]| Finished {
             success: true,
             how: "exit code 0".to_owned(),
-            lines: lines.iter().map(|line| (*line).to_owned()).collect(),
+            lines: lines.to_vec(),
             took: Duration::ZERO,
         };
-        let well =
-            ["BIOS", "kernel: 6.1 x\r", "√ a\r", "check: exit code 0\r", "capture: exit code 0\r"];
-        tell(&ran(&well)).unwrap();
-        tell(&ran(&well[..4])).unwrap_err();
-        tell(&ran(&["kernel: 6.1 x", "check: exit code 1", "capture: exit code 0"])).unwrap_err();
+        let begin = ["BIOS", "kernel: 6.1 x\r", "√ a\r"].map(str::to_owned);
+        let with = |ends: &[String]| tell(&ran(&[&begin[..], ends].concat()));
+        let well = WENT_WELL.map(|line| format!("{line}\r"));
+        with(&well).unwrap();
+        for nth in 0..well.len() {
+            let mut ends = well.to_vec();
+            ends[nth] = ends[nth].replace('0', "1");
+            with(&ends).unwrap_err();
+            ends.remove(nth);
+            with(&ends).unwrap_err();
+        }
         tell(&ran(&[])).unwrap_err();
     }
 }
