@@ -38,3 +38,30 @@ pub(crate) fn replay(name: &str, target: impl Fn(&[u8])) {
     target(&[]);
     (0..=255).for_each(|byte| target(&[byte; 300]));
 }
+
+// What other crates parse, of which they have no files to read.
+#[cfg(test)]
+#[path = "../fuzz/bodies/cgroup.rs"]
+mod cgroup;
+#[cfg(test)]
+#[path = "../fuzz/bodies/packet.rs"]
+mod packet;
+#[cfg(test)]
+#[path = "../fuzz/bodies/spiffe.rs"]
+mod spiffe;
+#[cfg(test)]
+#[path = "../fuzz/bodies/wire.rs"]
+mod wire;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_of_the_fuzzer_hold() {
+        replay("cgroup", cgroup::feed);
+        replay("packet", packet::feed);
+        replay("spiffe", spiffe::feed);
+        replay("wire", wire::feed);
+    }
+}
