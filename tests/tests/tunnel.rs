@@ -11,22 +11,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use harness::{
     Carrier, Family, Mesh, Pattern, Serve, exchange, exchange_patterns, fill, is_reset,
-    linger_zero, receive_pattern, send_pattern,
+    linger_zero, long, receive_pattern, send_pattern,
 };
 use socket2::SockRef;
 
 /// Both directions at once, so twice this crosses the link.
-const BULK: u64 = 100 << 20;
+fn bulk_bytes() -> u64 {
+    long::either(100 << 20, 1 << 30)
+}
 
 fn mesh(carrier: Carrier) -> Result<Mesh> {
     Mesh::two_nodes_builder().carrier(carrier).start()
 }
 
 fn bulk(carrier: Carrier, family: Family) -> Result<()> {
-    let mesh = mesh(carrier)?;
-    let server = mesh.pod("b1").serve(8080, Serve::Exchange(BULK))?;
+    let (mesh, bytes) = (mesh(carrier)?, bulk_bytes());
+    let server = mesh.pod("b1").serve(8080, Serve::Exchange(bytes))?;
     let stream = mesh.pod("a1").connect(mesh.service("b").addr(family, 80))?;
-    exchange_patterns(&stream, BULK, Pattern::CLIENT, Pattern::SERVER)?;
+    exchange_patterns(&stream, bytes, Pattern::CLIENT, Pattern::SERVER)?;
     harness::wait::until(harness::wait::SOON, "the server to have seen it all", || {
         server.outcomes() == [Ok(())]
     })?;
@@ -42,7 +44,7 @@ fn bulk(carrier: Carrier, family: Family) -> Result<()> {
             ("dst.identity", &b1),
             ("response_flags", "-"),
         ])?;
-        assert_eq!((record.number("bytes_sent"), record.number("bytes_recv")), (BULK, BULK));
+        assert_eq!((record.number("bytes_sent"), record.number("bytes_recv")), (bytes, bytes));
     }
     Ok(())
 }

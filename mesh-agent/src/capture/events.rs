@@ -208,3 +208,31 @@ fn facts(cookie: u64, conn: &DirectConn, now_ns: u64) -> DirectFacts {
         age: Duration::from_nanos(now_ns.saturating_sub(conn.started_ns)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn end_of_a_connection_is_told_in_units_of_time() {
+        let bytes = [0; size_of::<DirectEvent>()];
+        let mut event = sys::read_event(&bytes).unwrap();
+        event.kind = CLOSED;
+        event.conn.started_ns = 5_000_000_000;
+        event.at_ns = 5_300_000_000;
+        // Eighths of a microsecond (struct tcp_sock, srtt_us).
+        event.srtt = 8 * 250 + 7;
+        event.retransmits = 3;
+        let DirectRecord::Closed(_, ended) = record(&event, event.at_ns) else {
+            panic!("not closed")
+        };
+        assert_eq!(ended.duration, Duration::from_millis(300));
+        assert_eq!(ended.rtt, Duration::from_micros(250));
+        assert_eq!(ended.retransmits, 3);
+        event.kind = OPENED;
+        let DirectRecord::Opened(_, ago) = record(&event, event.at_ns) else {
+            panic!("not opened")
+        };
+        assert_eq!(ago, Duration::from_millis(300));
+    }
+}

@@ -3,6 +3,8 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::panic::resume_unwind;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -48,6 +50,22 @@ fn direct_connections_outlive_ten_agents() -> Result<()> {
     let to = mesh.service("a").v4(80);
     let mut held = until_direct(mesh.pod("a1"), to, &server)?;
     let client = held.local_addr()?.to_string();
+    // One of each family talks all the time, also while an agent starts.
+    let is_over = Arc::new(AtomicBool::new(false));
+    let mut talks = Vec::new();
+    for family in Family::BOTH {
+        let to = mesh.service("a").addr(family, 80);
+        let (mut talking, is_over) =
+            (until_direct(mesh.pod("a1"), to, &server)?, Arc::clone(&is_over));
+        talks.push(thread::spawn(move || -> Result<u64> {
+            let mut nth = 0_u64;
+            while !is_over.load(Ordering::Acquire) {
+                nth += 1;
+                exchange(&mut talking, &nth.to_be_bytes().repeat(100))?;
+            }
+            Ok(nth)
+        }));
+    }
     let mut sent = 5;
     for round in 0u8..10 {
         mesh.agent_mut("a").kill()?;
@@ -64,6 +82,11 @@ fn direct_connections_outlive_ten_agents() -> Result<()> {
         ensure!(direct, "round {round}: the same manifests, the same verdicts");
     }
     drop(other);
+    is_over.store(true, Ordering::Release);
+    for talk in talks {
+        let times = talk.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+        ensure!(times > 100, "hardly ever: {times}");
+    }
     // Every agent found it again, and the last one knows all of it.
     wait::until(wait::SOON, "the connection to be listed", || {
         let Ok(open) = mesh.agent("a").ask(&["connections"]) else { return false };

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Carrier, Family, Load, Mesh, Pod, PodSpec, Serve, exchange, linger_zero, wait};
+use harness::{
+    Carrier, Family, Load, Mesh, Pod, PodSpec, Serve, exchange, linger_zero, long, wait,
+};
 use socket2::{Domain, Socket, Type};
 
 use crate::{is_honest, joined, mesh};
@@ -80,13 +82,15 @@ fn ten_thousand_connections_with_the_same_source_ports_are_never_mixed_up() -> R
 fn connections_with_the_same_source_ports_are_never_mixed_up_over_quic_and_directly() -> Result<()>
 {
     harness::require!();
-    never_mixed_up(&mesh(Carrier::Quic)?, ["a1", "a2"], ["b1", "b2"], 700)?;
+    let quic = mesh(Carrier::Quic)?;
+    never_mixed_up(&quic, ["a1", "a2"], ["b1", "b2"], long::either(700, 5000))?;
     let pods = ["b3", "b4"].map(|name| PodSpec::new(name, "b"));
     let builder = pods.into_iter().fold(Mesh::two_nodes_builder(), |builder, pod| builder.pod(pod));
     let mesh = builder.start()?;
-    never_mixed_up(&mesh, ["b1", "b2"], ["b3", "b4"], 1200)?;
+    let ports = long::either(1200, 5000);
+    never_mixed_up(&mesh, ["b1", "b2"], ["b3", "b4"], ports)?;
     let direct = mesh.agent("b").metric("mesh_capture_total", &[("event", "direct_taken")])?;
-    ensure!(direct > 2000.0, "hardly any went directly: {direct}");
+    ensure!(direct > 1.6 * f64::from(ports), "hardly any went directly: {direct}");
     Ok(())
 }
 

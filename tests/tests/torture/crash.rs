@@ -5,19 +5,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Carrier, Mesh, Serve, ServiceSpec, exchange, long, wait};
+use harness::{Carrier, Family, Mesh, Serve, ServiceSpec, exchange, long, wait};
 
 use crate::kill::{answer, ask};
-use crate::{fds, is_honest, joined, mesh, wait_until_idle};
+use crate::{carriers, fds, is_honest, joined, mesh, wait_until_idle};
 
 #[test]
 fn peer_that_slept_is_used_again() -> Result<()> {
     harness::require!();
-    for carrier in Carrier::BOTH {
+    for (carrier, family) in carriers() {
         let mut mesh =
             Mesh::two_nodes_builder().carrier(carrier).flag("--connect-timeout-s=1").start()?;
         let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
-        let to = mesh.service("b").v4(80);
+        let to = mesh.service("b").addr(family, 80);
         let mut held = mesh.pod("a1").connect(to)?;
         exchange(&mut held, b"before")?;
         mesh.agent_mut("b").signal(libc::SIGSTOP)?;
@@ -53,24 +53,66 @@ fn cut(mesh: &Mesh, cut: bool) -> Result<()> {
     })
 }
 
+/// What is between the two ends of a connection.
+#[derive(Clone, Copy, Debug)]
+enum Trouble {
+    /// Nothing passes between the nodes.
+    Cut,
+    /// The server's agent does nothing. Its kernel goes on: it acknowledges what comes, until its buffers are full.
+    Sleep,
+}
+
+impl Trouble {
+    fn set(self, mesh: &mut Mesh, is_on: bool) -> Result<()> {
+        match self {
+            Self::Cut => cut(mesh, is_on),
+            Self::Sleep => {
+                mesh.agent_mut("b").signal(if is_on { libc::SIGSTOP } else { libc::SIGCONT })
+            }
+        }
+    }
+}
+
 #[test]
 fn link_that_is_cut_breaks_nothing_or_says_so() -> Result<()> {
     harness::require!("nft");
-    for carrier in Carrier::BOTH {
+    for (carrier, family) in carriers() {
         for seconds in long::either(&[1, 3][..], &[1, 10, 100]) {
-            cut_for(carrier, *seconds).with_context(|| format!("{carrier:?}, {seconds} s"))?;
+            in_the_midst(Trouble::Cut, carrier, family, *seconds)?;
         }
     }
     Ok(())
 }
 
-fn cut_for(carrier: Carrier, seconds: u64) -> Result<()> {
-    // After that a lane is dead; a QUIC connection after ten seconds.
+#[test]
+fn peer_that_sleeps_while_bytes_are_on_their_way_breaks_nothing_or_says_so() -> Result<()> {
+    harness::require!();
+    for (carrier, family) in carriers() {
+        for seconds in long::either(&[1, 3][..], &[1, 12, 40]) {
+            in_the_midst(Trouble::Sleep, carrier, family, *seconds)?;
+        }
+    }
+    Ok(())
+}
+
+/// Bytes that are exchanged before, while and after there is trouble for so long.
+fn in_the_midst(trouble: Trouble, carrier: Carrier, family: Family, seconds: u64) -> Result<()> {
+    let all = exchange_in_the_midst(trouble, carrier, family, seconds);
+    all.with_context(|| format!("{trouble:?}, {carrier:?}, {family:?}, {seconds} s"))
+}
+
+fn exchange_in_the_midst(
+    trouble: Trouble,
+    carrier: Carrier,
+    family: Family,
+    seconds: u64,
+) -> Result<()> {
+    // After that a lane is dead whose peer's kernel does not answer; a QUIC connection after ten seconds.
     const SILENCE: Duration = Duration::from_secs(15);
-    let mesh = mesh(carrier)?;
+    let mut mesh = mesh(carrier)?;
     // More than passes before the link is cut, whatever the machine.
     let bytes = 200_000_000;
-    let to = mesh.service("b").v4(80);
+    let to = mesh.service("b").addr(family, 80);
     let _server = mesh.pod("b1").serve(8080, Serve::custom(answer))?;
     let _echo = mesh.pod("b1").serve(8081, Serve::Echo)?;
     let stream = mesh.pod("a1").connect(to)?;
@@ -81,7 +123,7 @@ fn cut_for(carrier: Carrier, seconds: u64) -> Result<()> {
         });
         thread::sleep(Duration::from_millis(50));
         let began = Instant::now();
-        cut(&mesh, true)?;
+        trouble.set(&mut mesh, true)?;
         let until = began + Duration::from_secs(seconds);
         // Who comes meanwhile is told within the connect timeout, or within twice that from OPEN on.
         if seconds >= 10 {
@@ -89,9 +131,9 @@ fn cut_for(carrier: Carrier, seconds: u64) -> Result<()> {
             ensure!(took < Duration::from_secs(12), "refused after {took:?}");
         }
         thread::sleep(until.saturating_duration_since(Instant::now()));
-        cut(&mesh, false)?;
+        trouble.set(&mut mesh, false)?;
         let healed = Instant::now();
-        let echo = mesh.pod("b1").v4(8081);
+        let echo = mesh.pod("b1").addr(family, 8081);
         wait::until(wait::SOON, "the link to be used again", || {
             mesh.pod("a1").connect(echo).and_then(|mut s| exchange(&mut s, b"after")).is_ok()
         })?;
@@ -99,7 +141,7 @@ fn cut_for(carrier: Carrier, seconds: u64) -> Result<()> {
         let (done, at) = joined(exchanging);
         let ended = at.saturating_duration_since(began);
         long::report(&format!(
-            "{carrier:?} cut for {seconds} s: {done:?} after {ended:?}, back after {back:?}"
+            "{carrier:?}, {trouble:?} for {seconds} s: {done:?} after {ended:?}, back after {back:?}"
         ));
         match done {
             Ok(()) => {
@@ -119,9 +161,15 @@ fn cut_for(carrier: Carrier, seconds: u64) -> Result<()> {
 #[test]
 fn agent_without_descriptors_says_so_and_recovers() -> Result<()> {
     harness::require!("prlimit");
-    let mesh = mesh(Carrier::Auto)?;
+    carriers().into_iter().try_for_each(|(carrier, family)| {
+        run_out_of_descriptors(carrier, family).with_context(|| format!("{carrier:?}, {family:?}"))
+    })
+}
+
+fn run_out_of_descriptors(carrier: Carrier, family: Family) -> Result<()> {
+    let mesh = mesh(carrier)?;
     let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
-    let to = mesh.pod("b1").v4(8080);
+    let to = mesh.pod("b1").addr(family, 8080);
     exchange(&mut mesh.pod("a1").connect(to)?, b"before")?;
     for node in ["a", "b"] {
         let agent = mesh.agent(node);
@@ -133,6 +181,8 @@ fn agent_without_descriptors_says_so_and_recovers() -> Result<()> {
         };
         // What the round before still holds would come free under the limit.
         wait_until_idle(&mesh)?;
+        let mut held = mesh.pod("a1").connect(to)?;
+        exchange(&mut held, b"there before")?;
         limit(fds(agent)? + 6)?;
         let mut open = Vec::new();
         // In its log where it cannot accept, in the access log where it cannot deliver. Again and again:
@@ -143,8 +193,15 @@ fn agent_without_descriptors_says_so_and_recovers() -> Result<()> {
             let lacks = |told: &str| told.contains("Too many open files");
             lacks(&agent.log()) || lacks(&agent.output())
         })?;
-        drop(open);
+        exchange(&mut held, b"goes on")?;
+        drop(held);
         limit(20_000)?;
+        // Whoever came meanwhile is answered by now, or was told that nobody will be.
+        for mut stream in open.into_iter().flatten() {
+            if let Err(error) = exchange(&mut stream, b"meanwhile") {
+                ensure!(is_honest(&error), "{error:#}");
+            }
+        }
         wait::until(wait::SOON, "the agent to work again", || {
             mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"after")).is_ok()
         })?;

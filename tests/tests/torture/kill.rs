@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use fastrand::Rng;
 use harness::{
-    Carrier, Mesh, Pattern, Pod, Serve, exchange, long, receive_pattern, send_pattern, wait,
+    Carrier, Family, Mesh, Pattern, Pod, Serve, exchange, long, receive_pattern, send_pattern, wait,
 };
 
 use crate::{is_honest, mesh};
@@ -72,7 +72,12 @@ fn ordeal(
     let servers = ["b1", "b2", "a2"].map(|pod| mesh.pod(pod).serve(8080, Serve::custom(answer)));
     let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
     let routes = [("a1", "b1"), ("a1", "b2"), ("a1", "a2"), ("b2", "a2"), ("b2", "b1")];
-    let routes = routes.map(|(from, to)| (mesh.shared_pod(from), mesh.pod(to).v4(8080)));
+    // Across nodes, on one, and directly by both families: the clients' ways are in turns.
+    let mut families = Family::BOTH.into_iter().cycle();
+    let routes = routes.map(|(from, to)| {
+        let family = families.next().unwrap_or(Family::V4);
+        (mesh.shared_pod(from), mesh.pod(to).addr(family, 8080))
+    });
     for client in ["a1", "b2"] {
         // In five minutes they would run out of ports to dial the same server from, as without a mesh.
         mesh.pod(client).sysctl("net/ipv4/tcp_tw_reuse", "1")?;

@@ -16,12 +16,20 @@ use std::io;
 use std::thread;
 
 use anyhow::Result;
-use harness::{Agent, Carrier, Mesh, PodSpec, wait};
+use harness::{Agent, Carrier, Family, Mesh, PodSpec, long, wait};
 
 fn mesh(carrier: Carrier) -> Result<Mesh> {
     // Node a's pods talk through their agent, whose relay is what suffers here; node b's directly.
     let relayed = PodSpec::new("a2", "a").annotation("malla.dev/direct", "off");
     Mesh::two_nodes_builder().carrier(carrier).pod(relayed).start()
+}
+
+/// Both carriers, each with one family, and in the long form with both.
+fn carriers() -> Vec<(Carrier, Family)> {
+    let [lane, quic] = Carrier::BOTH;
+    let [v4, v6] = Family::BOTH;
+    let all = [(lane, v6), (quic, v4), (lane, v4), (quic, v6)];
+    all[..long::either(2, all.len())].to_vec()
 }
 
 /// Waits until no agent knows of an open connection.
