@@ -315,7 +315,7 @@ impl Drop for BpfMount {
 
 /// Whether every thread of the process is stopped (proc_pid_stat(5): the state follows the name, which
 /// may hold anything but ends with the last parenthesis).
-fn has_stopped(pid: u32) -> std::io::Result<bool> {
+pub(crate) fn has_stopped(pid: u32) -> std::io::Result<bool> {
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
         let stat = fs::read_to_string(thread?.path().join("stat"))?;
         if !stat.rsplit_once(") ").is_some_and(|(_name, rest)| rest.starts_with('T')) {

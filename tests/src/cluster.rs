@@ -28,7 +28,7 @@ pub use self::agents::Agents;
 pub use self::deployment::{Deployment, User};
 pub use self::house::{OwnAgents, SharedAgents};
 pub use self::load::ANSWERS;
-pub use self::process::{Frozen, Outage, PodProcess};
+pub use self::process::{Frozen, Outage, PodProcess, Stopped};
 pub use self::shop::{SERVERS, Shop, enabled, host, service_of_pods};
 pub use self::signer::SignerProcess;
 use crate::guard::Guard;

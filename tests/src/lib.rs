@@ -49,7 +49,7 @@ pub use self::agent::{Agent, Cli, Predecessor};
 pub use self::cgroup::Cgroup;
 pub use self::cluster::{
     ANSWERS, Agents, Cluster, Deployment, Frozen, Outage, OwnAgents, PodProcess, SERVERS,
-    SharedAgents, Shop, SignerProcess, User, enabled, host, service_of_pods, xtask,
+    SharedAgents, Shop, SignerProcess, Stopped, User, enabled, host, service_of_pods, xtask,
 };
 pub use self::hop::{Fate, Hop};
 pub use self::interrupt::Interrupt;

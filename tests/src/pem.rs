@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs};
 
 use anyhow::{Context as _, Result};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 
 /// A directory, removed with what is in it when dropped.
 struct Dir(PathBuf);
@@ -16,39 +18,14 @@ impl Drop for Dir {
     }
 }
 
-const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-
-/// RFC 4648 section 4.
-pub fn base64(bytes: &[u8]) -> String {
-    let mut text = String::new();
-    for chunk in bytes.chunks(3) {
-        let word = chunk
-            .iter()
-            .chain([0, 0].iter())
-            .take(3)
-            .fold(0, |word, byte| word << 8 | usize::from(*byte));
-        for at in 0..4 {
-            let letter = ALPHABET[word >> (18 - 6 * at) & 63];
-            text.push(if at <= chunk.len() { char::from(letter) } else { '=' });
-        }
-    }
-    text
+/// What the API has PEM in: RFC 4648 section 4.
+pub fn base64(text: &str) -> String {
+    BASE64_STANDARD.encode(text)
 }
 
 /// The same backwards, if that is text.
 pub fn unbase64(text: &str) -> Option<String> {
-    let mut bytes = Vec::new();
-    for chunk in text.trim_end_matches('=').as_bytes().chunks(4) {
-        let mut word = 0;
-        for letter in chunk {
-            let value = ALPHABET.iter().position(|known| known == letter)?;
-            word = word << 6 | u32::try_from(value).ok()?;
-        }
-        word <<= 6 * (4 - chunk.len());
-        // Three letters are two bytes, and so on.
-        bytes.extend(&word.to_be_bytes()[1..chunk.len()]);
-    }
-    String::from_utf8(bytes).ok()
+    String::from_utf8(BASE64_STANDARD.decode(text).ok()?).ok()
 }
 
 /// Whether openssl believes a leaf, the first in `chain`, under these roots.

@@ -94,9 +94,7 @@ impl World {
     }
 
     fn carried(&self, agents: &Agents, pod: &str, node: usize) -> Result<()> {
-        self.cluster.ready(pod)?;
-        agents.wait_until_enrolled(&self.nodes[node], self.cluster.name(), pod, true)?;
-        agents.wait_until_carried(&self.nodes[node], self.cluster.name(), pod)
+        agents.wait_until_in(&self.nodes[node], &self.cluster, pod)
     }
 
     /// Every request of `asks` was answered.

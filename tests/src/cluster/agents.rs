@@ -28,12 +28,13 @@ pub struct Agents {
 }
 
 impl Agents {
-    /// What users apply, with no other change than the image's name.
+    /// What users apply, as they do.
     pub(super) fn ship() -> Result<Self> {
         let mut deployment = Deployment::shipped()?;
-        name_image(&mut deployment)?;
         let spec = deployment.object("DaemonSet")["spec"]["template"]["spec"].clone();
-        deployment.apply(&[])?;
+        let (image, named) = (load()?, &spec["containers"][0]["image"]);
+        ensure!(*named == image, "the image is {image}, and deploy/ names {named}");
+        deployment.apply_directory()?;
         let mut this = Self { deployment, spec, pods: BTreeMap::new() };
         this.find()?;
         this.find_authority()?;
@@ -185,6 +186,17 @@ impl Agents {
             .with_context(|| format!("{pod} is not enrolled\n{}", self.log(node)))
     }
 
+    /// Waits until a pod is ready, and the agent of `node` carries what it connects and gets.
+    ///
+    /// # Errors
+    ///
+    /// Fails, with what they say, if that does not come true.
+    pub fn wait_until_in(&self, node: &str, cluster: &Cluster, pod: &str) -> Result<()> {
+        cluster.ready(pod)?;
+        self.wait_until_enrolled(node, cluster.name(), pod, true)?;
+        self.wait_until_carried(node, cluster.name(), pod)
+    }
+
     /// The access log of `node`'s agent.
     pub fn records(&self, node: &str) -> Vec<Record> {
         self.log(node).lines().filter_map(Record::parse).collect()
@@ -242,14 +254,13 @@ impl Agents {
         Ok(())
     }
 
-    /// Deletes all that was deployed, as `kubectl delete --filename` does, and waits until the agents have
-    /// ended.
+    /// Deletes what was shipped, as users do, and waits until the agents have ended.
     ///
     /// # Errors
     ///
     /// Fails if they do not.
     pub fn delete(&self) -> Result<()> {
-        self.deployment.delete()
+        self.deployment.delete_directory()
     }
 
     /// What `mesh-agent detach` finds to remove on each node, run in `place`.

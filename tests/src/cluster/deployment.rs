@@ -1,7 +1,7 @@
-//! `deploy/daemonset.yaml`, for tests. [`Deployment::shipped`] is what users apply, as it is.
+//! `deploy/`, for tests. [`Deployment::shipped`] is what users apply, as it is and as they do.
 //! [`Deployment::read`] differs: it is in a namespace of its own, what belongs to no namespace has names of
-//! its own, and the signer may, so that several can be there at once. Whoever applies either may change
-//! more, and says so (`Agents::ship`: the image's name; `Agents::deploy`: settings too).
+//! its own, and the signer may, so that several can be there at once. Whoever applies it may change
+//! more, and says so (`Agents::deploy`: the image's name and settings).
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -11,6 +11,9 @@ use anyhow::{Context as _, Result};
 use serde_json::{Deserializer, Value, json};
 
 use super::{Cluster, fed, read};
+
+/// What users apply.
+const DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/");
 
 /// What the file says, and a test has one of its own.
 const NAMESPACE: &str = "malla-system";
@@ -49,7 +52,7 @@ impl Deployment {
         Ok(this)
     }
 
-    /// Reads the file, to apply it as it is.
+    /// Reads the file, to apply the directory as it is.
     ///
     /// # Errors
     ///
@@ -98,16 +101,22 @@ impl Deployment {
 }
 
 impl Deployment {
-    /// Deletes everything, and waits until it is gone.
+    /// Applies the directory.
     ///
     /// # Errors
     ///
     /// Fails with what `kubectl` says.
-    pub fn delete(&self) -> Result<()> {
-        let list = json!({"apiVersion": "v1", "kind": "List", "items": self.objects});
-        let mut delete = self.system.command();
-        delete.args(["delete", "--filename", "-", "--timeout=120s"]);
-        fed(&mut delete, &list.to_string()).map(drop)
+    pub fn apply_directory(&self) -> Result<()> {
+        self.system.kubectl(&["apply", "--filename", DIRECTORY]).map(drop)
+    }
+
+    /// Deletes what the directory says, and waits until it is gone.
+    ///
+    /// # Errors
+    ///
+    /// Fails with what `kubectl` says.
+    pub fn delete_directory(&self) -> Result<()> {
+        self.system.kubectl(&["delete", "--filename", DIRECTORY, "--timeout=120s"]).map(drop)
     }
 }
 
@@ -124,7 +133,7 @@ impl Drop for Deployment {
 }
 
 fn text() -> Result<String> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/daemonset.yaml");
+    let file = Path::new(DIRECTORY).join("daemonset.yaml");
     fs::read_to_string(&file).with_context(|| file.display().to_string())
 }
 
@@ -172,6 +181,26 @@ impl User {
         let made = read(&mut command);
         fs::remove_file(&file).context("remove an object's file")?;
         serde_json::from_str(&made?).context("read what kubectl printed")
+    }
+
+    /// Puts an object in the place of the one at this path of the API, as it is.
+    ///
+    /// # Errors
+    ///
+    /// Fails with what the API server says.
+    pub fn put(&self, path: &str, object: &Value) -> Result<()> {
+        let mut command = self.0.command();
+        command.args(["replace", "--raw", path, "--filename", "-"]);
+        fed(&mut command, &object.to_string()).map(drop)
+    }
+
+    /// Asks for a pod of this user's namespace to be evicted.
+    ///
+    /// # Errors
+    ///
+    /// Fails with what the API server says.
+    pub fn evict(&self, pod: &str) -> Result<()> {
+        self.0.evict(pod)
     }
 
     /// The file that says how this user reaches the API.

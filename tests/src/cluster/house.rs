@@ -192,8 +192,7 @@ impl Agents {
 }
 
 impl Agents {
-    /// New ones, of `deploy/` as it is but for the image's name. When no other test has any, nor waits for
-    /// those that are there.
+    /// New ones, of `deploy/` as it is. When no other test has any, nor waits for those that are there.
     ///
     /// # Errors
     ///

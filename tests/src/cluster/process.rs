@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::{Agents, Cluster, read, xtask};
-use crate::agent::http_get;
+use crate::agent::{has_stopped, http_get};
 use crate::metrics::Metrics;
 use crate::{sys, wait};
 
@@ -93,6 +93,16 @@ pub struct PodProcess {
     pid: u32,
 }
 
+/// A process that does nothing, and goes on when this is dropped.
+#[derive(Debug)]
+pub struct Stopped<'a>(&'a PodProcess);
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        sys::kill(self.0.pid, libc::SIGCONT).ok();
+    }
+}
+
 impl PodProcess {
     /// Waits for a process of the pod with this UID whose command line begins with `program`.
     fn find(uid: &str, program: &str, not: Option<u32>) -> Result<Self> {
@@ -116,6 +126,21 @@ impl PodProcess {
         sys::kill(self.pid, libc::SIGKILL).context("kill a pod's process")?;
         *self = Self::find(&self.uid, &self.program, Some(self.pid))?;
         Ok(())
+    }
+
+    /// Stops it where it is (SIGSTOP), until what is returned is dropped.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it has ended, or does not stop.
+    pub fn stop(&self) -> Result<Stopped<'_>> {
+        ensure!(is_of(self.pid, &self.uid, &self.program), "{self:?} has ended");
+        // Before: also what fails when it has happened is undone.
+        let this = Stopped(self);
+        sys::kill(self.pid, libc::SIGSTOP).context("stop a pod's process")?;
+        let stops = || has_stopped(self.pid).unwrap_or(false);
+        wait::until(wait::SOON, "the process to stop", stops)?;
+        Ok(this)
     }
 
     /// Runs a command with the files and the network that it sees, and returns what becomes of it.

@@ -55,9 +55,18 @@ impl Cluster {
     ///
     /// Fails if it has none.
     pub fn hosts_of_pod(&self, pod: &str) -> Result<Vec<String>> {
+        Ok(self.addresses_of_pod(pod)?.iter().map(|address| host(address)).collect())
+    }
+
+    /// The same as others write them.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it has none.
+    pub fn addresses_of_pod(&self, pod: &str) -> Result<Vec<String>> {
         let pod = self.get(&["pod", pod])?;
         let addresses = pod["status"]["podIPs"].as_array().context("no addresses")?;
-        Ok(addresses.iter().filter_map(|one| one["ip"].as_str()).map(host).collect())
+        Ok(addresses.iter().filter_map(|one| one["ip"].as_str()).map(str::to_owned).collect())
     }
 }
 

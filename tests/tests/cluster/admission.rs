@@ -141,6 +141,21 @@ fn agent_changes_one_annotation_of_pods_of_its_node_and_nothing_else() -> Result
         let refused = refused.unwrap_or_default();
         ensure!(refused.contains("and does nothing else to them"), "{args:?}: {refused}");
     }
+    let refused = agent.evict("agent").err().map(|error| format!("{error:#}"));
+    let refused = refused.unwrap_or_default();
+    ensure!(refused.contains("and does nothing else to them"), "{refused}");
+    // A pod in the place of the one that is there is as good as a patch, and as bad.
+    let put = |change: &dyn Fn(&mut Value)| {
+        let mut pod = shop.get(&["pod", "here"])?;
+        // Whatever has become of it meanwhile: other tests' agents write on it too.
+        pod["metadata"]["resourceVersion"] = Value::Null;
+        change(&mut pod);
+        agent.put(&format!("/api/v1/namespaces/{}/pods/here", shop.name()), &pod)
+    };
+    put(&|pod| pod["metadata"]["annotations"][ours] = json!("put"))?;
+    let refused = put(&|pod| pod["metadata"]["labels"]["app"] = json!("put"));
+    let refused = refused.err().map(|error| format!("{error:#}")).unwrap_or_default();
+    ensure!(refused.contains("only changes an annotation"), "{refused}");
     // Nobody else is hindered.
     shop.kubectl(&["label", "pod", "there", "--overwrite", "app=other"])?;
     Ok(())

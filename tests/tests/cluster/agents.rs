@@ -66,89 +66,6 @@ fn server_on(shop: &Shop, node: &str) -> String {
     SERVERS[index].to_owned()
 }
 
-#[test]
-fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
-    require_cluster!();
-    let agents = Agents::deployed()?;
-    let cluster = Cluster::namespace()?;
-    cluster.annotate(&enabled())?;
-    let nodes = cluster.two_nodes()?;
-    let image = Cluster::load("busybox")?;
-    let sleep = |seconds: &str| json!([{"image": image, "command": ["sleep", seconds]}]);
-    let on_host = json!({"hostNetwork": true, "containers": sleep("3600")});
-    cluster.start("on-host", &nodes[0], on_host)?;
-    let ends = json!({"restartPolicy": "Never", "containers": sleep("0")});
-    cluster.start("ends", &nodes[0], ends)?;
-    cluster.start("alone", &nodes[0], json!({"containers": sleep("3600")}))?;
-    cluster.kubectl(&["annotate", "pod", "alone", "malla.dev/mesh=disabled"])?;
-    cluster.start("member", &nodes[0], json!({"containers": sleep("3600")}))?;
-    // Of another mesh, by what its injector, its agent or a user writes.
-    for (pod, verb, word) in [
-        ("istio", "annotate", "sidecar.istio.io/status={}"),
-        ("ambient", "annotate", "ambient.istio.io/redirection=enabled"),
-        ("to-be-ambient", "label", "istio.io/dataplane-mode=ambient"),
-        ("linkerd", "annotate", "linkerd.io/proxy-version=edge"),
-        ("labelled", "label", "malla.dev/mesh=disabled"),
-    ] {
-        cluster.start(pod, &nodes[0], json!({"containers": sleep("3600")}))?;
-        cluster.kubectl(&[verb, "pod", pod, word])?;
-    }
-    for (pod, reason) in [
-        ("istio", "has an Istio sidecar"),
-        ("ambient", "in Istio's ambient mesh"),
-        ("to-be-ambient", "in Istio's ambient mesh"),
-        ("linkerd", "has a Linkerd proxy"),
-        ("on-host", "shares the node's network"),
-        ("ends", "completed"),
-        ("alone", "disabled"),
-        ("labelled", "disabled"),
-        ("member", ""),
-    ] {
-        let is_so = || {
-            let found = agents.workload(&nodes[0], cluster.name(), pod);
-            found.is_ok_and(|found| {
-                found["reason"].as_str().unwrap_or_default() == reason
-                    && found["enrolled"] == reason.is_empty()
-            })
-        };
-        wait::until(wait::SOON, "", is_so).with_context(|| {
-            let found = agents.workload(&nodes[0], cluster.name(), pod);
-            format!("{pod} is not `{reason}`: {found:?}\n{}", agents.log(&nodes[0]))
-        })?;
-    }
-    for (pod, says) in [
-        ("on-host", "refused: shares the node's network"),
-        ("alone", ""),
-        ("member", "enabled"),
-        ("linkerd", "refused: has a Linkerd proxy"),
-    ] {
-        let said = || {
-            let found = cluster.get(&["pod", pod]).unwrap_or_default();
-            let found = &found["metadata"]["annotations"]["malla.dev/redirection"];
-            found.as_str().unwrap_or_default() == says
-        };
-        wait::until(wait::SOON, &format!("{pod} to say `{says}`"), said)?;
-    }
-    // On the other node: while there is a problem `status` ends with 1, and other tests ask for it here.
-    cluster.start("confused", &nodes[1], json!({"containers": sleep("3600")}))?;
-    cluster.kubectl(&["annotate", "pod", "confused", "malla.dev/mode=hard"])?;
-    wait::until(wait::SOON, "an event on the pod", || {
-        let about = "involvedObject.name=confused,reason=NotUnderstood";
-        let events = cluster.get(&["events", "--field-selector", about]).unwrap_or_default();
-        let message = &events["items"][0]["message"];
-        message.as_str().is_some_and(|message| message.contains("`hard` is not understood"))
-    })?;
-    if Cluster::is_ours() {
-        let counted = || agents.process(&nodes[1])?.metrics();
-        wait::until(wait::SOON, "the mistake to be counted", || {
-            counted().is_ok_and(|metrics| metrics.sum("mesh_manifest_problems", &[]) > 0.0)
-        })?;
-    }
-    let status = agents.ask_by_exec(&nodes[0], &["status"])?;
-    assert_eq!(status["ready"], true, "{status}");
-    Ok(())
-}
-
 /// A policy for a place that packets do not pass.
 #[test]
 fn network_policies_are_warned_of_where_a_setting_skips_them() -> Result<()> {
@@ -240,25 +157,38 @@ fn check_in_an_agents_pod_finds_what_it_needs_of_its_node() -> Result<()> {
 
 /// Where its annotations say, as Prometheus asks that runs in a pod.
 #[test]
-fn agents_metrics_are_read_from_a_pod_by_what_its_annotations_say() -> Result<()> {
+fn metrics_of_agents_and_ca_are_read_from_a_pod_by_what_their_annotations_say() -> Result<()> {
     require_cluster!();
     let agents = Agents::deployed()?;
     let cluster = Cluster::namespace()?;
     let nodes = cluster.two_nodes()?;
     cluster.client("prometheus", &nodes[0])?;
-    let pods = agents.system().get(&["pods", "--selector=app=malla-agent"])?;
-    for agent in pods["items"].as_array().context("no agents")? {
+    let own = cluster.addresses_of_pod("prometheus")?;
+    let own: Vec<_> = own.iter().map(|address| address.contains(':')).collect();
+    let all = |app: &str| -> Result<Vec<Value>> {
+        let pods = agents.system().get(&["pods", &format!("--selector=app={app}")])?;
+        Ok(pods["items"].as_array().with_context(|| format!("no {app}"))?.clone())
+    };
+    let agent = all("malla-agent")?.into_iter().map(|pod| (pod, "mesh_snapshot_age_seconds"));
+    let authority = all("malla-ca")?.into_iter().map(|pod| (pod, "mesh_ca_leads"));
+    for (pod, metric) in agent.chain(authority) {
         let says = |key: &str| {
-            let annotations = &agent["metadata"]["annotations"];
+            let annotations = &pod["metadata"]["annotations"];
             let text = annotations[format!("prometheus.io/{key}")].as_str();
             text.map(str::to_owned).with_context(|| format!("no {key} in {annotations}"))
         };
         assert_eq!(says("scrape")?, "true");
-        let address = agent["status"]["podIP"].as_str().context("no address")?;
-        let url = format!("http://{}:{}{}", host(address), says("port")?, says("path")?);
-        let page =
-            cluster.exec("prometheus", &["curl", "--silent", "--fail", "--globoff", &url])?;
-        ensure!(page.contains("\nmesh_snapshot_age_seconds "), "{url}: {page}");
+        let (port, path) = (says("port")?, says("path")?);
+        let addresses = pod["status"]["podIPs"].as_array().context("no addresses")?;
+        ensure!(!Cluster::is_ours() || addresses.len() == 2, "of both families: {addresses:?}");
+        let addresses = addresses.iter().filter_map(|one| one["ip"].as_str());
+        // Nodes may have a family that pods do not have.
+        for address in addresses.filter(|address| own.contains(&address.contains(':'))) {
+            let url = format!("http://{}:{port}{path}", host(address));
+            let ask = ["curl", "--silent", "--show-error", "--fail", "--globoff", &url];
+            let page = cluster.exec("prometheus", &ask)?;
+            ensure!(page.contains(&format!("\n{metric} ")), "no {metric} at {url}: {page}");
+        }
     }
     Ok(())
 }
@@ -307,30 +237,34 @@ fn probes_reach_a_strict_pod_and_other_processes_of_the_node_do_not() -> Result<
         kernel_counter(&agents, &nodes[0], "connect_kubelet").is_ok_and(|now| now >= before + 6)
     })?;
     assert_eq!(kernel_counter(&agents, &nodes[0], "lookup_strict")?, strict, "none was refused");
+    let mut refused = 0;
     for name in ["http", "tcp"] {
         let pod = cluster.get(&["pod", name])?;
         let ready = &pod["status"]["conditions"].as_array().context("no conditions")?;
         let ready = ready.iter().find(|condition| condition["type"] == "Ready");
         assert_eq!(ready.context("not said")?["status"], "True", "{name} stays ready");
 
-        let ip = pod["status"]["podIP"].as_str().context("no address")?;
-        let ask = ["curl", "--silent", "--max-time", "3", &format!("http://{ip}/")];
-        assert!(cluster.exec("stranger", &ask).is_err(), "the node's address lets nobody in");
-        assert_eq!(cluster.exec("member", &ask)?.trim(), name);
+        for ip in cluster.hosts_of_pod(name)? {
+            let url = format!("http://{ip}/");
+            let ask = ["curl", "--silent", "--max-time", "3", &url];
+            assert!(cluster.exec("stranger", &ask).is_err(), "the node's address lets nobody in");
+            refused += 1;
+            assert_eq!(cluster.exec("member", &ask)?.trim(), name);
+        }
     }
-    let mut refused = 2;
     if Cluster::is_ours() {
         // Nor a program of the node that is in no pod, with what is the kubelet's network too.
         let node = agents.process(&nodes[0])?;
         for name in ["http", "tcp"] {
-            let ip = cluster.get(&["pod", name])?["status"]["podIP"].clone();
-            let ip = ip.as_str().context("no address")?;
-            let ask =
-                format!("exec 3<>/dev/tcp/{ip}/80 && echo >&3 && head --bytes=1 <&3 | grep -q .");
-            let asked = node.run_beside(&["timeout", "3", "bash", "-c", &ask])?;
-            ensure!(!asked.status.success(), "{name} answers a program of the node");
+            for ip in cluster.addresses_of_pod(name)? {
+                let ask = format!(
+                    "exec 3<>/dev/tcp/{ip}/80 && echo >&3 && head --bytes=1 <&3 | grep -q ."
+                );
+                let asked = node.run_beside(&["timeout", "3", "bash", "-c", &ask])?;
+                ensure!(!asked.status.success(), "{name} answers a program of the node at {ip}");
+                refused += 1;
+            }
         }
-        refused += 2;
     }
     let now = kernel_counter(&agents, &nodes[0], "lookup_strict")?;
     ensure!(now >= strict + refused, "refused in the kernel: {strict}, then {now}");

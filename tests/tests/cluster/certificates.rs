@@ -60,8 +60,9 @@ fn whatever_is_not_exactly_right_is_denied_with_the_reason() -> Result<()> {
     // The workload runs on the other node.
     world.is_denied(there, &web(), "no_pod")?;
     world.is_denied(here, &of(shop, "far"), "no_pod")?;
-    // Its namespace takes no part; there is no such account; nothing may be the agent itself.
+    // Its namespace takes no part, or it does not itself; there is no such account; nothing may be the agent itself.
     world.is_denied(here, &of(world.outside.name(), "web"), "not_enrolled")?;
+    world.is_denied(here, &of(shop, "alone"), "not_enrolled")?;
     world.is_denied(here, &of(shop, "nobody"), "no_pod")?;
     world.is_denied(here, &of(world.system().name(), "malla-agent"), "not_enrolled")?;
     let mut elsewhere = web();

@@ -48,9 +48,25 @@ impl Keeper {
     }
 }
 
+/// What everything of the cluster that this process keeps is called.
+fn name_of(keeper: u32) -> String {
+    format!("malla-{keeper}-")
+}
+
+/// Waits until every process of a cluster has ended whose keeper was killed: nobody but the kernel ends them. The
+/// rest is there then.
+fn dies_as_a_whole(keeper: u32) -> Result<()> {
+    let name = name_of(keeper);
+    wait::until(wait::SOON, "every process to end", || {
+        processes(&name).is_ok_and(|found| found.is_empty())
+    })?;
+    ensure!(!traces(keeper)?.is_empty(), "otherwise nothing is removed");
+    Ok(())
+}
+
 /// What is on this machine of the cluster that this process keeps.
 fn traces(keeper: u32) -> Result<Vec<String>> {
-    let name = format!("malla-{keeper}-");
+    let name = name_of(keeper);
     let mut found = Vec::new();
     let mounts = fs::read_to_string("/proc/self/mounts")?;
     let targets = mounts.lines().filter_map(|line| line.split(' ').nth(1));
@@ -114,17 +130,13 @@ fn killed_cluster_dies_as_a_whole_and_is_removed_by_clean() -> Result<()> {
     let _one = ONE_AFTER_THE_OTHER.lock().unwrap_or_else(PoisonError::into_inner);
     let before = settings();
     let mut cluster = Keeper::start()?;
-    let name = format!("malla-{}-", cluster.0.id());
+    let name = name_of(cluster.0.id());
     wait::until(wait::SOON, "the node's kubelet", || {
         processes(&name).is_ok_and(|found| found.iter().any(|line| line.contains(" kubelet ")))
     })?;
     cluster.0.kill()?;
     cluster.0.wait()?;
-    // Nobody but the kernel ends them.
-    wait::until(wait::SOON, "every process to end", || {
-        processes(&name).is_ok_and(|found| found.is_empty())
-    })?;
-    ensure!(!cluster.traces()?.is_empty(), "otherwise nothing is removed");
+    dies_as_a_whole(cluster.0.id())?;
     let pid = cluster.0.id().to_string();
     let output = xtask()?.args(["clean", "--pid", &pid]).output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
@@ -146,6 +158,32 @@ fn cluster_removes_itself_when_nobody_wants_it_any_more() -> Result<()> {
     Ok(())
 }
 
+/// Where what builds Kubernetes is missing.
+#[test]
+fn machine_without_go_is_told_and_its_tests_are_counted_as_skipped() -> Result<()> {
+    if let Some(missing) = require_own_cluster() {
+        harness::skip!("{missing}");
+    }
+    let output = xtask()?.args(["cluster", "up"]).env("PATH", "/nonexistent").output()?;
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    ensure!(!output.status.success(), "a cluster without Go");
+    ensure!(said.contains("SKIPPED: no cluster here: needs Go 1.26"), "{said}");
+
+    // What xtask tells the tests then, and what it counts of them.
+    let list = std::env::temp_dir().join(format!("malla-{}-skipped", std::process::id()));
+    fs::write(&list, "")?;
+    const TEST: &str = "service_is_reached_by_address_and_name_from_both_nodes";
+    let mut test = Command::new(std::env::current_exe()?);
+    test.args(["--exact", TEST]).env("MALLA_NO_CLUSTER", "no Go").env("MALLA_SKIPPED", &list);
+    let output = test.output().context("run a test")?;
+    let counted = fs::read_to_string(&list)?;
+    fs::remove_file(&list)?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success() && said.contains("1 passed"), "{said}");
+    assert_eq!(counted, format!("{TEST}\tno Go\n"));
+    Ok(())
+}
+
 /// A cluster as people start one to look at, beside those of the tests. Ended when dropped.
 struct Up;
 
@@ -157,6 +195,13 @@ impl Up {
         let error = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{command:?}: {}\n{said}{error}", output.status);
         Ok(said)
+    }
+
+    /// The process that keeps it.
+    fn keeper() -> Result<u32> {
+        let status = Self::cluster(&["status"])?;
+        let (keeper, _) = after("kept by process ", &status)?.split_once(',').context("no end")?;
+        keeper.parse().context("the number of a process")
     }
 }
 
@@ -195,13 +240,19 @@ fn cluster_that_is_started_to_look_at_is_as_it_says_until_it_is_ended() -> Resul
 
     let status = Up::cluster(&["status"])?;
     assert_eq!(Path::new(after("export KUBECONFIG=", &status)?), kubeconfig, "{status}");
-    let keeper =
-        after("kept by process ", &status)?.split_once(',').context("no end")?.0.parse()?;
+    let keeper = Up::keeper()?;
     ensure!(!traces(keeper)?.is_empty(), "otherwise nothing is removed");
     let again = Up::cluster(&["up"])?;
     ensure!(again.contains("one runs already"), "{again}");
-    let status = Up::cluster(&["status"])?;
-    ensure!(after("kept by process ", &status)?.starts_with(&format!("{keeper},")), "{status}");
+    assert_eq!(Up::keeper()?, keeper, "the same one");
+
+    // Killed, it leaves mounts and cgroups, which the next one removes.
+    let kill = Command::new("kill").args(["-KILL", &keeper.to_string()]).status()?;
+    ensure!(kill.success(), "kill the process that keeps it");
+    dies_as_a_whole(keeper)?;
+    Up::cluster(&["up", "--nodes", "1"])?;
+    assert_eq!(traces(keeper)?, [] as [String; 0]);
+    let keeper = Up::keeper()?;
 
     let said = Up::cluster(&["down"])?;
     ensure!(said.contains("removed"), "{said}");

@@ -20,25 +20,32 @@ const SIGNER: &str = "signer.example/mesh";
 /// Between two looks at what is asked.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// A CA that signs what this signer is asked for, and nothing else is known of.
+/// A CA that signs what this signer is asked for, and nothing else is known of. What signs is below the root that
+/// is trusted.
 struct Signer {
     issuer: Issuer<'static, KeyPair>,
+    between: String,
     root: String,
     answered: BTreeSet<String>,
 }
 
 impl Signer {
     fn new() -> Result<Self> {
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, "somebody else");
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        params.subject_alt_names =
-            vec![SanType::URI("spiffe://cluster.local".try_into().context("a root's name")?)];
-        let key = KeyPair::generate()?;
-        let root = params.self_signed(&key)?.pem();
+        let ca = |name: &str, length: u8| -> Result<CertificateParams> {
+            let mut params = CertificateParams::default();
+            params.distinguished_name.push(DnType::CommonName, name);
+            params.is_ca = IsCa::Ca(BasicConstraints::Constrained(length));
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+            params.subject_alt_names =
+                vec![SanType::URI("spiffe://cluster.local".try_into().context("a CA's name")?)];
+            Ok(params)
+        };
+        let (root_params, params) = (ca("somebody else", 1)?, ca("who signs for them", 0)?);
+        let (root_key, key) = (KeyPair::generate()?, KeyPair::generate()?);
+        let root = root_params.self_signed(&root_key)?.pem();
+        let between = params.signed_by(&key, &Issuer::from_params(&root_params, &root_key))?.pem();
         let issuer = Issuer::new(params, key);
-        Ok(Self { issuer, root, answered: BTreeSet::new() })
+        Ok(Self { issuer, between, root, answered: BTreeSet::new() })
     }
 
     /// Answers what is open: signs, denies the service account `unwanted`, and leaves `unheard` alone.
@@ -74,9 +81,9 @@ impl Signer {
                         ExtendedKeyUsagePurpose::ServerAuth,
                         ExtendedKeyUsagePurpose::ClientAuth,
                     ];
-                    let signed = asked.signed_by(&self.issuer)?.pem();
+                    let chain = asked.signed_by(&self.issuer)?.pem() + &self.between;
                     admin.kubectl(&["certificate", "approve", name])?;
-                    let status = json!({"status": {"certificate": base64(signed.as_bytes())}});
+                    let status = json!({"status": {"certificate": base64(&chain)}});
                     let patch = ["patch", "csr", name, "--subresource=status", "--type=merge"];
                     let status = status.to_string();
                     admin.kubectl(&[&patch[..], &["--patch", &status]].concat())?;

@@ -17,10 +17,12 @@ mod command;
 mod endpoints;
 mod families;
 mod foreign;
+mod left_alone;
 mod programs;
 mod ready;
 mod scale;
 mod services;
+mod settings;
 mod unknown;
 
 use anyhow::{Context as _, Result, ensure};

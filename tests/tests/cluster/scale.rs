@@ -1,5 +1,7 @@
 //! What an agent keeps of a cluster that is large: what Services and their endpoints say, while nobody talks to them.
 
+use std::time::Instant;
+
 use anyhow::{Context as _, Result, ensure};
 use harness::{Agents, Cluster, long, wait};
 use serde_json::{Value, json};
@@ -67,12 +69,16 @@ fn memory_grows_with_services_by_little() -> Result<()> {
         Ok(all.iter().filter(|one| one["namespace"] == cluster.name()).filter(whole).count())
     };
     let before = agent.resident()?;
+    let busy_s = || Ok::<_, anyhow::Error>(agent.metrics()?.sum("process_cpu_seconds_total", &[]));
+    let (began, busy_before_s) = (Instant::now(), busy_s()?);
 
     let objects: Vec<_> = (0..many).flat_map(service).collect();
     for chunk in objects.chunks(CHUNK) {
         cluster.create_all(chunk)?;
     }
     wait::until(wait::SOON, "all to be known", || ours().is_ok_and(|count| count == many))?;
+    let (took_s, busy_s) = (began.elapsed().as_secs_f64(), busy_s()? - busy_before_s);
+    long::report(&format!("made in {took_s:.0} s: {:.2} of a core for the agent", busy_s / took_s));
     // With what it took to list them.
     let grown = agent.resident()?.saturating_sub(before);
     long::report(&format!(

@@ -11,6 +11,33 @@ struct Shop {
     cluster: Cluster,
 }
 
+/// A zone of its own for each node, until dropped.
+struct Zones<'a> {
+    admin: &'a Cluster,
+    nodes: &'a [String],
+}
+
+impl<'a> Zones<'a> {
+    const LABEL: &'static str = "topology.kubernetes.io/zone";
+
+    fn of(admin: &'a Cluster, nodes: &'a [String]) -> Result<Self> {
+        let this = Self { admin, nodes };
+        for (nth, node) in nodes.iter().enumerate() {
+            let label = format!("{}=malla-{nth}", Self::LABEL);
+            admin.kubectl(&["label", "node", node, &label])?;
+        }
+        Ok(this)
+    }
+}
+
+impl Drop for Zones<'_> {
+    fn drop(&mut self) {
+        for node in self.nodes {
+            self.admin.kubectl(&["label", "node", node, &format!("{}-", Self::LABEL)]).ok();
+        }
+    }
+}
+
 impl Shop {
     /// The names of the servers that answer in eight connections.
     fn heard(&self, service: &str) -> Result<BTreeSet<String>> {
@@ -32,14 +59,14 @@ impl Shop {
         self.cluster.apply(&service)
     }
 
-    /// Whatever carries: the node's own for `near` and `close`, both for `free`, one of two for `sticky`,
+    /// Whatever carries: the node's own for those that are `near`, both for `free`, one of two for `sticky`,
     /// nobody for `elsewhere`.
-    fn check(&self) -> Result<()> {
+    fn check(&self, near: &[&str]) -> Result<()> {
         let both = BTreeSet::from(["near".to_owned(), "far".to_owned()]);
         wait::until(wait::SOON, "both servers behind the Service that says nothing", || {
             self.heard("free").is_ok_and(|heard| heard == both)
         })?;
-        for service in ["local", "close"] {
+        for service in near {
             let expected = BTreeSet::from(["near".to_owned()]);
             let mut last = None;
             wait::until(wait::SOON, "", || {
@@ -68,10 +95,17 @@ fn services_mean_in_the_mesh_what_they_mean_to_kube_proxy() -> Result<()> {
     let nodes = cluster.two_nodes()?;
     let shop = Shop { cluster };
     let cluster = &shop.cluster;
+    // Where somebody else's nodes are, they say.
+    let _zones = Cluster::is_ours().then(|| Zones::of(cluster, &nodes)).transpose()?;
+    let mut near = vec!["local", "close"];
+    if Cluster::is_ours() {
+        near.push("zonal");
+    }
     for (name, app, fields) in [
         ("free", "web", json!({})),
         ("local", "web", json!({"internalTrafficPolicy": "Local"})),
         ("close", "web", json!({"trafficDistribution": "PreferSameNode"})),
+        ("zonal", "web", json!({"trafficDistribution": "PreferClose"})),
         ("sticky", "web", json!({"sessionAffinity": "ClientIP"})),
         ("elsewhere", "far-only", json!({"internalTrafficPolicy": "Local"})),
     ] {
@@ -85,14 +119,14 @@ fn services_mean_in_the_mesh_what_they_mean_to_kube_proxy() -> Result<()> {
     for pod in ["near", "far", "far-only"] {
         cluster.ready(pod)?;
     }
-    shop.check().context("without the mesh")?;
+    shop.check(&near).context("without the mesh")?;
 
     cluster.annotate(&json!({"malla.dev/mesh": "enabled"}))?;
     for (pod, node) in [("client", 0), ("near", 0), ("far", 1), ("far-only", 1)] {
         agents.wait_until_enrolled(&nodes[node], cluster.name(), pod, true)?;
         agents.wait_until_carried(&nodes[node], cluster.name(), pod)?;
     }
-    shop.check().context("in the mesh")?;
+    shop.check(&near).context("in the mesh")?;
 
     let ask = ["curl", "--silent", "--max-time", "2", "http://elsewhere/"];
     let output = cluster.exec_output("client", &ask)?;
@@ -103,7 +137,8 @@ fn services_mean_in_the_mesh_what_they_mean_to_kube_proxy() -> Result<()> {
     let why = [("stage", "route"), ("reason", "no_local_endpoints"), ("src.workload", "client")];
     agents.wait_for_record(&nodes[0], &why)?;
     // Carried, and not what kube-proxy did.
-    for (name, way) in [("free", "tunnel"), ("local", "local"), ("close", "local")] {
+    let local = near.iter().map(|name| (*name, "local"));
+    for (name, way) in local.chain([("free", "tunnel")]) {
         let texts = [("dst.service", &*host(name)), ("way", way), ("response_flags", "-")];
         agents.wait_for_record(&nodes[0], &texts)?;
     }
@@ -118,6 +153,14 @@ fn services_mean_in_the_mesh_what_they_mean_to_kube_proxy() -> Result<()> {
     ] {
         let found = shown.iter().find(|one| one["service"] == name).context("not listed")?;
         assert_eq!(found[key], value, "{found}");
+    }
+    if Cluster::is_ours() {
+        let zonal = shown.iter().find(|one| one["service"] == "zonal").context("not listed")?;
+        // By its newer name.
+        assert_eq!(
+            (&zonal["reach"], &zonal["distribution"]),
+            (&json!(["same-zone"]), &json!("PreferSameZone"))
+        );
     }
     Ok(())
 }

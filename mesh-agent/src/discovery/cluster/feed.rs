@@ -53,7 +53,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// A watch that was open for so long has worked: something that resets idle ones must not make waits grow.
 const WORKED: Duration = Duration::from_secs(5);
 /// A server that has forgotten versions has forgotten everybody's: lists are spread over so long.
-const EXPIRED_WAIT: Duration = Duration::from_secs(3);
+pub(super) const EXPIRED_WAIT: Duration = Duration::from_secs(3);
 
 /// News of one kind.
 #[derive(Debug)]

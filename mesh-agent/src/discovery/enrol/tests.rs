@@ -81,8 +81,10 @@ fn pod_that_cannot_be_carried_is_left_alone_with_the_reason() {
     }
     assert_eq!(with(&|pod| pod.status = Some(phase("Running"))), Enrolment::Enrolled);
     let (own, _) = wishes(&enrolled_pod().metadata);
-    let system = own.enrolment(&Wishes::default(), "kube-system", &enrolled_pod());
-    assert_eq!(system, Enrolment::LeftAlone(left_alone::SYSTEM));
+    for system in ["kube-system", "malla-system"] {
+        let found = own.enrolment(&Wishes::default(), system, &enrolled_pod());
+        assert_eq!(found, Enrolment::LeftAlone(left_alone::SYSTEM), "{system}");
+    }
 }
 
 #[test]
@@ -191,6 +193,8 @@ fn value_that_is_not_understood_counts_as_the_narrowest_whatever_the_namespace_s
     };
     assert_eq!(wrong.settings(&nothing), narrowest);
     assert_eq!(nothing.settings(&wrong), narrowest, "on the namespace");
+    assert_ne!(wide.settings(&nothing), Settings::default());
+    assert_eq!(nothing.settings(&wide), wide.settings(&nothing), "a pod has its namespace's");
     let inherited = Settings {
         preserve_client_address: false,
         opaque_ports: "3306".parse().unwrap(),

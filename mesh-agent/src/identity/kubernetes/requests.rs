@@ -378,10 +378,16 @@ mod tests {
         let hour = Duration::from_secs(3600);
         let all = names.iter().map(|id| world.requests.issue(id, hour));
         let all = futures_util::future::join_all(all);
+        let began = Instant::now();
         let made = async {
+            let mut most_at_once = 0;
             while world.api.requests().len() <= AT_ONCE {
+                most_at_once = world.api.requests().len();
                 sleep(FIRST_LOOK).await;
             }
+            assert_eq!(most_at_once, AT_ONCE);
+            // Not before the turn of another one was over.
+            assert!(began.elapsed() >= TURN, "{:?}", began.elapsed());
         };
         tokio::select! {
             _ = all => panic!("nobody answers"),
@@ -401,6 +407,16 @@ mod tests {
         assert_eq!(begin(0.0).await, Duration::ZERO);
         assert_eq!(begin(0.5).await, SPREAD / 2);
         assert_eq!(begin(1.0).await, SPREAD);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_asked_before_it_is_this_agents_turn() {
+        let mut world = World::new().await;
+        let begin = Instant::now() + Duration::from_millis(300);
+        world.requests.begin = begin;
+        world.issue().await.unwrap_err();
+        assert_eq!(world.api.requests().len(), 1);
+        assert!(Instant::now() >= begin, "not waited for");
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@ use serde_json::json;
 pub(super) struct World {
     deployment: Deployment,
     signer: String,
-    /// Enrolled: `web` on the first node, `far` on the second.
+    /// Enrolled: `web` on the first node, `far` on the second; but not `alone` on the first, which says so.
     pub(super) shop: Cluster,
     /// Not enrolled: `web` on the first node.
     pub(super) outside: Cluster,
@@ -71,12 +71,16 @@ impl World {
             cluster.start(name, node, spec)
         };
         let nodes = shop.two_nodes()?;
-        for (cluster, account, node) in
-            [(&shop, "web", &nodes[0]), (&shop, "far", &nodes[1]), (&outside, "web", &nodes[0])]
-        {
+        for (cluster, account, node) in [
+            (&shop, "web", &nodes[0]),
+            (&shop, "far", &nodes[1]),
+            (&shop, "alone", &nodes[0]),
+            (&outside, "web", &nodes[0]),
+        ] {
             cluster.kubectl(&["create", "serviceaccount", account])?;
             pod(cluster, account, account, node)?;
         }
+        shop.kubectl(&["annotate", "pod", "alone", "malla.dev/mesh=disabled"])?;
         let system = deployment.system();
         let mut agents = Vec::new();
         for node in &nodes {
@@ -138,7 +142,7 @@ impl World {
             "kind": "CertificateSigningRequest",
             "metadata": {"generateName": "malla-test-"},
             "spec": {
-                "request": base64(pem.as_bytes()),
+                "request": base64(&pem),
                 "signerName": self.signer,
                 "usages": asked.usages,
             },

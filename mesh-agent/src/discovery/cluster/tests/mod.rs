@@ -34,6 +34,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::ClusterSource;
+use super::feed::EXPIRED_WAIT;
 use crate::discovery::client::by_config;
 use crate::discovery::file::Settings;
 use crate::discovery::{Demand, Outcomes, Problem};
@@ -165,7 +166,10 @@ impl Api {
             return response;
         }
         // A large cluster's are not for every node: only those of one, or at one address, may be asked for.
-        if path == PODS && !query.contains_key("fieldSelector") {
+        let are_few = query.get("fieldSelector").is_some_and(|selector| {
+            ["spec.nodeName%3D", "status.podIP%3D"].iter().any(|few| selector.starts_with(few))
+        });
+        if path == PODS && !are_few {
             return refuse(StatusCode::BAD_REQUEST);
         }
         if held.forbidden.contains(&path) {
@@ -468,6 +472,22 @@ async fn version_that_is_forgotten_is_listed_again() {
     until("a watch", || api.asked("watch pods") >= 3).await;
     api.set_down(None);
     followed.until_pods(&["three"]).await;
+}
+
+/// A server that has just started tells it to everybody at once.
+#[tokio::test]
+async fn agents_whose_version_is_forgotten_together_do_not_list_together() {
+    const MANY: usize = 16;
+    let api = Api::start().await;
+    let _all: Vec<_> = (0..MANY).map(|_| api.follow()).collect();
+    until("a watch of each", || api.asked("watch pods") == MANY).await;
+    assert_eq!(api.asked("list pods"), MANY);
+    api.event("ERROR", json!({"kind": "Status", "metadata": {}, "code": 410, "message": "too old", "reason": "Expired", "status": "Failure"}));
+    until("a list of each", || api.asked("list pods") == 2 * MANY).await;
+    let again = api.asked_at("list pods").split_off(MANY);
+    let took = again[MANY - 1] - again[0];
+    // So many that are spread evenly are within a tenth of it once in 10^14 times.
+    assert!(took > EXPIRED_WAIT / 10, "all of them within {took:?}");
 }
 
 #[tokio::test]
