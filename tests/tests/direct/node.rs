@@ -1,7 +1,7 @@
 //! The direct way and what else happens on its node.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -160,18 +160,32 @@ fn firewall_between_two_pods_holds() -> Result<()> {
     harness::require!("nft");
     let mesh = Mesh::two_nodes()?;
     let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
-    let to = mesh.service("a").v4(80);
-    until_direct(mesh.pod("a1"), to, &server)?;
-    let [from, at]: [Ipv4Addr; 2] = ["a1", "a2"].map(|pod| mesh.pod(pod).v4_ip());
-    let rule = format!(
-        "add table ip wall; add chain ip wall forward {{ type filter hook forward priority 0; }}; \
-         add rule ip wall forward ip saddr {from} ip daddr {at} tcp flags syn reject with tcp reset"
-    );
-    nft(&mesh, &rule)?;
-    let before = server.clients().len();
-    mesh.pod("a1").refused(to)?;
-    assert_eq!(server.clients().len(), before, "packets go the way that the node's rules see");
-    mesh.agent("a").wait_for_record(&[("way", "direct"), ("reason", "connection_refused")])?;
+    nft(
+        &mesh,
+        "add table inet wall; \
+         add chain inet wall forward { type filter hook forward priority 0; }",
+    )?;
+    for (family, kind) in Family::BOTH.into_iter().zip(["ip", "ip6"]) {
+        let to = mesh.service("a").addr(family, 80);
+        until_direct(mesh.pod("a1"), to, &server)?;
+        let [from, at] = ["a1", "a2"].map(|pod| mesh.pod(pod).ip(family));
+        nft(
+            &mesh,
+            &format!(
+                "add rule inet wall forward {kind} saddr {from} {kind} daddr {at} \
+                 tcp flags syn reject with tcp reset"
+            ),
+        )?;
+        let before = server.clients().len();
+        mesh.pod("a1").refused(to)?;
+        assert_eq!(server.clients().len(), before, "packets go the way that the node's rules see");
+        let refused = [
+            ("way", "direct"),
+            ("reason", "connection_refused"),
+            ("dst.orig_addr", &*to.to_string()),
+        ];
+        mesh.agent("a").wait_for_record(&refused)?;
+    }
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! What begins and ends the direct way.
 
+use std::fs;
 use std::io::{ErrorKind, Read as _};
 use std::net::TcpStream;
 use std::panic::resume_unwind;
@@ -242,7 +243,7 @@ fn pod_that_takes_over_an_address_inherits_nothing() -> Result<()> {
     let mut open = until_direct(mesh.pod("a1"), mesh.pod("a2").v4(8080), &server)?;
     // The same namespace and address under another UID: all that a successor could have in common.
     let successor = mesh.manifests().dir().join("pod-default-a2.yaml");
-    let text = std::fs::read_to_string(&successor)?;
+    let text = fs::read_to_string(&successor)?;
     let uid = mesh.pod("a2").uid();
     ensure!(text.contains(uid), "{text}");
     let change = Change::begin(&mesh);
@@ -255,7 +256,7 @@ fn pod_that_takes_over_an_address_inherits_nothing() -> Result<()> {
     wait::until(wait::SOON, "the server to see it", || {
         server.outcomes().iter().any(Result::is_err)
     })?;
-    let slice = std::fs::read_to_string(mesh.manifests().dir().join("service-default-a.yaml"))?;
+    let slice = fs::read_to_string(mesh.manifests().dir().join("service-default-a.yaml"))?;
     mesh.manifests().write("service-default-a", &slice.replace(uid, "5ucce550-0000"))?;
     // Until then the service is one of a stranger, and its address no destination of the mesh.
     wait::until(wait::SOON, "the successor behind the service", || {
@@ -323,10 +324,44 @@ fn leaving_the_mesh_cuts_nothing() -> Result<()> {
     harness::require!();
     let mesh = Mesh::two_nodes()?;
     let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
-    let mut open = until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?;
+    // Without the mesh a service's address leads nowhere here.
+    let to = mesh.pod("a2").v4(8080);
+    let mut open = until_direct(mesh.pod("a1"), to, &server)?;
+    mesh.enrol("a2", false)?;
+    exchange(&mut open, b"still here")?;
+    // Whoever is new is nobody's that the kernel knows.
+    let taken = kernel(&mesh, "direct_taken")?;
+    for _ in 0..5 {
+        exchange(&mut mesh.pod("a1").connect(to)?, b"not of the mesh any more")?;
+    }
+    assert_eq!(kernel(&mesh, "direct_taken")?, taken);
+    mesh.enrol("a1", false)?;
+    exchange(&mut open, b"still here")
+}
+
+/// What is open was allowed to the one that its pod was then.
+#[test]
+fn verdict_ends_with_the_identity_of_either_end() -> Result<()> {
+    harness::require!();
     for pod in ["a1", "a2"] {
-        mesh.enrol(pod, false)?;
+        let mesh = Mesh::two_nodes()?;
+        let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+        let to = mesh.service("a").v4(80);
+        let mut open = until_direct(mesh.pod("a1"), to, &server)?;
+        let stale = kernel(&mesh, "direct_stale")?;
+        let name = format!("pod-default-{pod}");
+        let manifest = fs::read_to_string(mesh.manifests().dir().join(format!("{name}.yaml")))?;
+        let account = |name: &str| format!("serviceAccountName: \"{name}\"");
+        mesh.manifests().write(&name, &manifest.replace(&account(pod), &account("other")))?;
+        wait::until(wait::SOON, "the verdict to end", || {
+            connect(mesh.pod("a1"), to, &server).is_ok()
+                && kernel(&mesh, "direct_stale").is_ok_and(|now| now > stale)
+        })?;
         exchange(&mut open, b"still here")?;
+        drop(until_direct(mesh.pod("a1"), to, &server)?);
+        let identity = mesh.pod(pod).identity().replace(&format!("/sa/{pod}"), "/sa/other");
+        let key = if pod == "a1" { "src.identity" } else { "dst.identity" };
+        mesh.agent("a").wait_for_record(&[("way", "direct"), (key, &identity)])?;
     }
     Ok(())
 }

@@ -1,14 +1,14 @@
 //! Every way for a program to end, met by every other.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use harness::{Carrier, Mesh, Serve, linger_zero};
+use harness::{Carrier, Family, Mesh, Serve, linger_zero, wait};
 
-use crate::{joined, mesh, wait_until_idle};
+use crate::{carriers, joined, mesh, wait_until_idle};
 
 /// How a program that has sent and received something goes on.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -90,8 +90,41 @@ fn read_all(stream: &mut TcpStream) -> String {
     }
 }
 
+/// Where two programs meet: from whom, to whom, and by which family.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    mesh: &'a Mesh,
+    from: &'a str,
+    to: &'a str,
+    family: Family,
+    /// Whether the kernel connects them.
+    is_direct: bool,
+}
+
+impl Place<'_> {
+    /// Both ends of a connection.
+    fn open(&self, listener: &TcpListener, port: u16) -> Result<[TcpStream; 2]> {
+        let to = self.mesh.pod(self.to).addr(self.family, port);
+        let once = || -> Result<[TcpStream; 2]> {
+            let dialled = self.mesh.pod(self.from).connect(to)?;
+            let (accepted, _) = listener.accept()?;
+            Ok([dialled, accepted])
+        };
+        if !self.is_direct {
+            return once();
+        }
+        wait::until_some(wait::SOON, "a direct connection", || {
+            let [dialled, accepted] = once().ok()?;
+            let [from, seen] = [dialled.local_addr().ok()?, accepted.peer_addr().ok()?];
+            let is_direct =
+                from.port() == seen.port() && from.ip().to_canonical() == seen.ip().to_canonical();
+            is_direct.then_some([dialled, accepted])
+        })
+    }
+}
+
 /// What two programs see of each other, for each pair of manners of which one is watched.
-fn manners(mesh: &Mesh, to: &str) -> Result<Vec<String>> {
+fn manners(place: Place<'_>) -> Result<Vec<String>> {
     let watches = |manner| matches!(manner, Manner::HalfThenRead | Manner::Wait);
     let all = Manner::ALL.into_iter().flat_map(|client| Manner::ALL.map(|server| (client, server)));
     // Two that wait see only who loses patience first.
@@ -99,9 +132,8 @@ fn manners(mesh: &Mesh, to: &str) -> Result<Vec<String>> {
         (watches(client) || watches(server)) && (client, server) != (Manner::Wait, Manner::Wait)
     });
     let meet = |port: u16, client: Manner, server: Manner| -> Result<String> {
-        let listener = mesh.pod(to).listen(port)?;
-        let dialled = mesh.pod("a1").connect(mesh.pod(to).v4(port))?;
-        let (accepted, _) = listener.accept()?;
+        let listener = place.mesh.pod(place.to).listen(port)?;
+        let [dialled, accepted] = place.open(&listener, port)?;
         let (seen, other) = thread::scope(|scope| {
             let dialling = scope.spawn(|| client.behave(dialled));
             let accepting = server.behave(accepted);
@@ -125,14 +157,22 @@ fn manners_are_seen_as_over_plain_tcp() -> Result<()> {
     harness::require!();
     let plain = Mesh::two_nodes_builder().plain().start()?;
     let (lane, quic) = (mesh(Carrier::Lane)?, mesh(Carrier::Quic)?);
-    // Across the nodes by each carrier, and within one.
-    let worlds = [(&plain, "b1"), (&lane, "b1"), (&quic, "b1"), (&lane, "a2")];
+    let [v4, v6] = Family::BOTH;
+    let place = |mesh, from, to, family, is_direct| Place { mesh, from, to, family, is_direct };
+    // Across the nodes by each carrier, and within one by its agent and without.
+    let places = [
+        place(&plain, "a1", "b1", v4, false),
+        place(&lane, "a1", "b1", v6, false),
+        place(&quic, "a1", "b1", v4, false),
+        place(&lane, "a1", "a2", v6, false),
+        place(&lane, "b1", "b2", v4, true),
+    ];
     let [plain, meshed @ ..] = thread::scope(|scope| {
-        let meeting = worlds.map(|(mesh, to)| scope.spawn(move || manners(mesh, to)));
+        let meeting = places.map(|place| scope.spawn(move || manners(place)));
         meeting.map(|one| one.join().unwrap())
     });
     let plain = plain?;
-    for (seen, name) in meshed.into_iter().zip(["lane", "quic", "local"]) {
+    for (seen, name) in meshed.into_iter().zip(["lane", "quic", "local", "direct"]) {
         assert_eq!(plain, seen?, "{name}");
     }
     Ok(())
@@ -141,10 +181,10 @@ fn manners_are_seen_as_over_plain_tcp() -> Result<()> {
 #[test]
 fn close_right_after_connect_and_single_bytes_are_harmless() -> Result<()> {
     harness::require!();
-    for carrier in Carrier::BOTH {
+    for (carrier, family) in carriers() {
         let mesh = mesh(carrier)?;
         let _server = mesh.pod("b1").serve(8080, Serve::Greet("hi"))?;
-        let to = mesh.pod("b1").v4(8080);
+        let to = mesh.pod("b1").addr(family, 8080);
         // Says nothing all the while, and is not forgotten.
         let mut silent = mesh.pod("a1").connect(to)?;
         let mut bytewise = mesh.pod("a1").connect(to)?;
