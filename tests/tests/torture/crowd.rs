@@ -8,9 +8,11 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Carrier, Mesh, Pattern, Serve, exchange, linger_zero, long, receive_pattern, wait};
+use harness::{
+    Carrier, Family, Mesh, Pattern, Serve, exchange, linger_zero, long, receive_pattern, wait,
+};
 
-use crate::{fds, joined, mesh, wait_until_idle};
+use crate::{carriers, fds, joined, mesh, wait_until_idle};
 
 #[test]
 fn readers_that_stall_hold_up_nobody_else() -> Result<()> {
@@ -40,8 +42,9 @@ fn stall(mesh: &Mesh, client: &str, readers: u64, most: u64) -> Result<()> {
     }
     let rss = || anyhow::Ok(mesh.agent("a").rss_bytes()? + mesh.agent("b").rss_bytes()?);
     let before = rss()?;
-    let connect = |_| client.connect(server.v4(8080));
-    let stalled = (0..readers).map(connect).collect::<Result<Vec<_>>>()?;
+    let families = Family::BOTH.into_iter().cycle();
+    let connect = |(_, family)| client.connect(server.addr(family, 8080));
+    let stalled = (0..readers).zip(families).map(connect).collect::<Result<Vec<_>>>()?;
     let (mut last, mut still) = (before, 0);
     // Until every buffer on the way is full, and nothing grows any more: three looks in a row, since on a
     // busy machine a relay may not have had its turn between two of them.
@@ -122,9 +125,9 @@ fn idle_connections_cost_little_and_stay_usable() -> Result<()> {
     harness::require!("prlimit");
     // Each is two descriptors of this process and of each agent. From two pods: one has fewer ports.
     let each: usize = long::either(500, 5_000).min(all_descriptors()?.saturating_sub(1_000) / 4);
-    for carrier in Carrier::BOTH {
+    for (carrier, family) in carriers() {
         let mesh = mesh(carrier)?;
-        let to = mesh.pod("b1").v4(8080);
+        let to = mesh.pod("b1").addr(family, 8080);
         let listener = mesh.pod("b1").listen(8080)?;
         let memory = || anyhow::Ok([mesh.agent("a").rss_bytes()?, mesh.agent("b").rss_bytes()?]);
         let mut pairs = Vec::new();
@@ -174,10 +177,10 @@ const SPARE: usize = 2 * 2 * 2 * 64;
 fn crowd_is_served_and_leaves_nothing_behind() -> Result<()> {
     harness::require!();
     const EACH: usize = 1000;
-    for carrier in Carrier::BOTH {
+    for (carrier, family) in carriers() {
         let mesh = mesh(carrier)?;
         let _server = mesh.pod("b1").serve(8080, Serve::Greet("x"))?;
-        let to = mesh.pod("b1").v4(8080);
+        let to = mesh.pod("b1").addr(family, 8080);
         let before = [fds(mesh.agent("a"))?, fds(mesh.agent("b"))?];
         let crowd = |pod: &str| {
             mesh.pod(pod).run(|| {
@@ -211,7 +214,7 @@ fn crowd_is_served_and_leaves_nothing_behind() -> Result<()> {
 fn many_short_connections_leave_nothing_behind() -> Result<()> {
     harness::require!();
     const EACH: usize = 600;
-    for carrier in Carrier::BOTH {
+    for (carrier, family) in carriers() {
         let mesh = mesh(carrier)?;
         let _servers = ["b1", "a2"].map(|pod| mesh.pod(pod).serve(8080, Serve::Echo).unwrap());
         let agents = ["a", "b"].map(|node| mesh.agent(node));
@@ -228,7 +231,7 @@ fn many_short_connections_leave_nothing_behind() -> Result<()> {
         };
         let run = &run;
         thread::scope(|scope| {
-            let targets = ["b1", "a2", "b1", "a2"].map(|to| mesh.pod(to).v4(8080));
+            let targets = ["b1", "a2", "b1", "a2"].map(|to| mesh.pod(to).addr(family, 8080));
             let running = targets.map(|to| scope.spawn(move || run(to)));
             running.into_iter().try_for_each(|one| one.join().unwrap())
         })?;

@@ -6,22 +6,24 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use fastrand::Rng;
-use harness::{Carrier, Fate, Hop, Mesh, Pattern, Serve, exchange, exchange_patterns, long};
+use harness::{
+    Carrier, Family, Fate, Hop, Mesh, Pattern, Serve, exchange, exchange_patterns, long,
+};
 
-use crate::{is_honest, joined};
+use crate::{carriers, is_honest, joined};
 
 /// Bulk in both directions at once and small exchanges beside it, all of them to the byte.
-fn all_is_well(mesh: &Mesh, bytes: u64, small: usize) -> Result<()> {
+fn all_is_well(mesh: &Mesh, family: Family, bytes: u64, small: usize) -> Result<()> {
     let _bulk = mesh.pod("b1").serve(8080, Serve::Exchange(bytes))?;
     let _echo = mesh.pod("b2").serve(8080, Serve::Echo)?;
     let began = Instant::now();
     thread::scope(|scope| {
         let bulk = scope.spawn(|| {
-            let stream = mesh.pod("a1").connect(mesh.pod("b1").v4(8080))?;
+            let stream = mesh.pod("a1").connect(mesh.pod("b1").addr(family, 8080))?;
             exchange_patterns(&stream, bytes, Pattern::CLIENT, Pattern::SERVER).context("bulk")
         });
         for size in (0..small).map(|nth| 1 + nth * 977 % 20_000) {
-            let mut stream = mesh.pod("a2").connect(mesh.pod("b2").v4(8080))?;
+            let mut stream = mesh.pod("a2").connect(mesh.pod("b2").addr(family, 8080))?;
             exchange(&mut stream, &vec![7; size]).with_context(|| format!("{size} bytes"))?;
         }
         joined(bulk)
@@ -34,9 +36,9 @@ fn all_is_well(mesh: &Mesh, bytes: u64, small: usize) -> Result<()> {
 fn packets_of_any_size_carry_the_mesh() -> Result<()> {
     harness::require!();
     for mtu in [1280, 9000] {
-        for carrier in Carrier::BOTH {
+        for (carrier, family) in carriers() {
             let mesh = Mesh::two_nodes_builder().carrier(carrier).mtu(mtu).start()?;
-            all_is_well(&mesh, long::either(20_000_000, 1 << 30), 20)
+            all_is_well(&mesh, family, long::either(20_000_000, 1 << 30), 20)
                 .with_context(|| format!("{carrier:?} with {mtu} bytes"))?;
         }
     }
@@ -57,13 +59,13 @@ fn lossy(seed: u64) -> impl FnMut(&[u8]) -> Fate + Send + use<> {
 fn packets_that_are_lost_and_late_change_no_byte() -> Result<()> {
     harness::require!("nft");
     let seed = long::seed();
-    for carrier in Carrier::BOTH {
+    for (carrier, family) in carriers() {
         let mesh = Mesh::two_nodes_builder().carrier(carrier).start()?;
         let hops = [
             Hop::behind(mesh.node("a"), 1, lossy(seed))?,
             Hop::behind(mesh.node("b"), 0, lossy(!seed))?,
         ];
-        all_is_well(&mesh, long::either(3_000_000, 300_000_000), long::either(30, 3_000))
+        all_is_well(&mesh, family, long::either(3_000_000, 300_000_000), long::either(30, 3_000))
             .with_context(|| format!("{carrier:?}"))?;
         for hop in &hops {
             let [passed, lost, late] = hop.judged();
@@ -92,7 +94,7 @@ fn swallowing(carrier: Carrier) -> Result<(Mesh, [Hop; 2])> {
 fn quic_finds_out_what_a_path_swallows() -> Result<()> {
     harness::require!("nft");
     let (mesh, hops) = swallowing(Carrier::Quic)?;
-    all_is_well(&mesh, long::either(5_000_000, 300_000_000), 20)?;
+    all_is_well(&mesh, Family::V6, long::either(5_000_000, 300_000_000), 20)?;
     ensure!(hops.iter().any(|hop| hop.judged()[1] > 0), "nothing was swallowed");
     Ok(())
 }
@@ -105,7 +107,8 @@ fn lane_on_a_path_that_swallows_is_what_the_kernel_makes_of_it() -> Result<()> {
         // From small packets on: 1 begins with large ones, and finds out after seconds, for each lane.
         mesh.node(node).sysctl("net/ipv4/tcp_mtu_probing", "2")?;
     }
-    all_is_well(&mesh, long::either(500_000, 300_000_000), 3).context("with tcp_mtu_probing")?;
+    all_is_well(&mesh, Family::V4, long::either(500_000, 300_000_000), 3)
+        .context("with tcp_mtu_probing")?;
     if !long::is_long() {
         return Ok(());
     }
