@@ -46,7 +46,7 @@ counters! {
     ConnectDeadMan = "connect_dead_man",
     /// `connect`: refused; the destination is one of the agent's own listeners.
     ConnectOwnListener = "connect_own_listener",
-    /// `connect`: refused; the pod has no listener for the destination's family.
+    /// `connect`: refused; the pod has no listener for the destination's family, or its agent is gone.
     ConnectNoListener = "connect_no_listener",
     /// `connect`: refused; the kernel had no memory to remember the destination.
     ConnectNoStorage = "connect_no_storage",

@@ -114,6 +114,13 @@ fn capture(
             endpoint
         }
         (Way::Agent(endpoint), Some(listener)) => {
+            // The kernel gives a connection any port that nobody has. Of an agent that is gone it may be the very
+            // one that this goes to, and TCP connects it to itself (simultaneous open, RFC 9293 section 3.5): the
+            // application would read what it has written.
+            if !direct::is_there(ctx, &listener) {
+                count(Counter::ConnectNoListener);
+                return refuse();
+            }
             meta.endpoint = endpoint;
             listener
         }

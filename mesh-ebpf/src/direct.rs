@@ -17,6 +17,9 @@ use crate::maps::{CONTROL, DESTINATIONS, POD_INBOUND, PROBE, VERDICTS, count, no
 /// `TCP_LISTEN` of `enum` in the kernel's UAPI.
 const TCP_LISTEN: u32 = 10;
 
+/// The namespace of the socket that connects: any negative number is (`BPF_F_CURRENT_NETNS`).
+const OWN_NETNS: u32 = u32::MAX;
+
 /// Where a captured connection goes.
 pub(crate) enum Way {
     /// To the agent, which tries this endpoint first, or chooses by itself if it is none.
@@ -163,6 +166,19 @@ fn listens(ctx: &SockAddrContext, from: &WireIp, endpoint: &VerdictEndpoint) -> 
     // SAFETY: as above. No question has a destination port of zero.
     unsafe { (*asked).dst.port_be = 0 };
     found && undisturbed
+}
+
+/// Whether somebody listens at this port of the pod's own address, as its agent does while it lives.
+#[inline(always)]
+pub(crate) fn is_there(ctx: &SockAddrContext, listener: &WireAddr) -> bool {
+    let (ip, dport) = (listener.ip, listener.port_be);
+    if is_v4(&ip) {
+        let mut tuple = Tuple4 { saddr: ip[3], daddr: ip[3], sport: 0, dport };
+        lookup(ctx, &mut tuple, OWN_NETNS)
+    } else {
+        let mut tuple = Tuple6 { saddr: ip, daddr: ip, sport: 0, dport };
+        lookup(ctx, &mut tuple, OWN_NETNS)
+    }
 }
 
 /// `bpf_sock_tuple.ipv4`.

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -124,6 +125,33 @@ fn without_an_agent_connections_fail_at_once() {
     assert_eq!(out.kind(), io::ErrorKind::ConnectionRefused);
     assert_eq!(into.kind(), io::ErrorKind::ConnectionRefused);
     assert!(started.elapsed() < Duration::from_millis(200), "{:?}", started.elapsed());
+}
+
+/// A connection that has the port which it goes to, at the same address, is TCP's simultaneous open: with itself.
+#[test]
+fn without_an_agent_no_connection_is_to_itself() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let capture = world.start();
+    let listeners = world.enrol(&capture, &Settings::default());
+    let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+    let ports: Vec<_> = listeners.outbound.iter().map(port).collect();
+    assert!(ports.len() > 2, "of both families: {ports:?}");
+    drop(listeners);
+    drop(capture);
+    let denied = |to: &str, domain: Domain, own: &str, port: u16| {
+        let app = world.app(domain);
+        app.set_reuse_address(true).unwrap();
+        app.bind(&SocketAddr::new(ip(own), port).into()).unwrap();
+        let refused = app.connect(&sock_addr(to)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused, "from {port}");
+    };
+    for port in ports {
+        denied(SERVICE4, Domain::IPV4, POD4, port);
+        denied(SERVICE6, Domain::IPV6, POD6, port);
+    }
 }
 
 #[test]
