@@ -194,3 +194,20 @@ fn every_test_that_guards_an_invariant_exists() {
     let absent: Vec<_> = guards.into_iter().filter(|name| !exists(name)).collect();
     assert_eq!(absent, [""; 0], "no such test");
 }
+
+/// What the fuzzer begins with and what is kept of its runs is fed to every target by a test too.
+#[test]
+fn every_fuzz_target_is_repeated_by_a_test() {
+    let targets = fs::read_dir(root().join("mesh-agent/fuzz/fuzz_targets")).unwrap();
+    let targets: BTreeSet<_> = targets
+        .map(|target| target.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned())
+        .collect();
+    assert!(targets.len() > 10, "{targets:?}");
+    let sources = sources();
+    let is_repeated = |target: &&String| {
+        let call = format!("replay(\"{target}\"");
+        sources.iter().any(|(_, text)| text.contains(&call))
+    };
+    let missing: Vec<_> = targets.iter().filter(|target| !is_repeated(target)).collect();
+    assert!(missing.is_empty(), "nothing repeats {missing:?}: see mesh-agent/src/fuzzing.rs");
+}

@@ -7,10 +7,11 @@ use aya::Pod;
 use aya::maps::{HashMap as KernelMap, MapData};
 use mesh_agent::capture::{Capture, CaptureError, Generations, VerdictEntry, Written};
 use mesh_common::addr::{WireIp, from_ip};
-use mesh_common::direct::{Verdict, VerdictKey};
+use mesh_common::direct::{Verdict, VerdictEndpoint, VerdictKey};
 use mesh_common::maps::{PodInbound, PodOutbound, number};
 use mesh_core::addr::{EndpointAddr, OrigDst};
 use mesh_core::settings::Settings;
+use socket2::Domain;
 
 use crate::elements::pinned;
 use crate::world::*;
@@ -134,4 +135,46 @@ fn pod_that_cannot_be_written_ends_all_verdicts_and_keeps_nothing_from_being_wri
     assert_eq!(capture.pod_generation(UID), Some(10));
     assert_eq!(number(outbound.get(&netns, 0).unwrap().generation), 10);
     assert_eq!(grant(&world, &capture, 10, (SERVICE6, 3)), Written::Yes);
+}
+
+/// What lies in the map is no reason to refuse anybody, nor to connect somebody elsewhere.
+#[test]
+fn verdict_that_makes_no_sense_leaves_the_connection_to_the_agent() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let capture = world.start();
+    let listeners = world.enrol(&capture, &Settings::default());
+    capture.set_generations(generations(1, [2, 3])).unwrap();
+    assert_eq!(grant(&world, &capture, 1, (SERVICE4, 2)), Written::Yes);
+    let mut verdicts = pinned::<VerdictKey, Verdict>(&world, "VERDICTS");
+    let netns = world.pod.cookie();
+    let key = VerdictKey::new(netns, addr(SERVICE4).into());
+    let good = verdicts.get(&key, 0).unwrap();
+    let direct = |generation, to: &str, nsid| {
+        let mut endpoints = good.endpoints;
+        endpoints[0] = VerdictEndpoint { generation, addr: addr(to).into(), nsid };
+        Verdict { endpoints, ..good }
+    };
+    let others = VerdictKey::new(netns + 1, addr(SERVICE4).into());
+    let endpoint = Some(EndpointAddr(addr("10.90.0.3:80")));
+    for (what, verdict, chosen) in [
+        ("as it was", good, endpoint),
+        ("no endpoint", Verdict { len: 0, ..good }, None),
+        ("more than there is room for", Verdict { len: 33, ..good }, None),
+        ("more than there can be", Verdict { len: u32::MAX, ..good }, None),
+        ("another pod's", Verdict { key: others, ..good }, None),
+        ("to a pod that is not known", direct(7, "10.90.0.3:80", 1), None),
+        ("to a pod of another generation", direct(7, "10.90.0.2:80", 1), None),
+        ("to a namespace that the pod does not know", direct(1, "10.90.0.2:80", 12_345), None),
+    ] {
+        verdicts.insert(key, verdict, 0).unwrap();
+        let app = world.app(Domain::IPV4);
+        app.connect(&sock_addr(SERVICE4)).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let (accepted, peer) = accept(&listeners.outbound);
+        let listener = accepted.local_addr().unwrap().port();
+        let found = capture.orig_dst_table().take(netns, peer, listener);
+        assert_eq!(found, Some((OrigDst::canonical(addr(SERVICE4)), chosen)), "{what}");
+    }
 }

@@ -69,7 +69,6 @@ fn pods_that_cannot_take_part_are_left_alone_with_the_reason() -> Result<()> {
         };
         wait::until(wait::SOON, &format!("{pod} to say `{says}`"), said)?;
     }
-    // On the other node: while there is a problem `status` ends with 1, and other tests ask for it here.
     cluster.start("confused", &nodes[1], json!({"containers": sleep("3600")}))?;
     cluster.kubectl(&["annotate", "pod", "confused", "malla.dev/mode=hard"])?;
     wait::until(wait::SOON, "an event on the pod", || {

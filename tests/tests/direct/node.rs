@@ -41,6 +41,16 @@ fn listener_that_is_gone_is_as_without_the_direct_way() -> Result<()> {
     Ok(())
 }
 
+/// Told to threads when dropped.
+#[derive(Default)]
+struct Over(Arc<AtomicBool>);
+
+impl Drop for Over {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 #[test]
 fn direct_connections_outlive_ten_agents() -> Result<()> {
     harness::require!();
@@ -51,17 +61,19 @@ fn direct_connections_outlive_ten_agents() -> Result<()> {
     let mut held = until_direct(mesh.pod("a1"), to, &server)?;
     let client = held.local_addr()?.to_string();
     // One of each family talks all the time, also while an agent starts.
-    let is_over = Arc::new(AtomicBool::new(false));
+    let over = Over::default();
     let mut talks = Vec::new();
     for family in Family::BOTH {
         let to = mesh.service("a").addr(family, 80);
         let (mut talking, is_over) =
-            (until_direct(mesh.pod("a1"), to, &server)?, Arc::clone(&is_over));
+            (until_direct(mesh.pod("a1"), to, &server)?, Arc::clone(&over.0));
         talks.push(thread::spawn(move || -> Result<u64> {
             let mut nth = 0_u64;
             while !is_over.load(Ordering::Acquire) {
                 nth += 1;
                 exchange(&mut talking, &nth.to_be_bytes().repeat(100))?;
+                // Other tests run beside this one.
+                thread::sleep(Duration::from_millis(2));
             }
             Ok(nth)
         }));
@@ -82,7 +94,7 @@ fn direct_connections_outlive_ten_agents() -> Result<()> {
         ensure!(direct, "round {round}: the same manifests, the same verdicts");
     }
     drop(other);
-    is_over.store(true, Ordering::Release);
+    drop(over);
     for talk in talks {
         let times = talk.join().unwrap_or_else(|panic| resume_unwind(panic))?;
         ensure!(times > 100, "hardly ever: {times}");

@@ -129,7 +129,7 @@ fn roots(agents: &Agents, node: &str) -> usize {
 }
 
 /// All that there are, by their names.
-fn requests(cluster: &Cluster) -> Result<BTreeSet<String>> {
+pub(crate) fn requests(cluster: &Cluster) -> Result<BTreeSet<String>> {
     let all = cluster.get(&["certificatesigningrequests"])?;
     let all = all["items"].as_array().into_iter().flatten();
     Ok(all.filter_map(|one| one["metadata"]["name"].as_str()).map(str::to_owned).collect())

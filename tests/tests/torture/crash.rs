@@ -87,8 +87,9 @@ fn link_that_is_cut_breaks_nothing_or_says_so() -> Result<()> {
 #[test]
 fn peer_that_sleeps_while_bytes_are_on_their_way_breaks_nothing_or_says_so() -> Result<()> {
     harness::require!();
+    // Programs of these tests give up after half a minute. A lane would not: its peer's kernel answers.
     for (carrier, family) in carriers() {
-        for seconds in long::either(&[1, 3][..], &[1, 12, 40]) {
+        for seconds in long::either(&[1, 3][..], &[1, 12, 25]) {
             in_the_midst(Trouble::Sleep, carrier, family, *seconds)?;
         }
     }

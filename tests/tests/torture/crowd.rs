@@ -34,11 +34,15 @@ fn stall(mesh: &Mesh, client: &str, readers: u64, most: u64) -> Result<()> {
     let _echo = server.serve(8081, Serve::Echo)?;
     let direct = || mesh.agent("b").metric("mesh_capture_total", &[("event", "direct_taken")]);
     if client.node() == server.node() {
-        // The first one is carried by the agent.
-        wait::until(wait::SOON, "the direct way", || {
-            let asked = client.connect(server.v4(8080)).and_then(|one| linger_zero(&one));
-            asked.is_ok() && direct().is_ok_and(|taken| taken > 0.0)
-        })?;
+        // The first one to each address is carried by the agent.
+        for family in Family::BOTH {
+            let before = direct()?;
+            wait::until(wait::SOON, "the direct way", || {
+                let to = server.addr(family, 8080);
+                let asked = client.connect(to).and_then(|one| linger_zero(&one));
+                asked.is_ok() && direct().is_ok_and(|taken| taken > before)
+            })?;
+        }
     }
     let rss = || anyhow::Ok(mesh.agent("a").rss_bytes()? + mesh.agent("b").rss_bytes()?);
     let before = rss()?;

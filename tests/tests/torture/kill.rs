@@ -72,11 +72,10 @@ fn ordeal(
     let servers = ["b1", "b2", "a2"].map(|pod| mesh.pod(pod).serve(8080, Serve::custom(answer)));
     let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
     let routes = [("a1", "b1"), ("a1", "b2"), ("a1", "a2"), ("b2", "a2"), ("b2", "b1")];
-    // Across nodes, on one, and directly by both families: the clients' ways are in turns.
-    let mut families = Family::BOTH.into_iter().cycle();
+    // Across nodes, on one, and directly, each by both families.
     let routes = routes.map(|(from, to)| {
-        let family = families.next().unwrap_or(Family::V4);
-        (mesh.shared_pod(from), mesh.pod(to).addr(family, 8080))
+        let to = Family::BOTH.map(|family| mesh.pod(to).addr(family, 8080));
+        (mesh.shared_pod(from), to)
     });
     for client in ["a1", "b2"] {
         // In five minutes they would run out of ports to dial the same server from, as without a mesh.
@@ -105,7 +104,7 @@ fn ordeal(
     };
     thread::scope(|scope| {
         for (from, to) in &routes {
-            for _ in 0..2 {
+            for to in to {
                 let (run, wrong, rng) = (&run, wrong.clone(), rng.fork());
                 scope.spawn(move || run(from, *to, rng, &wrong));
             }

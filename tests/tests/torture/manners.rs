@@ -105,9 +105,12 @@ impl Place<'_> {
     /// Both ends of a connection.
     fn open(&self, listener: &TcpListener, port: u16) -> Result<[TcpStream; 2]> {
         let to = self.mesh.pod(self.to).addr(self.family, port);
+        listener.set_nonblocking(true)?;
         let once = || -> Result<[TcpStream; 2]> {
             let dialled = self.mesh.pod(self.from).connect(to)?;
-            let (accepted, _) = listener.accept()?;
+            let accept = || listener.accept().ok();
+            let (accepted, _) = wait::until_some(wait::SOON, "the other end", accept)?;
+            accepted.set_nonblocking(false)?;
             Ok([dialled, accepted])
         };
         if !self.is_direct {
