@@ -165,10 +165,10 @@ fn manners_are_seen_as_over_plain_tcp() -> Result<()> {
     // Across the nodes by each carrier, and within one by its agent and without.
     let places = [
         place(&plain, "a1", "b1", v4, false),
-        place(&lane, "a1", "b1", v6, false),
+        place(&lane, "a1", "b1", v4, false),
         place(&quic, "a1", "b1", v4, false),
-        place(&lane, "a1", "a2", v6, false),
-        place(&lane, "b1", "b2", v4, true),
+        place(&lane, "a1", "a2", v4, false),
+        place(&lane, "b1", "b2", v6, true),
     ];
     let [plain, meshed @ ..] = thread::scope(|scope| {
         let meeting = places.map(|place| scope.spawn(move || manners(place)));
