@@ -79,6 +79,8 @@ pub const ROLE_DELIVER: u8 = 2;
 pub const ROLE_DIRECT: u8 = 3;
 /// [`SockMeta::role`]: an application's socket that its pod keeps out of the mesh, to a pod of this node.
 pub const ROLE_PLAIN: u8 = 4;
+/// [`SockMeta::role`]: a listener of the agent for what is captured. No program can give that to its own.
+pub const ROLE_LISTENER: u8 = 5;
 
 map_struct! {
     /// Ports from `first` to `last`, both included, in host order.
@@ -240,7 +242,8 @@ map_struct! {
         pub client: [u32; 2],
         /// Hash of the server pod's UID, if direct.
         pub server: [u32; 2],
-        /// [`ROLE_APP`], [`ROLE_AGENT`], [`ROLE_DELIVER`], [`ROLE_DIRECT`], [`ROLE_PLAIN`].
+        /// [`ROLE_APP`], [`ROLE_AGENT`], [`ROLE_DELIVER`], [`ROLE_DIRECT`], [`ROLE_PLAIN`],
+        /// [`ROLE_LISTENER`].
         pub role: u8,
         /// 1 while the socket's destination is rewritten.
         pub captured: u8,

@@ -3,16 +3,20 @@
 //! Never the last word on anything: whatever is not exactly as the agent decided it goes to the agent.
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::bpf_sock_tuple;
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_sk_lookup_tcp, bpf_sk_release};
+use aya_ebpf::bindings::{bpf_sock, bpf_sock_tuple};
+use aya_ebpf::helpers::{
+    bpf_get_prandom_u32, bpf_sk_lookup_tcp, bpf_sk_release, bpf_sk_storage_get,
+};
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::addr::{WireIp, is_v4};
 use mesh_common::direct::{Choice, VerdictEndpoint, VerdictKey, choose};
-use mesh_common::maps::{DeliveryKey, PodInbound, PodOutbound, ROLE_DIRECT, SockMeta, number};
+use mesh_common::maps::{
+    DeliveryKey, PodInbound, PodOutbound, ROLE_DIRECT, ROLE_LISTENER, SockMeta, number,
+};
 use mesh_common::{Counter, WireAddr};
 
 use crate::context::{read, read_ip6};
-use crate::maps::{CONTROL, DESTINATIONS, POD_INBOUND, PROBE, VERDICTS, count, now_ns};
+use crate::maps::{CONTROL, DESTINATIONS, POD_INBOUND, PROBE, SOCK_META, VERDICTS, count, now_ns};
 
 /// `TCP_LISTEN` of `enum` in the kernel's UAPI.
 const TCP_LISTEN: u32 = 10;
@@ -156,10 +160,10 @@ fn listens(ctx: &SockAddrContext, from: &WireIp, endpoint: &VerdictEndpoint) -> 
     let to = &endpoint.addr;
     let found = if is_v4(&to.ip) {
         let mut tuple = Tuple4 { saddr: from[3], daddr: to.ip[3], sport: 0, dport: to.port_be };
-        lookup(ctx, &mut tuple, endpoint.nsid)
+        lookup(ctx, &mut tuple, endpoint.nsid, listening)
     } else {
         let mut tuple = Tuple6 { saddr: *from, daddr: to.ip, sport: 0, dport: to.port_be };
-        lookup(ctx, &mut tuple, endpoint.nsid)
+        lookup(ctx, &mut tuple, endpoint.nsid, listening)
     };
     // SAFETY: as above.
     let undisturbed = unsafe { (*asked).src == src && (*asked).dst == endpoint.addr };
@@ -168,17 +172,40 @@ fn listens(ctx: &SockAddrContext, from: &WireIp, endpoint: &VerdictEndpoint) -> 
     found && undisturbed
 }
 
-/// Whether somebody listens at this port of the pod's own address, as its agent does while it lives.
+/// Whether the agent listens at this port of the pod's own address, as it does while it lives, and nobody in its
+/// stead.
 #[inline(always)]
 pub(crate) fn is_there(ctx: &SockAddrContext, listener: &WireAddr) -> bool {
     let (ip, dport) = (listener.ip, listener.port_be);
     if is_v4(&ip) {
         let mut tuple = Tuple4 { saddr: ip[3], daddr: ip[3], sport: 0, dport };
-        lookup(ctx, &mut tuple, OWN_NETNS)
+        lookup(ctx, &mut tuple, OWN_NETNS, is_agents)
     } else {
         let mut tuple = Tuple6 { saddr: ip, daddr: ip, sport: 0, dport };
-        lookup(ctx, &mut tuple, OWN_NETNS)
+        lookup(ctx, &mut tuple, OWN_NETNS, is_agents)
     }
+}
+
+/// Whether a socket that a lookup found listens.
+#[inline(always)]
+fn listening(socket: *mut bpf_sock) -> bool {
+    // SAFETY: not null, and referenced by the lookup.
+    let state = unsafe { core::ptr::read_volatile(&raw const (*socket).state) };
+    state == TCP_LISTEN
+}
+
+/// Whether a socket that a lookup found is a listener of the agent: only it can write the map that says so.
+#[inline(always)]
+fn is_agents(socket: *mut bpf_sock) -> bool {
+    // The static's address is what the loader replaces with the map.
+    let map = (&raw const SOCK_META).cast_mut();
+    // SAFETY: the socket is not null, and referenced by the lookup; without `CREATE` the helper returns its
+    // storage or null.
+    let meta = unsafe { bpf_sk_storage_get(map.cast(), socket.cast(), core::ptr::null_mut(), 0) };
+    let meta = meta.cast::<SockMeta>();
+    // SAFETY: not null; the map's values are `SockMeta`, and this one lives as long as the socket. A byte is read
+    // whole whoever writes.
+    !meta.is_null() && unsafe { core::ptr::read_volatile(&raw const (*meta).role) } == ROLE_LISTENER
 }
 
 /// `bpf_sock_tuple.ipv4`.
@@ -199,8 +226,14 @@ struct Tuple6 {
     dport: u16,
 }
 
+/// Whether there is a socket for this tuple, and `is_wanted` says so of it.
 #[inline(always)]
-fn lookup<T>(ctx: &SockAddrContext, tuple: &mut T, nsid: u32) -> bool {
+fn lookup<T>(
+    ctx: &SockAddrContext,
+    tuple: &mut T,
+    nsid: u32,
+    is_wanted: impl FnOnce(*mut bpf_sock) -> bool,
+) -> bool {
     let tuple: *mut bpf_sock_tuple = core::ptr::from_mut(tuple).cast();
     // SAFETY: the size says which of the two families the tuple is of; the helper only reads it.
     let socket = unsafe {
@@ -209,9 +242,8 @@ fn lookup<T>(ctx: &SockAddrContext, tuple: &mut T, nsid: u32) -> bool {
     if socket.is_null() {
         return false;
     }
-    // SAFETY: not null, and referenced until it is released.
-    let listens = unsafe { core::ptr::read_volatile(&raw const (*socket).state) } == TCP_LISTEN;
+    let is_it = is_wanted(socket);
     // SAFETY: the reference that the lookup took, given back once.
     unsafe { bpf_sk_release(socket.cast()) };
-    listens
+    is_it
 }

@@ -9,12 +9,12 @@ use std::os::fd::AsRawFd as _;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::Key;
-use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash};
+use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash};
 use mesh_common::addr::{V4_MAPPED_BITS, WireIp, from_ip};
 use mesh_common::direct::{DirectConn, Verdict, VerdictKey};
 use mesh_common::maps::{
     FAIL_OPEN, HAS_SKIP_CIDRS, ListenerKey, MAX_PORTS, OUTBOUND_ALL, PendingPod, PodInbound,
-    PodOutbound, PortRange, PortRanges, SPECS, STRICT, SkipCidr, words,
+    PodOutbound, PortRange, PortRanges, ROLE_LISTENER, SPECS, STRICT, SkipCidr, SockMeta, words,
 };
 use mesh_common::redirect::Peer;
 use mesh_common::{Counter, abi};
@@ -34,6 +34,7 @@ pub(super) struct Maps {
     pub(super) verdicts: HashMap<MapData, VerdictKey, Verdict>,
     pub(super) direct: HashMap<MapData, u64, DirectConn>,
     pub(super) counters: PerCpuArray<MapData, u64>,
+    sockets: SkStorage<MapData, SockMeta>,
     peers: HashMap<MapData, WireIp, Peer>,
     /// The number of the last write of a pod's entry.
     written: u32,
@@ -58,6 +59,7 @@ impl Maps {
             verdicts: typed(ebpf, "VERDICTS")?,
             direct: typed(ebpf, "DIRECT_CONNS")?,
             counters: typed(ebpf, "COUNTERS")?,
+            sockets: typed(ebpf, "SOCK_META")?,
             peers: typed(ebpf, "PEERS")?,
             // Unlike those of the agent before, whose last one may still be read.
             written: fastrand::u32(..),
@@ -146,6 +148,12 @@ impl Maps {
     pub(super) fn remove_inbound(&mut self, ip: WireIp) -> Result<(), CaptureError> {
         let failed = self.failed("POD_INBOUND");
         absent_is_ok(self.inbound.remove(&ip)).map_err(failed)
+    }
+
+    /// Has `connect` know an outbound listener from whoever may have its port after the agent.
+    pub(super) fn mark_listener(&mut self, listener: &TcpListener) -> Result<(), CaptureError> {
+        let failed = self.failed("SOCK_META");
+        self.sockets.insert(listener, SockMeta::of(ROLE_LISTENER), 0).map_err(failed)
     }
 
     pub(super) fn set_listener(

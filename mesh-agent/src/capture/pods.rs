@@ -235,6 +235,9 @@ impl Pods {
         for (listener, (ip, shard)) in listeners.inbound.iter().zip(inbound_order(pod)) {
             self.maps.set_listener(ip, u32::try_from(shard).unwrap_or(u32::MAX), listener)?;
         }
+        for listener in &listeners.outbound {
+            self.maps.mark_listener(listener)?;
+        }
         self.write_inbound(pod.uid, &now)?;
         attach()?;
         self.write_outbound(pod.uid, &now)?;
