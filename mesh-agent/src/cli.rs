@@ -166,9 +166,9 @@ pub struct Run {
     #[arg(long, env = "MESH_KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
 
-    /// The DaemonSet that this agent belongs to. If that is deleted the agent takes everything out of the
-    /// kernel when it ends, and pods talk in plain text. Without it the programs stay, and pods are
-    /// refused until another agent is there.
+    /// The DaemonSet that this agent belongs to. If that is deleted the agent takes back what it wrote on
+    /// pods, and everything out of the kernel when it ends, and pods talk in plain text. Without it the
+    /// programs stay, and pods are refused until another agent is there.
     #[arg(
         long,
         env = "MESH_DAEMONSET",

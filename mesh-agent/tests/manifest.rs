@@ -82,8 +82,30 @@ fn agent_and_ca_are_all_that_runs() {
         let names = lists.flat_map(items).map(|container| container["name"].clone());
         found.extend(names.map(|name| (object["kind"].clone(), name)));
     }
-    let expected = [(AGENT, "agent"), (CA, "ca")];
+    let expected = [(CA, "ca"), (AGENT, "agent")];
     assert_eq!(found, expected.map(|(kind, name)| (json!(kind), json!(name))));
+}
+
+/// Agents hear of it when all is deleted, in this order, and have something to take back.
+#[test]
+fn first_goes_the_namespace_and_what_lets_agents_write_goes_last() {
+    let all = objects();
+    let at = |kind: &str| {
+        let is_it = |o: &Value| o["kind"] == kind && o["metadata"]["name"] != "malla-ca";
+        all.iter().position(is_it).unwrap()
+    };
+    assert_eq!(at("Namespace"), 0);
+    let cas = all.iter().filter(|object| object["metadata"]["name"] == "malla-ca").count();
+    assert!(
+        cas >= 8 && at("ServiceAccount") > cas,
+        "their tokens are good until all of the CA's is deleted"
+    );
+    let rights = at("ClusterRole").min(at("ClusterRoleBinding"));
+    assert!(at(AGENT) < rights && at("ServiceAccount") < rights);
+    // And never are they without what limits them.
+    assert!(
+        at("ValidatingAdmissionPolicy") > rights && at("ValidatingAdmissionPolicyBinding") > rights
+    );
 }
 
 #[test]

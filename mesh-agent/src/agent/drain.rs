@@ -19,21 +19,27 @@ use std::time::Duration;
 use mesh_core::snapshot::Snapshot;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
 
 use super::turn::Turn;
 use super::{Agent, uninstall};
+use crate::discovery::enrol::REDIRECTION;
 use crate::node::{Node, Worker};
 
 /// How long an agent that ends waits for what its pods are connecting: longer than a reachable node takes, also one
 /// that has to be asked about.
 const OPENING: Duration = Duration::from_secs(3);
 
+/// How long the last agent of a node waits, from when it is told to end, for its pods to say nothing of the mesh any
+/// more.
+const TAKE_BACK: Duration = Duration::from_secs(5);
+
 impl Agent {
     /// Takes no new connection, lets those that are open end, and leaves the programs in the kernel, unless
     /// there is to be no agent any more.
     pub(super) async fn end(mut self) {
+        let told = Instant::now();
         let is_last = match &self.owner {
             Some(owner) => owner.is_gone().await,
             None => false,
@@ -70,6 +76,11 @@ impl Agent {
         };
         if timeout(within, all).await.is_err() {
             warn!(cut = open(), "the time to drain is over");
+        }
+        if let Some(taken_back) = self.taken_back.as_mut().filter(|_| is_last)
+            && timeout_at(told + TAKE_BACK, taken_back.wait_for(|is_done| *is_done)).await.is_err()
+        {
+            warn!("annotations {REDIRECTION} stay on pods: the API did not take them back in time");
         }
         self.control.shutdown().await;
         self.shared.shutdown().await;

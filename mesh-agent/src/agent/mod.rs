@@ -113,6 +113,8 @@ struct Agent {
     unknown: Option<Unknown>,
     /// Only where it is known.
     owner: Option<Arc<Owner>>,
+    /// Only in a cluster: what pods say in the API, where there is to be no agent any more.
+    taken_back: Option<watch::Receiver<bool>>,
     /// Only where a successor may wait for it.
     turn: Option<Turn>,
     /// Whose QUIC connections' packets come here.
@@ -243,7 +245,8 @@ impl Agent {
             ));
         }
         control.spawn(forget_series(Arc::clone(&node)));
-        control.spawn(source.run(pods.outcomes()));
+        let taken_back = source.taken_back();
+        control.spawn(source.run(pods.outcomes(), owner.clone()));
         let heart = Heart::start(capture).context("start the heartbeat")?;
         if let Err(error) = net::give_back_memory() {
             debug!(%error, "what starting needed stays in memory");
@@ -271,6 +274,7 @@ impl Agent {
             heart: Some(heart),
             unknown,
             owner,
+            taken_back,
             turn,
             steering,
             leads: false,

@@ -113,11 +113,24 @@ impl Source {
         }
     }
 
+    /// Whether what was written into the API of this node's pods is taken back, which it is where there is to be no
+    /// agent any more.
+    pub(super) fn taken_back(&self) -> Option<watch::Receiver<bool>> {
+        match self {
+            Self::Manifests(_) => None,
+            Self::Cluster(source) => Some(source.taken_back()),
+        }
+    }
+
     /// Follows it, for ever, and writes into the API what became of this node's pods.
-    pub(super) async fn run(self, outcomes: watch::Receiver<Arc<Outcomes>>) {
+    pub(super) async fn run(
+        self,
+        outcomes: watch::Receiver<Arc<Outcomes>>,
+        owner: Option<Arc<Owner>>,
+    ) {
         match self {
             Self::Manifests(source) => source.run().await,
-            Self::Cluster(source) => source.run(outcomes).await,
+            Self::Cluster(source) => source.run(outcomes, owner).await,
         }
     }
 }

@@ -99,7 +99,7 @@ impl DaemonSet {
 pub struct Owner {
     client: Client,
     name: DaemonSetName,
-    /// As the last event said.
+    /// As was last heard.
     is_gone: watch::Sender<bool>,
 }
 
@@ -160,6 +160,16 @@ impl Owner {
         Ok(())
     }
 
+    /// Where it is.
+    pub fn namespace(&self) -> &str {
+        &self.name.namespace
+    }
+
+    /// Whether it is deleted, as far as it was heard.
+    pub fn heard(&self) -> watch::Receiver<bool> {
+        self.is_gone.subscribe()
+    }
+
     /// Whether it is deleted, and this agent has no successor. What cannot be told is no.
     pub async fn is_gone(&self) -> bool {
         let mut told = self.is_gone.subscribe();
@@ -170,7 +180,11 @@ impl Owner {
                 asked = self.ask() => asked,
             }
         };
-        timeout(ASK_LIMIT, known).await.unwrap_or(false)
+        let is_gone = timeout(ASK_LIMIT, known).await.unwrap_or(false);
+        if is_gone {
+            self.is_gone.send_replace(true);
+        }
+        is_gone
     }
 
     async fn ask(&self) -> bool {

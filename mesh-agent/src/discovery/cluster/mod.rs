@@ -33,6 +33,7 @@ mod state;
 mod tests;
 
 use std::fmt;
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,17 +43,18 @@ use mesh_core::snapshot::Snapshot;
 use time::OffsetDateTime;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, interval, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, interval, sleep, sleep_until, timeout, timeout_at};
 
 use self::feed::follow;
 use self::places::{Places, Reason};
 pub use self::policies::network_policies;
-use self::report::Write;
+use self::report::{NotWritten, Write};
 use self::state::State;
 use super::client::escaped;
 use super::file::Settings;
 use super::kube::{EndpointSlice, Namespace, Node, Pod, Service};
 use super::objects::Kind;
+use super::owner::Owner;
 use super::translate::{Context, NetnsFrom};
 use super::{Demand, Outcomes, Problem};
 
@@ -65,6 +67,10 @@ const BURST: Duration = Duration::from_millis(20);
 const DEMANDS: usize = 1024;
 /// Writes at once. They have places of their own: no connection waits for what is only told.
 const WRITES: usize = 4;
+/// As many more while what pods say is taken back: the rights to it may be gone within moments.
+const LEAVE_WRITES: usize = 12;
+/// After one of those that failed.
+const LEAVE_AGAIN: Duration = Duration::from_secs(1);
 /// Nobody waits for what is written.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// How often what is kept is looked through.
@@ -83,6 +89,7 @@ pub struct ClusterSource {
     problems: watch::Sender<Arc<[Problem]>>,
     confirmed: watch::Sender<Option<Instant>>,
     network_policies: watch::Sender<usize>,
+    taken_back: watch::Sender<bool>,
 }
 
 impl fmt::Debug for ClusterSource {
@@ -108,10 +115,18 @@ impl ClusterSource {
         let confirmed = watch::Sender::new(None);
         let demands = mpsc::channel(DEMANDS);
         let network_policies = watch::Sender::new(0);
-        (
-            Self { client, state, demands, snapshots, problems, confirmed, network_policies },
-            receiver,
-        )
+        let taken_back = watch::Sender::new(false);
+        let source = Self {
+            client,
+            state,
+            demands,
+            snapshots,
+            problems,
+            confirmed,
+            network_policies,
+            taken_back,
+        };
+        (source, receiver)
     }
 
     /// The way to the API.
@@ -140,10 +155,30 @@ impl ClusterSource {
         self.network_policies.subscribe()
     }
 
-    /// Follows the cluster, for ever, and writes into it what became of the node's pods.
-    pub async fn run(self, mut outcomes: watch::Receiver<Arc<Outcomes>>) {
-        let Self { client, mut state, demands, snapshots, problems, confirmed, network_policies } =
-            self;
+    /// Whether there is to be no agent any more, and pods of this node do not say anything of the mesh.
+    pub fn taken_back(&self) -> watch::Receiver<bool> {
+        self.taken_back.subscribe()
+    }
+
+    /// Follows the cluster, for ever, and writes into it what became of the node's pods, until `owner` is gone:
+    /// then it takes that back.
+    pub async fn run(
+        self,
+        mut outcomes: watch::Receiver<Arc<Outcomes>>,
+        owner: Option<Arc<Owner>>,
+    ) {
+        let Self {
+            client,
+            mut state,
+            demands,
+            snapshots,
+            problems,
+            confirmed,
+            network_policies,
+            taken_back,
+        } = self;
+        state.home = owner.as_ref().map(|owner| owner.namespace().to_owned());
+        let mut gone = owner.as_ref().map(|owner| owner.heard());
         let (sender, mut news) = mpsc::channel(QUEUE);
         let mut feeds = JoinSet::new();
         let own = format!("fieldSelector=spec.nodeName%3D{}", escaped(&state.context.node));
@@ -160,6 +195,7 @@ impl ClusterSource {
         let write_places = Arc::new(Semaphore::new(WRITES));
         let (mut reads, mut writes) = (JoinSet::new(), JoinSet::new());
         let mut tidy = interval(TIDY);
+        let mut was_leaving = false;
         loop {
             let mut to_read_again = Vec::new();
             let due = state.due();
@@ -170,6 +206,7 @@ impl ClusterSource {
                     // Who waits for what was read does not wait for a burst too.
                     let until = Instant::now() + BURST;
                     while reads.is_empty()
+                        && !state.is_leaving()
                         && !state.remote.is_waited_for()
                         && let Ok(Some(next)) = timeout_at(until, news.recv()).await {
                         state.take(next, Instant::now());
@@ -187,9 +224,14 @@ impl ClusterSource {
                     Vec::new()
                 }
                 Some(written) = writes.join_next() => {
-                    if let Ok((key, Err(why))) = written {
-                        state.not_written(key, why, Instant::now());
+                    if let Ok((key, result)) = written {
+                        state.written(key, result, Instant::now());
                     }
+                    Vec::new()
+                }
+                is_gone = changed(&mut gone) => {
+                    state.is_gone = is_gone;
+                    state.is_reportable = true;
                     Vec::new()
                 }
                 Ok(()) = outcomes.changed() => {
@@ -217,15 +259,27 @@ impl ClusterSource {
                 problems.send_replace(found);
             }
             state.answer();
+            let is_leaving = state.is_leaving();
+            if is_leaving && !std::mem::replace(&mut was_leaving, true) {
+                write_places.add_permits(LEAVE_WRITES);
+            }
             let at = OffsetDateTime::now_utc();
             for write in state.reports(&outcomes.borrow(), Instant::now(), at) {
                 let (client, places) = (client.clone(), Arc::clone(&write_places));
                 writes.spawn(async move {
                     let _place = places.acquire_owned().await;
                     let key = write.key.clone();
-                    (key, put(&client, write).await)
+                    let result = put(&client, write).await;
+                    if is_leaving && result.is_err() {
+                        sleep(LEAVE_AGAIN).await;
+                    }
+                    (key, result)
                 });
             }
+            taken_back.send_if_modified(|known| {
+                let is_taken_back = state.is_taken_back();
+                std::mem::replace(known, is_taken_back) != is_taken_back
+            });
             let asked = to_read.into_iter().map(|wanted| (state.reason(&wanted), wanted));
             let again = to_read_again.into_iter().map(|wanted| (Reason::Again, wanted));
             for (reason, wanted) in asked.chain(again) {
@@ -239,20 +293,34 @@ impl ClusterSource {
     }
 }
 
+/// What is heard next of the agent's DaemonSet: whether it is gone. Never where there is none.
+async fn changed(gone: &mut Option<watch::Receiver<bool>>) -> bool {
+    if let Some(gone) = gone
+        && gone.changed().await.is_ok()
+    {
+        return *gone.borrow_and_update();
+    }
+    pending().await
+}
+
 /// Writes it; that the same is there already is as good.
-async fn put(client: &Client, write: Write) -> Result<(), String> {
+async fn put(client: &Client, write: Write) -> Result<(), NotWritten> {
     let Write { key: _, method, path, content_type, body } = write;
     let request = http::Request::builder()
         .method(method)
         .uri(path)
         .header(http::header::CONTENT_TYPE, content_type)
         .body(body.to_string().into_bytes())
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| NotWritten { why: error.to_string(), is_refused: true })?;
     match timeout(WRITE_LIMIT, client.request_text(request)).await {
         Ok(Ok(_now)) => Ok(()),
         // The pod is gone, or another one has its name.
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => Ok(()),
-        Ok(Err(error)) => Err(crate::telemetry::chain(&error)),
-        Err(_elapsed) => Err("no answer in time".into()),
+        Ok(Err(error)) => {
+            let is_refused =
+                matches!(&error, kube::Error::Api(status) if matches!(status.code, 401 | 403));
+            Err(NotWritten { why: crate::telemetry::chain(&error), is_refused })
+        }
+        Err(_elapsed) => Err(NotWritten { why: "no answer in time".into(), is_refused: false }),
     }
 }

@@ -2,7 +2,8 @@
 //! somebody asked for what cannot be done. No IO.
 //!
 //! A pod that never asked is never written to. Nothing here is needed by anybody but people: what cannot
-//! be written is tried again a minute later, and nothing waits for it.
+//! be written is tried again a minute later, and nothing waits for it. Where there is to be no agent any
+//! more, what was written on pods is taken back, and an agent that ends waits a moment for that.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -16,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::discovery::client::escaped;
 use crate::discovery::enrol::{REDIRECTION, left_alone};
+use crate::discovery::kube::Pod;
 use crate::discovery::objects::{Kind, Object, ObjectKey, Objects};
 use crate::discovery::{Outcome, Outcomes, Problem, shown_long};
 
@@ -38,6 +40,14 @@ pub(super) struct Write {
     pub(super) body: Value,
 }
 
+/// Why something was not written.
+#[derive(Debug)]
+pub(super) struct NotWritten {
+    pub(super) why: String,
+    /// The agent may not, and will not if it tries again.
+    pub(super) is_refused: bool,
+}
+
 /// What was written, and what could not be.
 #[derive(Debug, Default)]
 pub(super) struct Reports {
@@ -46,6 +56,9 @@ pub(super) struct Reports {
     /// By key, which is another one when it is time to tell it again: what the API was told.
     events: HashSet<String>,
     failed: HashMap<String, Instant>,
+    /// By key: what is under way to a pod. Two of them could arrive the other way round.
+    writing: HashSet<String>,
+    takes_back: bool,
 }
 
 /// What is known when something is to be written.
@@ -62,13 +75,14 @@ pub(super) struct Known<'a> {
 impl Reports {
     /// What is to be written now.
     pub(super) fn due(&mut self, known: Known<'_>, now: Instant) -> Vec<Write> {
+        self.takes_back = false;
         self.failed.retain(|_, since| now.duration_since(*since) < AGAIN);
         let mut writes = Vec::new();
         let local = known.snapshot.workloads().filter(|pod| pod.node == known.snapshot.node);
         let mut events = BTreeMap::new();
         let mut annotations = HashSet::new();
         for pod in local {
-            annotations.insert(annotation_key(pod));
+            annotations.insert(annotation_key(&pod.uid));
             let Some(wanted) = state(pod, known.outcomes) else { continue };
             if let Some(write) = self.annotation(known.objects, pod, wanted.as_deref()) {
                 writes.push(write);
@@ -96,41 +110,80 @@ impl Reports {
         writes
     }
 
+    /// What is to be written now so that pods of this node say nothing of the mesh any more.
+    pub(super) fn take_back(&mut self, objects: &Objects, node: &str) -> Vec<Write> {
+        if !std::mem::replace(&mut self.takes_back, true) {
+            self.failed.clear();
+        }
+        let mut writes = Vec::new();
+        for (at, object) in objects.of(Kind::Pod) {
+            let Object::Pod(pod) = object else { continue };
+            let is_local = pod.spec.as_ref().is_some_and(|s| s.node_name.as_deref() == Some(node));
+            let Some(uid) = pod.metadata.uid.as_deref().filter(|_| is_local) else { continue };
+            let told = self.told.get(&annotation_key(uid));
+            if present(pod).is_some() || told.is_some_and(|told| !told.is_empty()) {
+                writes.extend(self.tell(at, uid, None));
+            }
+        }
+        writes
+    }
+
+    /// Whether nothing is on its way to a pod.
+    pub(super) fn is_idle(&self) -> bool {
+        self.writing.is_empty()
+    }
+
     fn annotation(
         &mut self,
         objects: &Objects,
         pod: &Workload,
         wanted: Option<&str>,
     ) -> Option<Write> {
-        let key = annotation_key(pod);
-        let Some(Object::Pod(object)) = objects.get(&pod_key(pod)) else { return None };
-        let annotations = object.metadata.annotations.as_ref();
-        let present = annotations.and_then(|all| all.get(REDIRECTION));
-        if present == wanted {
+        let at = pod_key(pod);
+        let Some(Object::Pod(object)) = objects.get(&at) else { return None };
+        let key = annotation_key(&pod.uid);
+        if present(object) == wanted && !self.writing.contains(&key) {
             self.told.remove(&key);
             return None;
         }
+        self.tell(&at, &pod.uid, wanted)
+    }
+
+    /// Writes that on a pod, unless it was, or something is on its way.
+    fn tell(&mut self, at: &ObjectKey, uid: &str, wanted: Option<&str>) -> Option<Write> {
+        let key = annotation_key(uid);
         let text = wanted.unwrap_or_default();
         let is_told = self.told.get(&key).is_some_and(|told| told == text);
-        if is_told || self.failed.contains_key(&key) {
+        if is_told || self.failed.contains_key(&key) || !self.writing.insert(key.clone()) {
             return None;
         }
         self.told.insert(key.clone(), text.to_owned());
-        let (namespace, name) = (escaped(&pod.namespace), escaped(&pod.name));
+        let (namespace, name) = (escaped(&at.namespace), escaped(&at.name));
         Some(Write {
             key,
             method: http::Method::PATCH,
             path: format!("/api/v1/namespaces/{namespace}/pods/{name}"),
             content_type: "application/merge-patch+json",
             // Another pod of the name refuses it by the UID.
-            body: json!({"metadata": {"uid": *pod.uid, "annotations": {REDIRECTION: wanted}}}),
+            body: json!({"metadata": {"uid": uid, "annotations": {REDIRECTION: wanted}}}),
         })
     }
 
-    /// It could not be written.
+    /// It was written.
+    pub(super) fn written(&mut self, key: &str) {
+        self.writing.remove(key);
+    }
+
+    /// It could not be written, and may be at once.
+    pub(super) fn not_yet(&mut self, key: &str) {
+        self.writing.remove(key);
+        self.told.remove(key);
+        self.events.remove(key);
+    }
+
+    /// It could not be written, and is not for a while.
     pub(super) fn failed(&mut self, key: String, now: Instant) {
-        self.told.remove(&key);
-        self.events.remove(&key);
+        self.not_yet(&key);
         self.failed.insert(key, now);
     }
 }
@@ -156,8 +209,13 @@ fn state(pod: &Workload, outcomes: &Outcomes) -> Option<Option<String>> {
     }
 }
 
-fn annotation_key(pod: &Workload) -> String {
-    format!("annotation {}", pod.uid)
+fn annotation_key(uid: &str) -> String {
+    format!("annotation {uid}")
+}
+
+/// What it says of itself.
+fn present(pod: &Pod) -> Option<&str> {
+    pod.metadata.annotations.as_ref()?.get(REDIRECTION)
 }
 
 /// An Event on the object, by the key under which it is told.
@@ -332,5 +390,43 @@ mod tests {
         assert!(!reports.told.is_empty() && !reports.events.is_empty());
         reports.due(known, start);
         assert!(reports.told.is_empty() && reports.events.is_empty());
+    }
+    #[test]
+    fn pod_is_told_one_thing_after_the_other() {
+        let (objects, snapshot) = known("one");
+        let (now, at) = (Instant::now(), OffsetDateTime::UNIX_EPOCH);
+        let mut reports = Reports::default();
+        let told = |reports: &mut Reports, outcome: Outcome| {
+            let outcomes = Outcomes::from([("uid-1".into(), outcome)]);
+            let known = Known {
+                objects: &objects,
+                snapshot: &snapshot,
+                outcomes: &outcomes,
+                problems: &[],
+                at,
+            };
+            let writes = reports.due(known, now).into_iter();
+            let writes = writes.filter(|write| write.method == http::Method::PATCH);
+            writes
+                .map(|write| {
+                    (write.key, write.body["metadata"]["annotations"][REDIRECTION].clone())
+                })
+                .collect::<Vec<_>>()
+        };
+        let failing = || Outcome::Failing("no room".into());
+        let first = told(&mut reports, Outcome::Enrolled);
+        let [(key, what)] = &first[..] else { panic!("{first:?}") };
+        assert_eq!(*what, "enabled");
+        assert_eq!(told(&mut reports, failing()), [], "the first one could come after it");
+        reports.written(key);
+        assert_eq!(told(&mut reports, failing()), [(key.clone(), json!("failed: no room"))]);
+        assert_eq!(reports.take_back(&objects, "a"), [], "nor this one before it");
+        assert!(!reports.is_idle());
+        reports.written(key);
+        let [write] = &reports.take_back(&objects, "a")[..] else { panic!("nothing") };
+        assert_eq!(write.body["metadata"]["annotations"][REDIRECTION], Value::Null);
+        reports.written(key);
+        assert_eq!(reports.take_back(&objects, "a"), []);
+        assert!(reports.is_idle());
     }
 }

@@ -13,8 +13,8 @@ use super::demand::{Found, Remote, Wanted};
 use super::feed::{News, What};
 use super::pace::Pace;
 use super::places::Reason;
-use super::report::{Known, Reports, Write};
-use crate::discovery::objects::{Kind, Objects};
+use super::report::{Known, NotWritten, Reports, Write};
+use crate::discovery::objects::{Kind, Object, ObjectKey, Objects};
 use crate::discovery::translate::{Context, translate};
 use crate::discovery::{Demand, Outcomes, Problem, tell_of};
 
@@ -44,6 +44,10 @@ pub(super) struct State {
     is_tellable: bool,
     /// Reads that did not get their turn and were not told of.
     given_up: usize,
+    /// Where the agent's DaemonSet is, if that is known.
+    pub(super) home: Option<String>,
+    /// There is to be no agent any more.
+    pub(super) is_gone: bool,
 }
 
 /// How it stands with one kind.
@@ -76,6 +80,8 @@ impl State {
             told: [].into(),
             is_tellable: false,
             given_up: 0,
+            home: None,
+            is_gone: false,
         }
     }
 
@@ -216,6 +222,9 @@ impl State {
         now: Instant,
         at: OffsetDateTime,
     ) -> Vec<Write> {
+        if self.is_leaving() {
+            return self.reports.take_back(&self.objects, &self.context.node);
+        }
         // What is known and what is in force belong together: with the snapshot that is due.
         if self.due().is_some() || !std::mem::take(&mut self.is_reportable) || self.is_failing() {
             return Vec::new();
@@ -230,11 +239,41 @@ impl State {
         self.reports.due(known, now)
     }
 
-    pub(super) fn not_written(&mut self, key: String, why: String, now: Instant) {
+    /// What became of a write.
+    pub(super) fn written(&mut self, key: String, result: Result<(), NotWritten>, now: Instant) {
+        // Something else may have been to be told meanwhile.
+        self.is_reportable = true;
+        let Err(NotWritten { why, is_refused }) = result else {
+            return self.reports.written(&key);
+        };
+        let is_leaving = self.is_leaving();
+        if is_leaving && !is_refused {
+            return self.reports.not_yet(&key);
+        }
         if !std::mem::replace(&mut self.is_write_told, true) {
-            warn!(what = key, error = why, "not written into the API; tried again every minute");
+            let then = if is_leaving { "it stays" } else { "tried again every minute" };
+            warn!(what = key, error = why, "not written into the API; {then}");
         }
         self.reports.failed(key, now);
+    }
+
+    /// Whether what was written on pods is to be taken back. A namespace that is to be deleted never comes back, and
+    /// is the first that goes of what a manifest names: before the agent's rights, which go next.
+    pub(super) fn is_leaving(&self) -> bool {
+        let is_going = |home: &String| {
+            let key =
+                ObjectKey { kind: Kind::Namespace, namespace: String::new(), name: home.clone() };
+            match self.objects.get(&key) {
+                Some(Object::Namespace(home)) => home.metadata.deletion_timestamp.is_some(),
+                _ => false,
+            }
+        };
+        self.is_gone || self.home.as_ref().is_some_and(is_going)
+    }
+
+    /// Whether nothing more is to be taken back of what is known.
+    pub(super) fn is_taken_back(&self) -> bool {
+        self.is_leaving() && self.confirmed().is_some() && self.reports.is_idle()
     }
 
     /// While another snapshot is due, what was read for who waits may be in that one alone. But no snapshot says of a

@@ -1,8 +1,13 @@
 //! How many are read at once, and what becomes of those that do not get their turn.
 
+use std::convert::Infallible;
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bytes::Bytes;
+use http_body_util::combinators::BoxBody;
+use hyper::{Request, Response};
+use kube::Client;
 use mesh_core::addr::OrigDst;
 use mesh_core::route::{Route, RouteRefusal, route};
 use tokio::task::JoinSet;

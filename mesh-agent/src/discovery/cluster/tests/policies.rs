@@ -1,5 +1,7 @@
 //! NetworkPolicies are counted, for those who ask.
 
+use serde_json::Value;
+
 use super::*;
 use crate::discovery::cluster::network_policies;
 
@@ -36,7 +38,7 @@ async fn network_policies_are_not_asked_for_unless_somebody_wants_to_know() {
     let (source, _snapshots) = api.source();
     let mut counts = source.network_policies();
     let outcomes = watch::Sender::default();
-    let task = tokio::spawn(source.run(outcomes.subscribe()));
+    let task = tokio::spawn(source.run(outcomes.subscribe(), None));
     let counted = timeout(SOON, counts.wait_for(|count| *count == 3)).await;
     drop(counted.expect("not counted").unwrap());
     task.abort();

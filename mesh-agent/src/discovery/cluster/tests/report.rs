@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
+use hyper::StatusCode;
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
-use super::{Api, PODS, pod, until};
+use super::{Api, Followed, PODS, SOON, pod, until};
+use crate::discovery::owner::Owner;
 use crate::discovery::{Outcome, Outcomes};
 
 /// A pod that asks to take part.
@@ -141,4 +144,111 @@ async fn setting_that_is_given_as_a_label_is_told_where_it_stands() {
         let message = event["message"].as_str().unwrap();
         assert!(message.contains("metadata.labels") && message.contains(label), "{message}");
     }
+}
+
+const NAMESPACES: &str = "/api/v1/namespaces";
+const DAEMON_SETS: &str = "/apis/apps/v1/namespaces/home/daemonsets";
+
+/// An agent of the DaemonSet `agents` in the namespace `home`, which has written on two pods, and has seen that of one
+/// of them.
+async fn agent_that_has_written(api: &Api) -> Followed {
+    api.has(NAMESPACES, ["default", "home"].map(|name| json!({"metadata": {"name": name}})).into());
+    let mut elsewhere = asking("elsewhere", "10.0.1.1");
+    elsewhere["metadata"]["annotations"]["malla.dev/redirection"] = json!("enabled");
+    elsewhere["spec"]["nodeName"] = json!("b");
+    let pods = [asking("one", "10.0.0.1"), asking("two", "10.0.0.2"), pod("never", "10.0.0.5")];
+    api.has(PODS, pods.into_iter().chain([elsewhere]).collect());
+    let owner = Arc::new(Owner::new(api.client(), "home/agents".parse().unwrap()));
+    tokio::spawn(Arc::clone(&owner).follow());
+    let followed = api.follow_of(Some(owner));
+    for path in ["watch pods", "watch namespaces", "watch daemonsets"] {
+        until(path, || api.asked(path) == 1).await;
+    }
+    api.event_at(DAEMON_SETS, "ADDED", json!({"metadata": {}}));
+    let names = ["uid-one", "uid-two"];
+    let outcomes = names.map(|uid| (uid.into(), Outcome::Enrolled));
+    followed.outcomes.send_replace(Arc::new(outcomes.into()));
+    until("two annotations", || api.written("PATCH").len() == 2).await;
+    let mut seen = asking("one", "10.0.0.1");
+    seen["metadata"]["annotations"]["malla.dev/redirection"] = json!("enabled");
+    api.event("MODIFIED", seen);
+    followed
+}
+
+/// The pods on which this was written, after the first so many writes.
+fn told(api: &Api, after: usize, what: &Value) -> Vec<String> {
+    let written = api.written("PATCH").into_iter().skip(after);
+    let mut told: Vec<_> = written
+        .map(|(path, body)| {
+            assert_eq!(&body["metadata"]["annotations"]["malla.dev/redirection"], what, "{path}");
+            path.rsplit('/').next().unwrap().to_owned()
+        })
+        .collect();
+    told.sort();
+    told
+}
+
+/// Also of the pod of which it is not known yet that it says something; of no other node's, and never again.
+#[tokio::test]
+async fn what_pods_say_is_taken_back_when_the_daemonset_or_its_namespace_goes() {
+    let going = |name: &str| json!({"metadata": {"name": name, "deletionTimestamp": "2026-01-01T00:00:00Z"}});
+    for (path, kind, object) in [
+        (DAEMON_SETS, "DELETED", json!({"metadata": {}})),
+        (DAEMON_SETS, "MODIFIED", going("agents")),
+        (NAMESPACES, "MODIFIED", going("home")),
+    ] {
+        let api = Api::start().await;
+        let mut followed = agent_that_has_written(&api).await;
+        // Somebody else's going is nothing to it.
+        api.event_at(NAMESPACES, "MODIFIED", going("default"));
+        api.event("ADDED", asking("later", "10.0.0.9"));
+        followed.until_pods(&["elsewhere", "later", "never", "one", "two"]).await;
+        assert_eq!(api.written("PATCH").len(), 2, "nothing yet");
+        assert!(!*followed.taken_back.borrow());
+
+        api.event_at(path, kind, object);
+        timeout(SOON, followed.taken_back.wait_for(|is_done| *is_done)).await.unwrap().unwrap();
+        assert_eq!(told(&api, 2, &Value::Null), ["one", "two"], "{kind} {path}");
+        // What becomes of pods is told to nobody any more.
+        let failing = Outcome::Failing("no room".into());
+        let outcomes = Outcomes::from([("uid-one".into(), failing)]);
+        followed.outcomes.send_replace(Arc::new(outcomes));
+        api.event("ADDED", pod("last", "10.0.0.10"));
+        followed.until_pods(&["elsewhere", "last", "later", "never", "one", "two"]).await;
+        assert_eq!((api.written("PATCH").len(), api.written("POST").len()), (4, 0));
+    }
+}
+
+#[tokio::test]
+async fn pods_say_it_again_when_the_daemonset_is_made_again() {
+    let api = Api::start().await;
+    let mut followed = agent_that_has_written(&api).await;
+    api.event_at(DAEMON_SETS, "DELETED", json!({"metadata": {}}));
+    timeout(SOON, followed.taken_back.wait_for(|is_done| *is_done)).await.unwrap().unwrap();
+    api.event("MODIFIED", asking("one", "10.0.0.1"));
+    api.event_at(DAEMON_SETS, "ADDED", json!({"metadata": {}}));
+    until("both to be told again", || api.written("PATCH").len() == 6).await;
+    assert_eq!(told(&api, 4, &json!("enabled")), ["one", "two"]);
+    assert!(!*followed.taken_back.borrow_and_update());
+}
+
+/// A server that is busy is asked again; one that lets nobody write any more is not waited for.
+#[tokio::test]
+async fn taking_back_is_tried_again_unless_the_right_to_it_is_gone() {
+    let api = Api::start().await;
+    let mut followed = agent_that_has_written(&api).await;
+    let refuse = |status| api.held.lock().unwrap().refuses_writes = status;
+    refuse(Some(StatusCode::INTERNAL_SERVER_ERROR));
+    api.event_at(DAEMON_SETS, "DELETED", json!({"metadata": {}}));
+    until("four more", || api.written("PATCH").len() >= 6).await;
+    assert!(!*followed.taken_back.borrow());
+    refuse(None);
+    timeout(SOON, followed.taken_back.wait_for(|is_done| *is_done)).await.unwrap().unwrap();
+
+    let api = Api::start().await;
+    let mut followed = agent_that_has_written(&api).await;
+    api.held.lock().unwrap().refuses_writes = Some(StatusCode::FORBIDDEN);
+    api.event_at(DAEMON_SETS, "DELETED", json!({"metadata": {}}));
+    timeout(SOON, followed.taken_back.wait_for(|is_done| *is_done)).await.unwrap().unwrap();
+    assert_eq!(told(&api, 2, &Value::Null), ["one", "two"], "each tried once");
 }

@@ -1,6 +1,7 @@
 //! Addresses that were seen in a pod before the API tells them.
 
 use mesh_core::snapshot::{Enrolment, Workload};
+use serde_json::Value;
 
 use super::*;
 use crate::discovery::enrol::left_alone;

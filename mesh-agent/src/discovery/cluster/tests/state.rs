@@ -1,5 +1,6 @@
 //! What is known, by what comes in which order. No server.
 
+use serde_json::Value;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 

@@ -1,7 +1,19 @@
 //! When a server that refuses is asked again.
 
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::Mutex;
+
+use bytes::Bytes;
+use futures_util::stream;
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use hyper::{Request, Response};
+use kube::Client;
 use tokio::time::{Instant, sleep};
 
+use super::api::{page, refuse};
 use super::*;
 use crate::discovery::cluster::feed::{What, follow};
 use crate::discovery::kube::Node;
