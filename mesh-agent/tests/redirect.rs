@@ -132,44 +132,129 @@ fn redirected(capture: &Capture) -> (Vec<String>, Vec<String>) {
     (yes, no)
 }
 
+/// Runs `test`, which has this name, in a node made for it.
+fn in_a_node(name: &str, test: impl FnOnce(&Node)) {
+    if let Some(node) = env::var_os(NODE) {
+        return test(&Node::new(node.into_string().unwrap()));
+    }
+    if !skip::unless_root("makes network namespaces and loads eBPF programs: run as root") {
+        return;
+    }
+    let short = name.split('_').next().unwrap();
+    let node = Node::new(format!("malla-{}-{short}", process::id()));
+    node.make();
+    let mut again = Command::new("nsenter");
+    again.arg(format!("--net=/run/netns/{}", node.name)).arg(env::current_exe().unwrap());
+    let output = again.args(["--exact", name]).env(NODE, &node.name).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
 #[test]
 fn device_with_a_program_of_somebody_else_is_left_alone() {
     const NAME: &str = "device_with_a_program_of_somebody_else_is_left_alone";
-    let Some(node) = env::var_os(NODE) else {
-        if !skip::unless_root("makes network namespaces and loads eBPF programs: run as root") {
-            return;
+    in_a_node(NAME, |node| {
+        let pods = || PODS.map(|(pod, ..)| pod.to_owned()).to_vec();
+        let (first_config, first) = node.agent("first");
+        assert_eq!(redirected(&first), (pods(), vec![]));
+        let (second_config, second) = node.agent("second");
+        assert_eq!(redirected(&second), (vec![], pods()));
+        assert_eq!(
+            redirected(&first),
+            (pods(), vec![]),
+            "its own program is none of somebody else"
+        );
+
+        first.leave("one").unwrap();
+        assert_eq!(redirected(&second), (vec!["one".into()], vec!["two".into()]));
+        node.enrol(&first, "one");
+        assert_eq!(redirected(&first), (vec!["two".into()], vec!["one".into()]));
+
+        // The same agent again takes over what it left, and only that.
+        drop(first);
+        let (_, first) = node.agent("first");
+        assert_eq!(redirected(&first), (vec!["two".into()], vec!["one".into()]));
+
+        drop((first, second));
+        for config in [&first_config, &second_config] {
+            Capture::detach(&config.bpffs).unwrap();
         }
-        let node = Node::new(format!("malla-{}-redirect", process::id()));
-        node.make();
-        let mut again = Command::new("nsenter");
-        again.arg(format!("--net=/run/netns/{}", node.name)).arg(env::current_exe().unwrap());
-        let output = again.args(["--exact", NAME]).env(NODE, &node.name).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-        return;
-    };
-    let node = Node::new(node.into_string().unwrap());
-    let pods = || PODS.map(|(pod, ..)| pod.to_owned()).to_vec();
-    let (first_config, first) = node.agent("first");
-    assert_eq!(redirected(&first), (pods(), vec![]));
-    let (second_config, second) = node.agent("second");
-    assert_eq!(redirected(&second), (vec![], pods()));
-    assert_eq!(redirected(&first), (pods(), vec![]), "its own program is none of somebody else");
-
-    first.leave("one").unwrap();
-    assert_eq!(redirected(&second), (vec!["one".into()], vec!["two".into()]));
-    node.enrol(&first, "one");
-    assert_eq!(redirected(&first), (vec!["two".into()], vec!["one".into()]));
-
-    // The same agent again takes over what it left, and only that.
-    drop(first);
-    let (_, first) = node.agent("first");
-    assert_eq!(redirected(&first), (vec!["two".into()], vec!["one".into()]));
-
-    drop((first, second));
-    for config in [&first_config, &second_config] {
+        let (config, third) = node.agent("third");
+        assert_eq!(redirected(&third), (pods(), vec![]), "nothing was left");
         Capture::detach(&config.bpffs).unwrap();
-    }
-    let (config, third) = node.agent("third");
-    assert_eq!(redirected(&third), (pods(), vec![]), "nothing was left");
-    Capture::detach(&config.bpffs).unwrap();
+    });
+}
+
+/// Each way that needs no kind of device but veth pairs and bridges, which every kernel has; undone, it is one again.
+#[test]
+fn cable_that_is_no_plain_one_is_told_and_taken_when_it_is_one_again() {
+    const NAME: &str = "cable_that_is_no_plain_one_is_told_and_taken_when_it_is_one_again";
+    in_a_node(NAME, |node| {
+        let (config, capture) = node.agent("agent");
+        let (out, pod) = (&node.name, format!("{}-two", node.name));
+        let [_, (_, v4, v6)] = PODS;
+        let moved = |from: &str, to: &str, ip: &str| {
+            let (bits, nodad) = if ip == v4 { ("32", "") } else { ("128", " nodad") };
+            [
+                format!("-n {pod} addr del {ip}/{bits} dev {from}"),
+                format!("-n {pod} addr add {ip}/{bits} dev {to}{nodad}"),
+            ]
+        };
+        let both = |from: &str, to: &str| [moved(from, to, v4), moved(from, to, v6)].concat();
+        let in_pod = |words: &str| format!("-n {pod} {words}");
+        let bends: [(&str, Vec<String>, Vec<String>); 6] = [
+            (
+                "is down",
+                vec![format!("-n {out} link set two down")],
+                vec![format!("-n {out} link set two up")],
+            ),
+            (
+                // An IPv6 address goes when its device is down.
+                "no device of the pod has the address fd91::3",
+                vec![in_pod("link set eth0 down")],
+                vec![
+                    in_pod("link set eth0 up"),
+                    in_pod(&format!("addr add {v6}/128 dev eth0 nodad")),
+                ],
+            ),
+            (
+                "belongs to a bridge, a bond or a VRF, on the pod's side",
+                vec![in_pod("link add br0 type bridge"), in_pod("link set eth0 master br0")],
+                vec![in_pod("link del br0")],
+            ),
+            (
+                "on several devices",
+                [vec![in_pod("link add br0 type bridge")], moved("eth0", "br0", v6).into()]
+                    .concat(),
+                [moved("br0", "eth0", v6).into(), vec![in_pod("link del br0")]].concat(),
+            ),
+            (
+                "no veth but \"bridge\"",
+                [vec![in_pod("link add br0 type bridge")], both("eth0", "br0")].concat(),
+                [both("br0", "eth0"), vec![in_pod("link del br0")]].concat(),
+            ),
+            (
+                "not in the node's network namespace",
+                [vec![in_pod("link add x type veth peer name y")], both("eth0", "x")].concat(),
+                [both("x", "eth0"), vec![in_pod("link del x")]].concat(),
+            ),
+        ];
+        for (how, bend, straighten) in bends {
+            bend.iter().for_each(|line| run(&format!("ip {line}")));
+            let mut told = Vec::new();
+            for (pod, plugged) in capture.redirect() {
+                match plugged {
+                    Ok(()) => assert_eq!(pod, "one", "{how}"),
+                    Err(NotRedirected::Cable(why)) => told.push((pod, why.to_string())),
+                    Err(other) => panic!("{pod}: {other:?}"),
+                }
+            }
+            let [(pod, why)] = &told[..] else { panic!("{how}: {told:?}") };
+            assert!(pod == "two" && why.contains(how), "{pod}: {why}, and not {how}");
+            straighten.iter().for_each(|line| run(&format!("ip {line}")));
+            let all = PODS.map(|(pod, ..)| pod.to_owned()).to_vec();
+            assert_eq!(redirected(&capture), (all, vec![]), "no more: {how}");
+        }
+        drop(capture);
+        Capture::detach(&config.bpffs).unwrap();
+    });
 }

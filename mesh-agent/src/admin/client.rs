@@ -116,7 +116,7 @@ async fn exchange(socket: &Path, method: Method, path: &str) -> Result<Value, Cl
     parse(status, &body)
 }
 
-fn parse(status: StatusCode, body: &[u8]) -> Result<Value, ClientError> {
+pub(super) fn parse(status: StatusCode, body: &[u8]) -> Result<Value, ClientError> {
     if status.is_success() {
         return serde_json::from_slice(body).map_err(broken);
     }

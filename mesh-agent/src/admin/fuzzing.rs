@@ -1,15 +1,21 @@
-//! Requests to the admin socket as the fuzzer writes them. Metrics and probes are behind the same HTTP
-//! server.
+//! Requests to the admin socket as the fuzzer writes them, and answers of it. Metrics and probes are behind the same
+//! HTTP server.
 
 use std::sync::{Arc, OnceLock};
 
+use hyper::StatusCode;
 use mesh_core::snapshot::Snapshot;
 use mesh_core::spiffe::TrustDomain;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 
 use super::Sources;
-use super::view::StatusView;
+use super::client::parse;
+use super::view::{
+    CertificateView, ConnectionView, ServiceView, StatusView, TunnelView, WorkloadView,
+};
+use crate::cli::output::{Format, Tabular, print};
 use crate::telemetry::http::serve_one;
 use crate::telemetry::{AccessLogFormat, LogLevel, Options, Telemetry};
 
@@ -39,6 +45,34 @@ pub fn admin(input: &[u8]) {
     if head.contains("application/json") && !body.is_empty() {
         assert!(serde_json::from_str::<Value>(body).is_ok(), "{text}");
     }
+}
+
+/// Any answer, behind its status in two bytes, is an error, or is shown whole in whatever form: with nothing that a
+/// terminal would obey.
+pub fn answers(input: &[u8]) {
+    let Some((&status, body)) = input.split_first_chunk::<2>() else { return };
+    let Ok(status) = StatusCode::from_u16(u16::from_be_bytes(status)) else { return };
+    let Ok(answer) = parse(status, body) else { return };
+    show::<StatusView>(&answer);
+    show::<Vec<WorkloadView>>(&answer);
+    show::<Vec<ServiceView>>(&answer);
+    show::<Vec<CertificateView>>(&answer);
+    show::<Vec<ConnectionView>>(&answer);
+    show::<Vec<TunnelView>>(&answer);
+}
+
+fn show<V: Tabular + DeserializeOwned>(answer: &Value) {
+    let Ok(view) = serde_json::from_value::<V>(answer.clone()) else { return };
+    let shown = |format| {
+        let mut shown = Vec::new();
+        assert!(print(&mut shown, format, &view).is_ok(), "into memory");
+        String::from_utf8(shown).unwrap_or_default()
+    };
+    let table = shown(Format::Table);
+    assert!(!table.contains(|char: char| char.is_control() && char != '\n'), "{table:?}");
+    let json = shown(Format::Json);
+    assert!(serde_json::from_str::<V>(&json).is_ok(), "{json}");
+    assert!(!shown(Format::Yaml).contains('\u{1b}'));
 }
 
 fn sources() -> Option<&'static Sources> {
@@ -77,5 +111,6 @@ mod tests {
     #[test]
     fn seeds_of_the_fuzzer_hold() {
         crate::fuzzing::replay("admin", super::admin);
+        crate::fuzzing::replay("answers", super::answers);
     }
 }

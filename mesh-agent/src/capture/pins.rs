@@ -199,7 +199,7 @@ pub(super) fn fits(uid: &str) -> bool {
 
 /// `uid` as a bpffs takes it: that one refuses dots (`bpf_lookup()` in kernel/bpf/inode.c), and a pod
 /// without a UID of its own has a slash in its stead. The UUIDs that Kubernetes gives stay as they are.
-fn encoded(uid: &str) -> String {
+pub(super) fn encoded(uid: &str) -> String {
     let mut name = String::new();
     for byte in uid.bytes() {
         if byte.is_ascii_alphanumeric() || byte == b'-' {
@@ -212,7 +212,7 @@ fn encoded(uid: &str) -> String {
 }
 
 /// What [`encoded`] made of a UID; a name that it cannot have made stays itself, and is no pod's.
-fn decoded(name: &str) -> String {
+pub(super) fn decoded(name: &str) -> String {
     let mut parts = name.split('_');
     let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
     for part in parts {
@@ -221,7 +221,8 @@ fn decoded(name: &str) -> String {
         bytes.push(byte);
         bytes.extend_from_slice(&part.as_bytes()[2..]);
     }
-    String::from_utf8(bytes).unwrap_or_else(|_not_ours| name.to_owned())
+    let uid = String::from_utf8(bytes).ok().filter(|uid| encoded(uid) == name);
+    uid.unwrap_or_else(|| name.to_owned())
 }
 
 /// Removes a layout's directory with all that it holds, links first. Returns what was removed.

@@ -61,15 +61,32 @@ fn yaml(value: &impl Serialize) -> io::Result<String> {
     serde_saphyr::to_string(value).map_err(io::Error::other)
 }
 
+fn without_controls(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for char in text.chars() {
+        if char.is_control() {
+            shown.extend(char.escape_default());
+        } else {
+            shown.push(char);
+        }
+    }
+    shown
+}
+
 impl Table {
     /// An empty table.
     pub fn new(headers: impl Into<Vec<&'static str>>) -> Self {
         Self { headers: headers.into(), rows: Vec::new() }
     }
 
-    /// Adds a row; an empty cell is shown as `-`.
+    /// Adds a row. An empty cell is shown as `-`; and what others have written tells the terminal nothing: a control
+    /// character is shown as Rust writes it.
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        let shown = |cell: String| if cell.is_empty() { "-".into() } else { cell };
+        let shown = |cell: String| match cell {
+            cell if cell.is_empty() => "-".into(),
+            cell if cell.contains(char::is_control) => without_controls(&cell),
+            cell => cell,
+        };
         self.rows.push(cells.into_iter().map(shown).collect());
     }
 
@@ -97,5 +114,25 @@ impl Table {
             writeln!(out, "{}", text.trim_end())?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `kubectl` had to learn it: CVE-2021-25743.
+    #[test]
+    fn what_others_have_written_tells_the_terminal_nothing() {
+        let mut table = Table::new(["WHAT", "WHY"]);
+        table.row(["\u{1b}]0;title\u{7}".into(), "two\r\nlines\t\u{9b}31m, ä".into()]);
+        let mut shown = Vec::new();
+        table.write(&mut shown).unwrap();
+        let shown = String::from_utf8(shown).unwrap();
+        let rows: Vec<_> = shown.lines().collect();
+        assert_eq!(
+            rows,
+            [r"WHAT                  WHY", r"\u{1b}]0;title\u{7}   two\r\nlines\t\u{9b}31m, ä"]
+        );
     }
 }

@@ -69,12 +69,12 @@ pub(super) fn by_config(mut config: Config) -> Result<Client, ClientError> {
     Ok(builder.with_layer(&AndThenLayer::new(with_retry_after)).build())
 }
 
-type Answer = Response<Box<DynBody>>;
+pub(super) type Answer = Response<Box<DynBody>>;
 
 /// Puts `Retry-After` (RFC 9110 section 10.2.3) where the API has a field for it: of an answer that it
 /// reads itself, `kube` shows the body alone, and a server that is overloaded, or shuts down, says it in
 /// the header alone, beside a line of plain text.
-async fn with_retry_after(answer: Answer) -> Result<Answer, BoxError> {
+pub(super) async fn with_retry_after(answer: Answer) -> Result<Answer, BoxError> {
     let Some(seconds) = retry_after(&answer) else { return Ok(answer) };
     let (mut parts, body) = answer.into_parts();
     let text = body.collect().await?.to_bytes();
@@ -108,7 +108,7 @@ fn retry_after(answer: &Answer) -> Option<u32> {
     answer.headers().get(RETRY_AFTER)?.to_str().ok()?.parse().ok()
 }
 
-fn boxed(body: Vec<u8>) -> Box<DynBody> {
+pub(super) fn boxed(body: Vec<u8>) -> Box<DynBody> {
     let never = |never: Infallible| -> BoxError { match never {} };
     Box::new(Full::new(Bytes::from(body)).map_err(never))
 }

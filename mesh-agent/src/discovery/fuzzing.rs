@@ -1,8 +1,14 @@
-//! Manifests as the fuzzer writes them.
+//! Manifests as the fuzzer writes them, and refusals of the API.
 
 use std::sync::Arc;
 
+use http::Response;
+use http::header::RETRY_AFTER;
+use http_body_util::BodyExt as _;
+use kube::core::response::Status;
 use mesh_core::spiffe::TrustDomain;
+
+use super::client::{boxed, with_retry_after};
 
 use super::manifest::{self, Format};
 use super::objects::Objects;
@@ -36,10 +42,41 @@ pub fn manifests(input: &[u8]) {
     }
 }
 
+/// Any answer (its status in two bytes, a line that says when to ask again, and its body) stays as it is, or says that
+/// in its body where the API's own answers do.
+pub fn refusals(input: &[u8]) {
+    let Some((&code, rest)) = input.split_first_chunk::<2>() else { return };
+    let mut parts = rest.splitn(2, |byte| *byte == b'\n');
+    let (wait, body) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    let answer = Response::builder().status(u16::from_be_bytes(code)).header(RETRY_AFTER, wait);
+    let Ok(answer) = answer.body(boxed(body.to_vec())) else { return };
+    let status = answer.status();
+    let runtime = tokio::runtime::Builder::new_current_thread().build();
+    let Ok(runtime) = runtime else { return };
+    let said = runtime.block_on(async {
+        let answer = with_retry_after(answer).await.ok()?;
+        assert_eq!(answer.status(), status, "another answer");
+        Some(answer.into_body().collect().await.ok()?.to_bytes())
+    });
+    assert!(said.is_some(), "an answer that cannot be read any more");
+    let said = said.unwrap_or_default();
+    let seconds = std::str::from_utf8(wait).ok().and_then(|wait| wait.parse::<u32>().ok());
+    let is_refusal = status.is_client_error() || status.is_server_error();
+    match seconds.filter(|_| is_refusal) {
+        None => assert_eq!(said, body),
+        Some(seconds) => {
+            let told = serde_json::from_slice::<Status>(&said).ok().and_then(|told| told.details);
+            let told = told.map(|details| details.retry_after_seconds);
+            assert!(told.is_some_and(|told| told != 0 || seconds == 0), "{told:?} of {seconds}");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #[test]
     fn seeds_of_the_fuzzer_hold() {
         crate::fuzzing::replay("manifests", super::manifests);
+        crate::fuzzing::replay("refusals", super::refusals);
     }
 }

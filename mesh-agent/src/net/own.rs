@@ -95,7 +95,10 @@ pub fn give_back_memory() -> io::Result<usize> {
 
 /// Start and length of the executable mappings of `file` in the text of proc_pid_maps(5). Only these:
 /// what is read-only and not executable may have been relocated, and holds what is not in the file.
-fn read_only<'a>(maps: &'a str, file: &'a str) -> impl Iterator<Item = (usize, usize)> + 'a {
+pub(super) fn read_only<'a>(
+    maps: &'a str,
+    file: &'a str,
+) -> impl Iterator<Item = (usize, usize)> + 'a {
     maps.lines().filter_map(move |line| {
         let mut fields = line.split_ascii_whitespace();
         let (range, rights) = (fields.next()?, fields.next()?);

@@ -117,10 +117,10 @@ followed! {
 
 #[derive(Deserialize)]
 #[serde(bound = "T: DeserializeOwned")]
-struct List<T> {
+pub(super) struct List<T> {
     #[serde(default)]
     metadata: ListMeta,
-    items: Vec<T>,
+    pub(super) items: Vec<T>,
 }
 
 #[derive(Default, Deserialize)]
@@ -132,7 +132,7 @@ struct ListMeta {
 }
 
 /// Why a list or a watch ended.
-enum Ended {
+pub(super) enum Ended {
     /// The version that it went on from is not kept any more.
     Expired,
     /// As the server had said.
@@ -258,20 +258,9 @@ impl Feed {
                 Ok(Some(Err(error))) => return ended(error),
                 Ok(Some(Ok(event))) => event,
             };
-            let (version, what) = match event {
-                WatchEvent::Added(item) | WatchEvent::Modified(item) => {
-                    let (object, version) = taken(item);
-                    (version, What::Is(object))
-                }
-                WatchEvent::Deleted(item) => {
-                    let (object, version) = taken(item);
-                    (version, What::Gone(object.key()))
-                }
-                WatchEvent::Bookmark(mark) => (Some(mark.metadata.resource_version), What::Current),
-                WatchEvent::Error(status) if status.code == 410 => return Ended::Expired,
-                WatchEvent::Error(status) => {
-                    return Ended::Failed(status.message.clone(), not_before(&status));
-                }
+            let (version, what) = match happened(event) {
+                Ok(happened) => happened,
+                Err(ended) => return ended,
             };
             if version.is_some() {
                 self.version = version;
@@ -285,6 +274,25 @@ impl Feed {
     async fn tell<T: Followed>(&self, what: What) -> Result<(), mpsc::error::SendError<News>> {
         self.news.send(News { kind: T::KIND, what }).await
     }
+}
+
+/// What an event of a watch tells, and the version from which to go on.
+pub(super) fn happened<T: Followed>(event: WatchEvent<T>) -> Result<(Option<String>, What), Ended> {
+    Ok(match event {
+        WatchEvent::Added(item) | WatchEvent::Modified(item) => {
+            let (object, version) = taken(item);
+            (version, What::Is(object))
+        }
+        WatchEvent::Deleted(item) => {
+            let (object, version) = taken(item);
+            (version, What::Gone(object.key()))
+        }
+        WatchEvent::Bookmark(mark) => (Some(mark.metadata.resource_version), What::Current),
+        WatchEvent::Error(status) if status.code == 410 => return Err(Ended::Expired),
+        WatchEvent::Error(status) => {
+            return Err(Ended::Failed(status.message.clone(), not_before(&status)));
+        }
+    })
 }
 
 /// Gives `take` all that is at `path` and that `selector` lets through, page by page, and returns its version.
@@ -401,7 +409,7 @@ async fn request<T: DeserializeOwned>(client: &Client, uri: String) -> Result<T,
 }
 
 /// The object, and its version: which does not stay with it, or every heartbeat were a change.
-fn taken<T: Followed>(mut item: T) -> (Object, Option<String>) {
+pub(super) fn taken<T: Followed>(mut item: T) -> (Object, Option<String>) {
     let version = item.meta().resource_version.take();
     (item.into_object(), version)
 }

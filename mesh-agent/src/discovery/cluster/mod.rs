@@ -24,6 +24,8 @@ mod behind;
 mod demand;
 mod feed;
 mod find;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 mod pace;
 mod places;
 mod policies;

@@ -29,6 +29,9 @@ const EVENT_AGAIN: Duration = Duration::from_secs(2700);
 /// Of an object's name in that of an Event, which has 253 (RFC 1123, as Kubernetes has it).
 const NAMED: usize = 200;
 
+/// What keys of writes to pods begin with.
+const ANNOTATION: &str = "annotation ";
+
 /// One request.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Write {
@@ -56,7 +59,7 @@ pub(super) struct Reports {
     /// By key, which is another one when it is time to tell it again: what the API was told.
     events: HashSet<String>,
     failed: HashMap<String, Instant>,
-    /// By key: what is under way to a pod. Two of them could arrive the other way round.
+    /// By key: what is under way. Two writes to a pod could arrive the other way round.
     writing: HashSet<String>,
     takes_back: bool,
 }
@@ -103,7 +106,10 @@ impl Reports {
         // What is over may come again, and is told again then.
         self.events.retain(|key| events.contains_key(key));
         for (key, write) in events {
-            if !self.failed.contains_key(&key) && self.events.insert(key) {
+            if self.failed.contains_key(&key) || !self.events.insert(key.clone()) {
+                continue;
+            }
+            if self.writing.insert(key) {
                 writes.push(write);
             }
         }
@@ -128,9 +134,9 @@ impl Reports {
         writes
     }
 
-    /// Whether nothing is on its way to a pod.
+    /// Whether nothing is on its way to a pod. For an Event nobody waits.
     pub(super) fn is_idle(&self) -> bool {
-        self.writing.is_empty()
+        !self.writing.iter().any(|key| key.starts_with(ANNOTATION))
     }
 
     fn annotation(
@@ -210,7 +216,7 @@ fn state(pod: &Workload, outcomes: &Outcomes) -> Option<Option<String>> {
 }
 
 fn annotation_key(uid: &str) -> String {
-    format!("annotation {uid}")
+    format!("{ANNOTATION}{uid}")
 }
 
 /// What it says of itself.
@@ -428,5 +434,28 @@ mod tests {
         reports.written(key);
         assert_eq!(reports.take_back(&objects, "a"), []);
         assert!(reports.is_idle());
+    }
+    #[test]
+    fn event_that_is_over_and_comes_again_is_not_on_its_way_twice() {
+        let (objects, snapshot) = known("one");
+        let (now, at) = (Instant::now(), OffsetDateTime::UNIX_EPOCH);
+        let mut reports = Reports::default();
+        let events = |reports: &mut Reports, outcome: Outcome| {
+            let outcomes = Outcomes::from([("uid-1".into(), outcome)]);
+            let (objects, snapshot) = (&objects, &snapshot);
+            let known = Known { objects, snapshot, outcomes: &outcomes, problems: &[], at };
+            let writes = reports.due(known, now).into_iter();
+            let events = writes.filter(|write| write.method == http::Method::POST);
+            events.map(|write| write.key).collect::<Vec<_>>()
+        };
+        let failing = || Outcome::Failing("no room".into());
+        let first = events(&mut reports, failing());
+        let [key] = &first[..] else { panic!("{first:?}") };
+        assert_eq!(events(&mut reports, Outcome::Enrolled), [""; 0]);
+        assert_eq!(events(&mut reports, failing()), [""; 0], "it is on its way");
+        reports.written(key);
+        assert_eq!(events(&mut reports, failing()), [""; 0], "and has arrived");
+        assert_eq!(events(&mut reports, Outcome::Enrolled), [""; 0]);
+        assert_eq!(events(&mut reports, failing()), first, "told again");
     }
 }

@@ -188,7 +188,7 @@ impl SigningRequests {
 
 /// What is in a signer's answer, if it certifies `public_key` as `id`. Whether peers believe it is
 /// asked where all certificates are asked that.
-fn answer(pem: &[u8], id: &SpiffeId, public_key: &[u8]) -> Result<Signed, CaError> {
+pub(super) fn answer(pem: &[u8], id: &SpiffeId, public_key: &[u8]) -> Result<Signed, CaError> {
     let wrong = |what| CaError::Answer { what };
     let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     let chain = chain.map_err(|_not_pem| wrong("is not PEM"))?;

@@ -200,7 +200,7 @@ impl Signer {
 
     async fn decide(&self, request: &SigningRequest, authority: &Authority) -> Result<(), CaError> {
         let read = request::read(&request.spec.request.0);
-        let verdict = match self.check(request, read.as_ref()) {
+        let verdict = match claim(request, read.as_ref(), &self.rules) {
             Ok(claim) => self.confirm(claim).await?,
             Err(denied) => Err(denied),
         };
@@ -209,25 +209,6 @@ impl Signer {
             (Err(denied), _) => Ok(self.deny(request, denied).await?),
             (Ok(_), Err(_)) => Ok(self.deny(request, Denied::Malformed).await?),
         }
-    }
-
-    fn check(
-        &self,
-        request: &SigningRequest,
-        read: Result<&Read, &mesh_core::sign::Unread>,
-    ) -> Result<Claim, Denied> {
-        let extra = |key: &str| request.spec.extra.get(key).map(Vec::as_slice).unwrap_or_default();
-        let asked = Request {
-            asked: read.map(|read| read.asked.clone()).map_err(|unread| *unread),
-            usages: &request.spec.usages,
-            expiration_s: request.spec.expiration_seconds,
-            requester: Requester {
-                username: &request.spec.username,
-                node_names: extra(NODE_NAME),
-                node_uids: extra(NODE_UID),
-            },
-        };
-        asked.check(&self.rules)
     }
 
     /// Asks the cluster. A claim's names are of characters that need no escape in a path.
@@ -329,6 +310,26 @@ impl Signer {
         });
         self.api.patch(&path, &patch).await
     }
+}
+
+/// What is claimed by a request, in which that was read.
+pub(super) fn claim(
+    request: &SigningRequest,
+    read: Result<&Read, &mesh_core::sign::Unread>,
+    rules: &Rules,
+) -> Result<Claim, Denied> {
+    let extra = |key: &str| request.spec.extra.get(key).map(Vec::as_slice).unwrap_or_default();
+    let asked = Request {
+        asked: read.map(|read| read.asked.clone()).map_err(|unread| *unread),
+        usages: &request.spec.usages,
+        expiration_s: request.spec.expiration_seconds,
+        requester: Requester {
+            username: &request.spec.username,
+            node_names: extra(NODE_NAME),
+            node_uids: extra(NODE_UID),
+        },
+    };
+    asked.check(rules)
 }
 
 fn condition(kind: &str, reason: &str, message: &str) -> Value {
