@@ -1,4 +1,5 @@
-//! Two agents and one device: whoever came first keeps it. Needs root, `ip` and `nsenter`.
+//! Whose devices are taken: of two agents whoever came first keeps one, and what is no plain cable is left alone. Needs
+//! root, `ip` and `nsenter`.
 //!
 //! What the agent takes for the node's namespace is the one it runs in, so this test runs itself again in
 //! a namespace that it made.
@@ -146,7 +147,8 @@ fn in_a_node(name: &str, test: impl FnOnce(&Node)) {
     let mut again = Command::new("nsenter");
     again.arg(format!("--net=/run/netns/{}", node.name)).arg(env::current_exe().unwrap());
     let output = again.args(["--exact", name]).env(NODE, &node.name).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
 }
 
 #[test]

@@ -47,8 +47,8 @@ pub fn admin(input: &[u8]) {
     }
 }
 
-/// Any answer, behind its status in two bytes, is an error, or is shown whole in whatever form: with nothing that a
-/// terminal would obey.
+/// Any answer, behind its status in two bytes, is an error, or is shown whole in whatever form: as a table with nothing
+/// that a terminal would obey.
 pub fn answers(input: &[u8]) {
     let Some((&status, body)) = input.split_first_chunk::<2>() else { return };
     let Ok(status) = StatusCode::from_u16(u16::from_be_bytes(status)) else { return };

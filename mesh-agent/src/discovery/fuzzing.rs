@@ -9,7 +9,6 @@ use kube::core::response::Status;
 use mesh_core::spiffe::TrustDomain;
 
 use super::client::{boxed, with_retry_after};
-
 use super::manifest::{self, Format};
 use super::objects::Objects;
 use super::translate::{Context, NetnsFrom, translate};

@@ -11,10 +11,13 @@ use tokio::time::Instant;
 use super::KINDS;
 use super::feed::{Followed, List, News, What, happened, taken};
 use super::state::State;
-use crate::discovery::kube::{EndpointSlice, Namespace, Node, Pod, Service};
+use crate::discovery::kube::{EndpointSlice, Namespace, Node, ObjectMeta, Pod, Service};
+use crate::discovery::objects::{Kind, Object};
 use crate::discovery::translate::{Context, NetnsFrom};
 use crate::discovery::{Outcome, Outcomes};
 
+/// Where the agent is.
+const HOME: &str = "malla-system";
 /// Of lines: what is found in many is found in few.
 const LINES: usize = 64;
 
@@ -31,10 +34,12 @@ pub fn feed(input: &[u8]) {
         netns,
         pod_cidrs: Vec::new(),
     });
-    state.home = Some("malla-system".into());
+    state.home = Some(HOME.into());
     let now = Instant::now();
     for kind in KINDS {
-        state.take(News { kind, what: What::All(Vec::new()) }, now);
+        // An agent's own namespace is there when it starts.
+        let all = if kind == Kind::Namespace { vec![home()] } else { Vec::new() };
+        state.take(News { kind, what: What::All(all) }, now);
     }
     let mut under_way = HashSet::new();
     for line in input.split(|byte| *byte == b'\n').take(LINES) {
@@ -63,6 +68,11 @@ pub fn feed(input: &[u8]) {
     }
     follow(&mut state, &mut under_way, now);
     assert!(under_way.is_empty() && state.is_taken_back(), "not taken back");
+}
+
+fn home() -> Object {
+    let metadata = ObjectMeta { name: Some(HOME.into()), ..ObjectMeta::default() };
+    Object::Namespace(Arc::new(Namespace { metadata }))
 }
 
 fn follow(state: &mut State, under_way: &mut HashSet<String>, now: Instant) {

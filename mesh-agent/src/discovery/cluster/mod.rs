@@ -71,7 +71,9 @@ const DEMANDS: usize = 1024;
 const WRITES: usize = 4;
 /// As many more while what pods say is taken back: the rights to it may be gone within moments.
 const LEAVE_WRITES: usize = 12;
-/// After one of those that failed.
+/// So long from then on no snapshot is made, which takes tens of milliseconds in a large cluster.
+const LEAVE_FIRST: Duration = Duration::from_millis(500);
+/// After one of those that failed, in its place: a server that is busy gets no more than that.
 const LEAVE_AGAIN: Duration = Duration::from_secs(1);
 /// Nobody waits for what is written.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
@@ -157,7 +159,8 @@ impl ClusterSource {
         self.network_policies.subscribe()
     }
 
-    /// Whether there is to be no agent any more, and pods of this node do not say anything of the mesh.
+    /// Whether there is to be no agent any more, and what pods of this node say of the mesh is taken back, as far as
+    /// the agent may.
     pub fn taken_back(&self) -> watch::Receiver<bool> {
         self.taken_back.subscribe()
     }
@@ -181,6 +184,8 @@ impl ClusterSource {
         } = self;
         state.home = owner.as_ref().map(|owner| owner.namespace().to_owned());
         let mut gone = owner.as_ref().map(|owner| owner.heard());
+        // It was followed before, and may be gone already.
+        state.is_gone = gone.as_mut().is_some_and(|gone| *gone.borrow_and_update());
         let (sender, mut news) = mpsc::channel(QUEUE);
         let mut feeds = JoinSet::new();
         let own = format!("fieldSelector=spec.nodeName%3D{}", escaped(&state.context.node));
@@ -246,6 +251,11 @@ impl ClusterSource {
                     missing
                 }
             };
+            let is_leaving = state.is_leaving();
+            if is_leaving && !std::mem::replace(&mut was_leaving, true) {
+                write_places.add_permits(LEAVE_WRITES);
+                state.held = Some(Instant::now() + LEAVE_FIRST);
+            }
             confirmed.send_replace(state.confirmed());
             // Who need not wait for a snapshot is not why one is made.
             state.answer();
@@ -261,10 +271,6 @@ impl ClusterSource {
                 problems.send_replace(found);
             }
             state.answer();
-            let is_leaving = state.is_leaving();
-            if is_leaving && !std::mem::replace(&mut was_leaving, true) {
-                write_places.add_permits(LEAVE_WRITES);
-            }
             let at = OffsetDateTime::now_utc();
             for write in state.reports(&outcomes.borrow(), Instant::now(), at) {
                 let (client, places) = (client.clone(), Arc::clone(&write_places));
@@ -272,7 +278,7 @@ impl ClusterSource {
                     let _place = places.acquire_owned().await;
                     let key = write.key.clone();
                     let result = put(&client, write).await;
-                    if is_leaving && result.is_err() {
+                    if is_leaving && result.as_ref().is_err_and(|why| !why.is_refused) {
                         sleep(LEAVE_AGAIN).await;
                     }
                     (key, result)
@@ -319,8 +325,9 @@ async fn put(client: &Client, write: Write) -> Result<(), NotWritten> {
         // The pod is gone, or another one has its name.
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => Ok(()),
         Ok(Err(error)) => {
-            let is_refused =
-                matches!(&error, kube::Error::Api(status) if matches!(status.code, 401 | 403));
+            // Not of a server that is too busy (RFC 9110 section 15.5.9, RFC 6585 section 4).
+            let is_final = |code: u16| (400..500).contains(&code) && !matches!(code, 408 | 429);
+            let is_refused = matches!(&error, kube::Error::Api(status) if is_final(status.code));
             Err(NotWritten { why: crate::telemetry::chain(&error), is_refused })
         }
         Err(_elapsed) => Err(NotWritten { why: "no answer in time".into(), is_refused: false }),

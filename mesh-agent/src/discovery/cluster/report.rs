@@ -397,6 +397,7 @@ mod tests {
         reports.due(known, start);
         assert!(reports.told.is_empty() && reports.events.is_empty());
     }
+
     #[test]
     fn pod_is_told_one_thing_after_the_other() {
         let (objects, snapshot) = known("one");
@@ -435,6 +436,7 @@ mod tests {
         assert_eq!(reports.take_back(&objects, "a"), []);
         assert!(reports.is_idle());
     }
+
     #[test]
     fn event_that_is_over_and_comes_again_is_not_on_its_way_twice() {
         let (objects, snapshot) = known("one");

@@ -48,6 +48,12 @@ pub(super) struct State {
     pub(super) home: Option<String>,
     /// There is to be no agent any more.
     pub(super) is_gone: bool,
+    /// That namespace is about to go, or has.
+    is_home_going: bool,
+    /// What was written on a pod and stays was told of.
+    is_stay_told: bool,
+    /// No snapshot is made before.
+    pub(super) held: Option<Instant>,
 }
 
 /// How it stands with one kind.
@@ -82,6 +88,9 @@ impl State {
             given_up: 0,
             home: None,
             is_gone: false,
+            is_home_going: false,
+            is_stay_told: false,
+            held: None,
         }
     }
 
@@ -129,6 +138,9 @@ impl State {
                 What::Gone(key) => self.objects.remove(&key).is_some(),
                 What::Current | What::Answered | What::Failing(_) => false,
             };
+        if news.kind == Kind::Namespace {
+            self.is_home_going = self.home.as_ref().is_some_and(|home| self.is_going(home));
+        }
         // Of pods only this node's are followed. Services and endpoints are what changes all the time.
         self.note(is_news, matches!(news.kind, Kind::Pod | Kind::Namespace));
     }
@@ -250,8 +262,12 @@ impl State {
         if is_leaving && !is_refused {
             return self.reports.not_yet(&key);
         }
-        if !std::mem::replace(&mut self.is_write_told, true) {
-            let then = if is_leaving { "it stays" } else { "tried again every minute" };
+        let (is_told, then) = if is_leaving {
+            (&mut self.is_stay_told, "what pods say of the mesh may stay")
+        } else {
+            (&mut self.is_write_told, "tried again every minute")
+        };
+        if !std::mem::replace(is_told, true) {
             warn!(what = key, error = why, "not written into the API; {then}");
         }
         self.reports.failed(key, now);
@@ -260,18 +276,19 @@ impl State {
     /// Whether what was written on pods is to be taken back. A namespace that is to be deleted never comes back, and
     /// is the first that goes of what a manifest names: before the agent's rights, which go next.
     pub(super) fn is_leaving(&self) -> bool {
-        let is_going = |home: &String| {
-            let key =
-                ObjectKey { kind: Kind::Namespace, namespace: String::new(), name: home.clone() };
-            match self.objects.get(&key) {
-                Some(Object::Namespace(home)) => home.metadata.deletion_timestamp.is_some(),
-                _ => false,
-            }
-        };
-        self.is_gone || self.home.as_ref().is_some_and(is_going)
+        self.is_gone || self.is_home_going
     }
 
-    /// Whether nothing more is to be taken back of what is known.
+    /// Whether this namespace is about to go, or has. All are followed.
+    fn is_going(&self, namespace: &str) -> bool {
+        let (kind, name) = (Kind::Namespace, namespace.to_owned());
+        match self.objects.get(&ObjectKey { kind, namespace: String::new(), name }) {
+            Some(Object::Namespace(found)) => found.metadata.deletion_timestamp.is_some(),
+            _ => true,
+        }
+    }
+
+    /// Whether nothing more is to be taken back of what is known, or may be.
     pub(super) fn is_taken_back(&self) -> bool {
         self.is_leaving() && self.confirmed().is_some() && self.reports.is_idle()
     }
@@ -305,7 +322,8 @@ impl State {
     /// From when on another snapshot is to be made, if one is; a moment that has passed if at once.
     pub(super) fn due(&self) -> Option<Instant> {
         let listed = self.confirmed().filter(|_| self.is_stale)?;
-        Some(self.pace.next(self.is_waited_for()).unwrap_or(listed))
+        let due = self.pace.next(self.is_waited_for()).unwrap_or(listed);
+        Some(self.held.map_or(due, |held| due.max(held)))
     }
 
     fn is_waited_for(&self) -> bool {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use hyper::StatusCode;
+use mesh_core::snapshot::Snapshot;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -216,6 +217,15 @@ async fn what_pods_say_is_taken_back_when_the_daemonset_or_its_namespace_goes() 
         api.event("ADDED", pod("last", "10.0.0.10"));
         followed.until_pods(&["elsewhere", "last", "later", "never", "one", "two"]).await;
         assert_eq!((api.written("PATCH").len(), api.written("POST").len()), (4, 0));
+        // Nor when all of that is gone in the end.
+        api.event_at(NAMESPACES, "DELETED", going("home"));
+        for (name, ip) in [("a", "10.0.0.21"), ("b", "10.0.0.22")] {
+            api.event("ADDED", pod(name, ip));
+            let is_there =
+                |snapshot: &Snapshot| snapshot.workload(&format!("uid-{name}")).is_some();
+            followed.until(is_there).await;
+        }
+        assert_eq!((api.written("PATCH").len(), *followed.taken_back.borrow()), (4, true));
     }
 }
 
@@ -251,4 +261,27 @@ async fn taking_back_is_tried_again_unless_the_right_to_it_is_gone() {
     api.event_at(DAEMON_SETS, "DELETED", json!({"metadata": {}}));
     timeout(SOON, followed.taken_back.wait_for(|is_done| *is_done)).await.unwrap().unwrap();
     assert_eq!(told(&api, 2, &Value::Null), ["one", "two"], "each tried once");
+}
+
+/// It may have gone while the agent started, and its namespace before that.
+#[tokio::test]
+async fn agent_that_starts_too_late_takes_back_what_others_have_written() {
+    for (is_told, namespaces) in [(true, &["default", "home"][..]), (false, &["default"])] {
+        let api = Api::start().await;
+        let namespaces = namespaces.iter().map(|name| json!({"metadata": {"name": name}}));
+        api.has(NAMESPACES, namespaces.collect());
+        let mut left = asking("left", "10.0.0.4");
+        left["metadata"]["annotations"]["malla.dev/redirection"] = json!("enabled");
+        api.has(PODS, vec![left]);
+        let owner = Arc::new(Owner::new(api.client(), "home/agents".parse().unwrap()));
+        tokio::spawn(Arc::clone(&owner).follow());
+        until("a watch", || api.asked("watch daemonsets") == 1).await;
+        if is_told {
+            api.event_at(DAEMON_SETS, "DELETED", json!({"metadata": {}}));
+            timeout(SOON, owner.heard().wait_for(|is_gone| *is_gone)).await.unwrap().unwrap();
+        }
+        let mut followed = api.follow_of(Some(owner));
+        timeout(SOON, followed.taken_back.wait_for(|is_done| *is_done)).await.unwrap().unwrap();
+        assert_eq!(told(&api, 0, &Value::Null), ["left"]);
+    }
 }
