@@ -20,6 +20,7 @@ pub mod fuzzing;
 pub mod identity;
 pub mod inbound;
 pub mod known;
+pub mod mounted;
 pub mod net;
 pub mod node;
 pub mod opening;

@@ -75,15 +75,16 @@ impl Manifests {
                     .map(|(_, zone)| ("topology.kubernetes.io/zone".to_owned(), json!(zone)))
                     .into_iter()
                     .collect();
+                let ips = node.ips().map(|ip| ("InternalIP", ip.to_string()));
+                let addresses = ips.chain([("Hostname", node.name().to_owned())]);
+                let addresses: Value = addresses
+                    .map(|(kind, address)| json!({ "type": kind, "address": address }))
+                    .collect();
                 json!({
                     "apiVersion": "v1",
                     "kind": "Node",
                     "metadata": { "name": node.name(), "labels": labels },
-                    "status": { "addresses": [
-                        { "type": "InternalIP", "address": node.v4().to_string() },
-                        { "type": "InternalIP", "address": node.v6().to_string() },
-                        { "type": "Hostname", "address": node.name() },
-                    ]},
+                    "status": { "addresses": addresses },
                 })
             })
             .collect();

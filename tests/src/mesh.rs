@@ -13,7 +13,7 @@
 mod layout;
 
 use std::fs;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -60,6 +60,7 @@ pub struct Node {
     name: String,
     v4: Ipv4Addr,
     v6: Ipv6Addr,
+    only: Option<Family>,
     mtu: u32,
     netns: Arc<Netns>,
 }
@@ -388,6 +389,17 @@ impl Node {
     /// Its IPv6 address.
     pub fn v6(&self) -> Ipv6Addr {
         self.v6
+    }
+
+    /// Whether it has an address of this family.
+    pub(crate) fn has(&self, family: Family) -> bool {
+        self.only.is_none_or(|only| only == family)
+    }
+
+    /// The addresses that it has.
+    pub(crate) fn ips(&self) -> impl Iterator<Item = IpAddr> {
+        let all = [(Family::V4, IpAddr::from(self.v4)), (Family::V6, self.v6.into())];
+        all.into_iter().filter_map(|(family, ip)| self.has(family).then_some(ip))
     }
 
     /// Its network namespace.

@@ -194,6 +194,7 @@ pub struct Builder {
     pub(crate) agents: bool,
     pub(crate) plain_services: bool,
     pub(crate) mtu: u32,
+    pub(crate) node_family: Option<Family>,
     pub(crate) own_ca: Vec<(String, String)>,
 }
 
@@ -211,6 +212,7 @@ impl Builder {
             agents: true,
             plain_services: false,
             mtu: 1500,
+            node_family: None,
             own_ca: Vec::new(),
         }
     }
@@ -295,6 +297,13 @@ impl Builder {
     #[must_use]
     pub fn mtu(mut self, bytes: u32) -> Self {
         self.mtu = bytes;
+        self
+    }
+
+    /// Nodes have addresses of this family alone; pods and services have both.
+    #[must_use]
+    pub fn node_family(mut self, family: Family) -> Self {
+        self.node_family = Some(family);
         self
     }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read as _, Write as _};
-use std::net::Shutdown;
+use std::net::{IpAddr, Shutdown, TcpStream};
 use std::process::Command;
 use std::sync::mpsc;
 use std::thread;
@@ -90,6 +90,32 @@ fn quic_carries_bulk_both_ways_at_once_v4() -> Result<()> {
 fn quic_carries_bulk_both_ways_at_once_v6() -> Result<()> {
     harness::require!();
     bulk(Carrier::Quic, Family::V6)
+}
+
+/// What a cluster of one family has, or one whose Nodes name addresses of one.
+#[test]
+fn nodes_of_one_family_carry_connections_of_both() -> Result<()> {
+    harness::require!();
+    for (family, carrier) in Family::BOTH.into_iter().flat_map(|f| Carrier::BOTH.map(|c| (f, c))) {
+        let mesh = Mesh::two_nodes_builder().node_family(family).carrier(carrier).start()?;
+        let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+        for of in Family::BOTH {
+            for to in [mesh.service("b").addr(of, 80), mesh.pod("b1").addr(of, 8080)] {
+                let done =
+                    mesh.pod("a1").connect(to).and_then(|mut it| exchange(&mut it, b"hello"));
+                done.with_context(|| format!("{to} by {carrier:?}, nodes have {family:?} alone"))?;
+            }
+        }
+        let peer = mesh.node("b");
+        let other: IpAddr = if family == Family::V4 { peer.v6().into() } else { peer.v4().into() };
+        let reached = mesh
+            .node("a")
+            .netns()
+            .run(|| Ok(TcpStream::connect_timeout(&(other, 9).into(), Duration::from_secs(1))))?;
+        let told = reached.map_err(|error| error.kind());
+        assert_eq!(told.err(), Some(io::ErrorKind::NetworkUnreachable), "by {other}");
+    }
+    Ok(())
 }
 
 #[test]

@@ -40,10 +40,6 @@ impl Turn {
     /// Waits for it, and meanwhile tells whoever probes that this agent is ready for it.
     pub(super) async fn wait(options: &Run) -> Result<Self> {
         let path = lock_path(&options.admin.socket);
-        if let Some(dir) = path.parent().filter(|dir| !dir.exists()) {
-            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-            made.with_context(|| format!("create {}", dir.display()))?;
-        }
         if let Some(lock) = take(&path)? {
             return Ok(Self { lock });
         }
@@ -108,7 +104,20 @@ pub(super) fn lock_path(admin_socket: &Path) -> PathBuf {
 
 /// The lock, if nobody has it.
 fn take(path: &Path) -> Result<Option<File>> {
-    let lock = File::create(path).with_context(|| format!("create {}", path.display()))?;
+    // Whoever leaves nothing behind removes it, too.
+    if let Some(dir) = path.parent().filter(|dir| !dir.exists()) {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.with_context(|| format!("create {}", dir.display()))?;
+    }
+    let lock = File::create(path).map_err(|error| {
+        let is_gone = error.kind() == io::ErrorKind::NotFound;
+        let remedy = if is_gone {
+            ": what is mounted there was removed; start this container anew"
+        } else {
+            ""
+        };
+        anyhow::Error::from(error).context(format!("create {}{remedy}", path.display()))
+    })?;
     if !try_lock(&lock)? {
         return Ok(None);
     }
@@ -146,6 +155,8 @@ mod tests {
         assert!(try_lock(&stale).unwrap(), "the lock of a file that is gone");
         assert!(take(&path).unwrap().is_none(), "the file's is another one's");
         drop(new);
-        assert!(take(&path).unwrap().is_some());
+        fs::remove_file(&path).unwrap();
+        fs::remove_dir(dir.path()).unwrap();
+        assert!(take(&path).unwrap().is_some(), "the directory was removed, too");
     }
 }

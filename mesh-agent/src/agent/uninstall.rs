@@ -9,6 +9,7 @@ use tracing::{error, info};
 use super::turn::lock_path;
 use crate::admin::{AdminError, AdminSocket};
 use crate::capture::Capture;
+use crate::mounted;
 use crate::tunnel::ResetKey;
 
 /// Removes everything that an agent leaves for the next one.
@@ -51,6 +52,10 @@ pub fn remove_files(admin_socket: &Path) -> Result<Vec<PathBuf>> {
                 return Err(error).with_context(|| format!("remove {}", file.display()));
             }
         }
+    }
+    // What somebody else keeps there keeps it.
+    if let Some(dir) = admin_socket.parent().filter(|dir| mounted::remove_dir(dir)) {
+        removed.push(dir.to_owned());
     }
     Ok(removed)
 }

@@ -42,7 +42,7 @@ mod routes;
 mod sys;
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -72,6 +72,7 @@ pub use orig_dst::OrigDstTable;
 pub use pending::HeldBack;
 pub use redirect::NotRedirected;
 
+use crate::mounted;
 use crate::net::Netns;
 use attach::Programs;
 use inherit::Nameless;
@@ -470,8 +471,8 @@ impl Capture {
             detached.removed.extend(pins::remove_layout(layout)?);
         }
         detached.namespaces = routes::remove_from(inodes);
-        // Fails when something else lies there, or a bpffs is mounted there: both are not ours.
-        if fs::remove_dir(bpffs).is_ok() {
+        // Stays when something else lies there, or the node has a bpffs mounted there: both are not ours.
+        if mounted::remove_dir(bpffs) {
             detached.removed.push(bpffs.to_owned());
         }
         Ok(detached)

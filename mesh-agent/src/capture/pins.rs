@@ -298,12 +298,13 @@ pub(super) fn check_cgroup2(dir: &Path) -> Result<(), CaptureError> {
 
 /// What lies in a directory; nothing if it does not exist.
 pub(super) fn list(dir: &Path) -> Result<Vec<PathBuf>, CaptureError> {
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed("read", dir)(error)),
-    };
-    entries.map(|entry| entry.map(|entry| entry.path()).map_err(failed("read", dir))).collect()
+    // One that was removed where it is mounted from can still be opened.
+    let read = fs::read_dir(dir)
+        .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.path())).collect());
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read.map_err(failed("read", dir)),
+    }
 }
 
 pub(super) fn foreign(path: &Path, why: impl Into<String>) -> CaptureError {

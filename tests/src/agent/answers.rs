@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpStream};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::PoisonError;
 use std::time::{Duration, SystemTime};
@@ -100,7 +101,34 @@ impl Agent {
     ///
     /// Fails if it cannot be run; what it answers is the caller's to judge.
     pub fn cli(&self, args: &[&str]) -> Result<Cli> {
-        let mut command = Command::new(binary()?);
+        self.cli_by(Command::new(binary()?), args)
+    }
+
+    /// The same in a container of a node that is a process namespace of its own, so that process 1 is the node's. The
+    /// container's own files are these and read-only, and it has each first one of `mounts`, a directory of the node,
+    /// mounted at the second one.
+    ///
+    /// # Errors
+    ///
+    /// Fails if it cannot be run.
+    pub fn cli_in_container(
+        &self,
+        files: &Path,
+        mounts: [(&Path, &Path); 2],
+        args: &[&str],
+    ) -> Result<Cli> {
+        const NODE: &str = r#"unshare --mount -- sh -c "$0" "$@"; exit $?"#;
+        const CONTAINER: &str = r#"
+            mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" &&
+            mount --bind "$1" "$2" && mount --bind "$3" "$4" && shift 4 && exec "$@""#;
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]);
+        command.args(["sh", "-c", NODE, CONTAINER]).arg(files);
+        command.args(mounts.iter().flat_map(|(from, to)| [from, to])).arg(binary()?);
+        self.cli_by(command, args)
+    }
+
+    fn cli_by(&self, mut command: Command, args: &[&str]) -> Result<Cli> {
         command.args(args).env("MESH_ADMIN_SOCKET", self.admin_socket());
         command.env("MESH_BPFFS", self.bpffs()).env("MESH_CGROUP", &self.files.cgroup);
         let child = self.netns.spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?;

@@ -23,17 +23,20 @@ impl Mesh {
             netns.forward()?;
             let v4 = Ipv4Addr::new(10, 100 + range, 0, index);
             let v6 = v6(range, 0, u16::from(index));
-            // A node without a link has an address all the same.
-            netns.ip(&format!("addr add {v4}/32 dev lo\naddr add {v6}/128 dev lo nodad\n"))?;
-            let netns = Arc::new(netns);
-            self.nodes.push(Node {
+            let node = Node {
                 agent: None,
                 name: name.clone(),
                 v4,
                 v6,
+                only: builder.node_family,
                 mtu: builder.mtu,
-                netns,
-            });
+                netns: Arc::new(netns),
+            };
+            // A node without a link has an address all the same.
+            for ip in node.ips() {
+                node.netns.ip(&format!("addr add {ip} dev lo{}\n", without_dad(ip)))?;
+            }
+            self.nodes.push(node);
         }
         for a in 0..self.nodes.len() {
             for b in a + 1..self.nodes.len() {
@@ -80,15 +83,20 @@ impl Mesh {
             [(from, to, b + 1, format!("to-{b}")), (to, from, a + 1, format!("to-{a}"))]
         {
             let pods = v6(range, u16::try_from(index)?, 0);
-            let second = 100 + range;
-            node.netns.ip(&format!(
-                "link set {device} up\n\
-                 addr add {} peer {} dev {device}\n\
-                 addr add {} peer {} dev {device} nodad\n\
-                 route add 10.{second}.{index}.0/24 via {} dev {device} onlink\n\
-                 route add {pods}/64 via {} dev {device} onlink\n",
-                node.v4, peer.v4, node.v6, peer.v6, peer.v4, peer.v6
-            ))?;
+            let mut wires = format!("link set {device} up\n");
+            for (ip, to) in node.ips().zip(peer.ips()) {
+                let pods = match ip {
+                    IpAddr::V4(_) => format!("10.{}.{index}.0/24", 100 + range),
+                    IpAddr::V6(_) => format!("{pods}/64"),
+                };
+                write!(
+                    wires,
+                    "addr add {ip} peer {to} dev {device}{}\n\
+                     route add {pods} via {to} dev {device} onlink\n",
+                    without_dad(ip)
+                )?;
+            }
+            node.netns.ip(&wires)?;
         }
         Ok(())
     }
@@ -97,6 +105,11 @@ impl Mesh {
     fn attach(&self, pod: &Pod, node: usize, index: usize, mtu: u32) -> Result<()> {
         let node = &self.nodes[node];
         let (v4, v6) = (pod.v4_ip(), pod.v6_ip());
+        let source = |family, ip: IpAddr| {
+            if node.has(family) { format!(" src {ip}") } else { String::new() }
+        };
+        let (source4, source6) =
+            (source(Family::V4, node.v4.into()), source(Family::V6, node.v6.into()));
         ip(
             None,
             &format!(
@@ -110,9 +123,8 @@ impl Mesh {
             "link set p{index} up\n\
              addr add 169.254.1.1/32 dev p{index}\n\
              addr add fe80::1/64 dev p{index} nodad\n\
-             route add {v4}/32 dev p{index} src {}\n\
-             route add {v6}/128 dev p{index} src {}\n",
-            node.v4, node.v6
+             route add {v4}/32 dev p{index}{source4}\n\
+             route add {v6}/128 dev p{index}{source6}\n"
         ))?;
         pod.netns().ip(&format!(
             "link set eth0 up\n\
@@ -183,6 +195,11 @@ impl Mesh {
         }
         Ok(())
     }
+}
+
+/// What `ip addr add` is told of an address that is used at once.
+fn without_dad(ip: IpAddr) -> &'static str {
+    if ip.is_ipv6() { " nodad" } else { "" }
 }
 
 /// `fd4d:616c:6c61` is "Malla" in a range for everybody's own use (RFC 4193).

@@ -1,6 +1,7 @@
 //! Agents end, are killed and start again; what they leave in the kernel goes on, or is taken away.
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -178,6 +179,48 @@ fn detach_leaves_no_trace() -> Result<()> {
         let mut stream = mesh.pod("a1").connect(to)?;
         exchange(&mut stream, b"plain")?;
         assert_eq!(server.clients().pop(), Some(stream.local_addr()?));
+    }
+    Ok(())
+}
+
+/// What a container has mounted is removed where it lies, and only if nobody else has something there.
+#[test]
+fn detach_in_a_container_removes_the_nodes_directories() -> Result<()> {
+    harness::require!("unshare");
+    let mut mesh = Mesh::two_nodes()?;
+    mesh.agent_mut("a").kill()?;
+    let agent = mesh.agent("a");
+    let bpffs = agent.bpffs();
+    let [run, inside] = ["run", "inside"].map(|name| agent.admin_socket().with_file_name(name));
+    let [inside_bpf, inside_run] = ["bpf", "run"].map(|name| inside.join(name));
+    for dir in [&run, &inside_bpf, &inside_run] {
+        fs::create_dir_all(dir)?;
+    }
+    let theirs = run.join("theirs");
+    fs::write(&theirs, "")?;
+    fs::write(run.join("admin.lock"), "")?;
+    let detach = || -> Result<Vec<PathBuf>> {
+        let mounts = [(&*bpffs, &*inside_bpf), (&*run, &*inside_run)];
+        let socket = inside_run.join("admin.sock");
+        let flags = [("--bpffs", &inside_bpf), ("--admin-socket", &socket)];
+        let flags = flags.map(|(flag, value)| format!("{flag}={}", value.display()));
+        let args = ["detach", &flags[0], &flags[1], "-o", "json"];
+        let cli = agent.cli_in_container(&inside, mounts, &args)?;
+        ensure!(cli.code == 0, "detach: {}{}", cli.stdout, cli.stderr);
+        let said: serde_json::Value = serde_json::from_str(&cli.stdout)?;
+        Ok(serde_json::from_value(said["removed"].clone())?)
+    };
+    let removed = detach()?;
+    ensure!(removed.contains(&inside_bpf) && !removed.contains(&inside_run), "{removed:?}");
+    ensure!(!bpffs.exists(), "{} is left", bpffs.display());
+    let left: Vec<_> = fs::read_dir(&run)?.collect::<Result<Vec<_>, _>>()?;
+    assert_eq!(left.iter().map(fs::DirEntry::path).collect::<Vec<_>>(), [&*theirs]);
+
+    fs::remove_file(&theirs)?;
+    fs::create_dir(&bpffs)?;
+    assert_eq!(detach()?, [&*inside_bpf, &*inside_run]);
+    for dir in [&bpffs, &run] {
+        ensure!(!dir.exists(), "{} is left", dir.display());
     }
     Ok(())
 }

@@ -42,6 +42,7 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
     Rotation::check(&answers, &shop)?;
 
     let talks = Talks::begin(&shop, &agents)?;
+    let directories = Directories::of(&shop)?;
     let before = shop.lives()?;
     let times = long::either(1, 5);
     let replace = || (0..times).try_for_each(|_| agents.replace());
@@ -59,16 +60,21 @@ fn what_is_in_deploy_works_as_it_is_and_deleted_leaves_plain_text_and_no_trace()
         asked.len(),
     ));
     the_ca_that_signs_is_evicted_and_not_the_other_one_too(&agents, &shop)?;
+    directories.are(&["/bpf/malla", "/run/malla"])?;
     agents.delete()?;
+    directories.are(&[])?;
     shop.hear_both(&["web"])?;
     shop.hear_both_by_address()?;
     shop.hear_both(&SERVERS.map(|name| format!("{name}.headless")))?;
     assert_eq!(shop.lives()?, before, "no pod is another, or was restarted");
     talks.check(2 * times + 1)?;
     for (node, found) in agents.traces(&shop.cluster)? {
-        let nothing = json!({"removed": [], "namespaces": [], "left": []});
+        // What its own pod has brought.
+        let removed = ["/host/bpf", "/run/malla"];
+        let nothing = json!({"removed": removed, "namespaces": [], "left": []});
         assert_eq!(found, nothing, "on {node}");
     }
+    directories.are(&[])?;
     wait::until(wait::SOON, "pods' namespaces to be as they were", || {
         self::routing(&shop).is_ok_and(|now| now == routing)
     })
@@ -141,6 +147,44 @@ fn routing(shop: &Shop) -> Result<Vec<String>> {
         String::from_utf8(output.stdout).context("read routes")
     };
     ["client"].into_iter().chain(SERVERS).map(of).collect()
+}
+
+/// What agents have mounted of their nodes, seen by pods that have mounted what that lies in.
+struct Directories<'a>(&'a Shop);
+
+impl<'a> Directories<'a> {
+    fn of(shop: &'a Shop) -> Result<Self> {
+        let image = Cluster::load("busybox")?;
+        let volume = |name: &str, path: &str| json!({"name": name, "hostPath": {"path": path, "type": "Directory"}});
+        let mount =
+            |name: &str| json!({"name": name, "mountPath": format!("/{name}"), "readOnly": true});
+        let spec = json!({
+            "containers": [{
+                "image": image,
+                "command": ["sleep", "3600"],
+                "volumeMounts": [mount("run"), mount("bpf")],
+            }],
+            "volumes": [volume("run", "/run"), volume("bpf", "/sys/fs/bpf")],
+        });
+        for node in &shop.nodes {
+            shop.cluster.start(&Self::name(node), node, spec.clone())?;
+        }
+        shop.nodes.iter().try_for_each(|node| shop.cluster.ready(&Self::name(node)))?;
+        Ok(Self(shop))
+    }
+
+    fn name(node: &str) -> String {
+        format!("look-{node}")
+    }
+
+    fn are(&self, expected: &[&str]) -> Result<()> {
+        for node in &self.0.nodes {
+            let look = ["find", "/bpf", "/run", "-maxdepth", "1", "-name", "malla"];
+            let found = self.0.cluster.exec(&Self::name(node), &look)?;
+            assert_eq!(found.lines().collect::<Vec<_>>(), expected, "on {node}");
+        }
+        Ok(())
+    }
 }
 
 /// A node that takes no pods but those that tolerate everything, until dropped.
