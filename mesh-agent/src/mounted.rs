@@ -67,7 +67,8 @@ fn mounts(text: &[u8]) -> Vec<Mount> {
         let (device, root, point) = (words.next()?, words.next()?, words.next()?);
         Some(Mount { device, root: root.into(), point: point.into() })
     });
-    read.collect()
+    // A namespace has none: `net:[4026531840]`.
+    read.filter(|mount| mount.root.is_absolute() && mount.point.is_absolute()).collect()
 }
 
 /// A word in which the kernel has written space, tab, line feed and backslash as three octal digits.
@@ -85,6 +86,28 @@ fn unescaped(word: &[u8]) -> OsString {
     OsString::from_vec(read)
 }
 
+/// For the fuzzer (`mesh-agent/fuzz`).
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing {
+    use super::{mounts, places};
+
+    /// Any two texts, of which the first NUL parts one from the other, are what two processes see mounted; what is found
+    /// lies below something that the second one sees, and is no mount point of it.
+    pub fn mounted(input: &[u8]) {
+        let (here, there) = match input.iter().position(|byte| *byte == 0) {
+            Some(at) => (&input[..at], &input[at + 1..]),
+            None => (input, input),
+        };
+        let (here, there) = (mounts(here), mounts(there));
+        for mount in here.iter().take(8) {
+            for place in places(&here, &there, &mount.point) {
+                assert!(there.iter().any(|seen| place.starts_with(&seen.point)), "{place:?}");
+                assert!(there.iter().all(|seen| seen.point != place), "{place:?}");
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,6 +122,11 @@ mod tests {
 
     fn found(there: &[u8], dir: &str) -> Vec<PathBuf> {
         places(&mounts(HERE), &mounts(there), Path::new(dir)).collect()
+    }
+
+    #[test]
+    fn seeds_of_the_fuzzer_hold() {
+        crate::fuzzing::replay("mounted", fuzzing::mounted);
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //!
 //! Which pods there are, and whether they are to be enrolled.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -28,8 +28,10 @@ use crate::net::{self, Netns};
 /// How deep pods' cgroups may lie: `kubelet.slice/kubelet-kubepods.slice/….slice/….slice` of a node that
 /// is itself a container, and some to spare.
 pub(crate) const DEEPEST: usize = 10;
-/// Processes of one pod that are looked at: all but few share one namespace.
-const MOST_PROCESSES: usize = 256;
+/// Processes of one pod that are looked at, those of its containers before what it has in cgroups below.
+const MOST_PROCESSES: usize = 4096;
+/// Namespaces of one pod that are entered: it has one, and those of containers that it runs itself.
+const MOST_NAMESPACES: usize = 64;
 
 /// Why a pod's namespace is not known.
 #[derive(Debug, Error)]
@@ -110,10 +112,17 @@ impl Processes {
         let cgroup = self.cgroup_of(uid)?;
         let mut seen = HashSet::new();
         let mut why = NotFound::NoProcess { cgroup: cgroup.clone() };
-        for process in processes(&cgroup) {
+        for process in processes(&cgroup).take(MOST_PROCESSES) {
+            // Nearly all of them share one.
+            if self.inode_of(process).is_some_and(|inode| seen.contains(&inode)) {
+                continue;
+            }
             let Some(netns) = self.netns_of(process, uid) else { continue };
             if !seen.insert(netns.inode()) {
                 continue;
+            }
+            if seen.len() > MOST_NAMESPACES {
+                break;
             }
             if netns.inode() == self.own {
                 why = NotFound::HostNetwork;
@@ -137,7 +146,8 @@ impl Processes {
         if !is_sandbox() {
             return None;
         }
-        let mut namespaces = processes(cgroup).filter_map(|process| self.netns_of(process, uid));
+        let processes = processes(cgroup).take(MOST_PROCESSES);
+        let mut namespaces = processes.filter_map(|process| self.netns_of(process, uid));
         let netns = namespaces.find(|netns| netns.inode() != self.own)?;
         let ips = net::pod_addresses(&netns)?;
         // No process is there before its cgroup.
@@ -145,22 +155,31 @@ impl Processes {
     }
 
     /// Whether the pod still has a process in the namespace with this inode; `None` if it has none at
-    /// all, which proves nothing.
+    /// all, or too many to look at, which proves nothing.
     pub fn is_in(&mut self, uid: &str, inode: u64) -> Option<bool> {
         let cgroup = self.cgroup_of(uid).ok()?;
-        let inodes = processes(&cgroup).filter_map(|process| {
-            let place = self.proc.join(process.to_string());
-            let inode = net::inode(&place.join("ns/net"))?;
-            (inode != self.own && is_of(&place, uid)).then_some(inode)
-        });
         let mut found = None;
-        for other in inodes {
-            if other == inode {
-                return Some(true);
+        for (number, process) in processes(&cgroup).enumerate() {
+            if number == MOST_PROCESSES {
+                return None;
             }
-            found = Some(false);
+            let place = self.proc.join(process.to_string());
+            match self.inode_of(process) {
+                Some(other) if other != self.own && is_of(&place, uid) => {
+                    if other == inode {
+                        return Some(true);
+                    }
+                    found = Some(false);
+                }
+                _ => {}
+            }
         }
         found
+    }
+
+    /// The inode of a process' namespace, whoever's process that is.
+    fn inode_of(&self, process: u32) -> Option<u64> {
+        net::inode(&self.proc.join(process.to_string()).join("ns/net"))
     }
 
     fn cgroup_of(&mut self, uid: &str) -> Result<PathBuf, NotFound> {
@@ -263,20 +282,19 @@ fn is_inhabited(cgroup: &Path) -> bool {
     processes.is_ok_and(|list| list.lines().any(|process| process != "0"))
 }
 
-/// The processes in a cgroup and below it.
+/// The processes in a cgroup and below it, those furthest up first.
 pub(crate) fn processes(cgroup: &Path) -> impl Iterator<Item = u32> {
-    let mut places = vec![cgroup.to_owned()];
+    let mut places = VecDeque::from([cgroup.to_owned()]);
     let lists = std::iter::from_fn(move || {
-        let place = places.pop()?;
+        let place = places.pop_front()?;
         places.extend(directories(&place).map(|(_name, path)| path));
         Some(fs::read_to_string(place.join("cgroup.procs")).unwrap_or_default())
     });
-    let numbers = lists.flat_map(|list| {
+    lists.flat_map(|list| {
         // 0 is a process that this PID namespace does not see (cgroups(7)).
         let numbers = list.lines().filter_map(|line| line.parse().ok()).filter(|n| *n != 0);
         numbers.collect::<Vec<u32>>()
-    });
-    numbers.take(MOST_PROCESSES)
+    })
 }
 
 pub(crate) fn directories(path: &Path) -> impl Iterator<Item = (String, PathBuf)> {
@@ -291,6 +309,48 @@ mod tests {
 
     use super::*;
     use crate::dirwatch::testing::TempDir;
+
+    /// A pod that runs containers itself, with namespaces of their own, in cgroups below its own.
+    #[test]
+    fn pod_with_many_processes_elsewhere_is_still_where_it_is() {
+        const UID: &str = "d5a5c9f2-90d5-43b4-b1b4-2a7a0a1b6c11";
+        let dir = TempDir::new();
+        let (cgroup, proc) = (dir.path().join("cgroup"), dir.path().join("proc"));
+        let write = |path: PathBuf, text: &str| {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let [node, pods, nested] =
+            ["node", "pods", "nested"].map(|name| write(dir.path().join(name), ""));
+        let process = |number: usize, namespace: &Path| {
+            let place = proc.join(number.to_string());
+            write(place.join("cgroup"), &format!("0::/kubepods/pod{UID}/container\n"));
+            fs::create_dir_all(place.join("ns")).unwrap();
+            fs::hard_link(namespace, place.join("ns/net")).unwrap();
+            format!("{number}\n")
+        };
+        let container = cgroup.join(format!("kubepods/pod{UID}/container"));
+        let crowd =
+            |count: usize| (1000..1000 + count).map(|n| process(n, &nested)).collect::<String>();
+        let mut processes = Processes {
+            cgroup: cgroup.clone(),
+            proc: proc.clone(),
+            own: net::inode(&node).unwrap(),
+            known: HashMap::new(),
+        };
+        let mut is_in = |namespace: &Path| processes.is_in(UID, net::inode(namespace).unwrap());
+        write(container.join("nested/cgroup.procs"), &crowd(MOST_PROCESSES - 1));
+        write(container.join("cgroup.procs"), "");
+        assert_eq!(is_in(&pods), Some(false));
+        // Wherever it is among them.
+        write(container.join("nested/zz/cgroup.procs"), &process(7, &pods));
+        assert_eq!((is_in(&pods), is_in(&node)), (Some(true), Some(false)));
+        write(container.join("zz/cgroup.procs"), &process(8, &node));
+        assert_eq!(is_in(&pods), None, "there are more than are looked at");
+        write(container.join("cgroup.procs"), "7\n");
+        assert_eq!(is_in(&pods), Some(true), "before what is below");
+    }
 
     #[test]
     fn kubelet_is_the_service_of_this_node_and_no_pods() {

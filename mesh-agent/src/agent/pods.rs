@@ -53,6 +53,8 @@ pub(super) struct Pods {
     uncertified: Uncertified,
     uncaptured: Option<String>,
     everything: Option<String>,
+    /// Why what is gone may have left something.
+    leftovers: Option<String>,
     published: watch::Sender<Shortfall>,
     outcomes: watch::Sender<Arc<Outcomes>>,
     serving: JoinSet<()>,
@@ -110,6 +112,7 @@ impl Pods {
             uncertified: Uncertified::default(),
             uncaptured: None,
             everything: None,
+            leftovers: None,
             published: watch::Sender::default(),
             outcomes: watch::Sender::default(),
             serving: JoinSet::new(),
@@ -120,7 +123,9 @@ impl Pods {
     /// have left still need. Cancel-safe.
     pub(super) async fn due(&self) {
         let again = self.failing.values().map(NotEnrolled::again);
-        let stuck = self.uncaptured.is_some() || self.enrolled.values().any(|pod| pod.is_stuck);
+        let stuck = self.uncaptured.is_some()
+            || self.leftovers.is_some()
+            || self.enrolled.values().any(|pod| pod.is_stuck);
         let next = again.chain(stuck.then(|| Instant::now() + RETRY)).min();
         let try_again = async {
             match next {
@@ -226,14 +231,11 @@ impl Pods {
             enrolled.is_stuck = true;
             self.enrolled.insert(uid, enrolled);
         }
-        self.published.send_replace(Shortfall {
-            not_enrolled: self.failing.values().cloned().collect(),
-            uncaptured: self.uncaptured.clone(),
-            everything: self.everything.clone(),
-        });
-        self.publish_outcomes();
         // A pod that has left stays reachable while it exists: peers hear of it later than we do.
-        let known: HashSet<_> = snapshot.workloads().map(|w| Arc::clone(&w.uid)).collect();
+        // One that has completed has no address, and the namespace is to go with its sandbox.
+        let is_there = |pod: &&Arc<Workload>| !pod.ips.is_empty() || pod.is_enrolled();
+        let there = snapshot.workloads().filter(is_there);
+        let known: HashSet<_> = there.map(|pod| Arc::clone(&pod.uid)).collect();
         let mut pods = HashMap::clone(&node.pods.load());
         pods.retain(|uid, _| known.contains(uid));
         node.pods.store(Arc::new(pods));
@@ -241,9 +243,19 @@ impl Pods {
         let failing = wanted.iter().filter(|(uid, _)| self.failing.contains_key(*uid));
         let open = |(_, workload): (_, &Arc<Workload>)| self.namespaces.open(workload).ok();
         let namespaces = failing.filter_map(open).map(|netns| netns.cookie()).collect();
-        if let Err(error) = node.capture.retain(&uids, &namespaces) {
-            warn!(error = %crate::telemetry::chain(&error), stage = "capture", "leftovers not removed");
+        let retained = node.capture.retain(&uids, &namespaces);
+        let leftovers = retained.err().map(|error| crate::telemetry::chain(&error));
+        if let Some(error) = leftovers.as_ref().filter(|_| leftovers != self.leftovers) {
+            warn!(error, stage = "capture", "leftovers not removed");
         }
+        self.leftovers = leftovers;
+        self.published.send_replace(Shortfall {
+            not_enrolled: self.failing.values().cloned().collect(),
+            uncaptured: self.uncaptured.clone(),
+            everything: self.everything.clone(),
+            leftovers: self.leftovers.clone(),
+        });
+        self.publish_outcomes();
     }
 
     /// Ends the listeners of every pod; what is established goes on. The kernel keeps sending new

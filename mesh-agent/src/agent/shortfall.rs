@@ -110,6 +110,8 @@ pub(super) struct Shortfall {
     pub(super) uncaptured: Option<String>,
     /// Why pods capture everything, although their settings do not say so.
     pub(super) everything: Option<String>,
+    /// Why it is not certain that nothing is left of pods and agents that are gone.
+    pub(super) leftovers: Option<String>,
 }
 
 impl Shortfall {
@@ -129,13 +131,19 @@ impl Shortfall {
             let message = format!("every pod captures everything: {why}");
             capture(message, "start the agent with a higher --max-destinations")
         });
+        let leftovers = self.leftovers.iter().map(|why| ProblemView {
+            place: "capture".into(),
+            field: "--bpffs".into(),
+            message: format!("what pods or agents have left that are gone is not removed: {why}"),
+            remedy: "it is tried again every second; remove what is not the agent's".into(),
+        });
         let pods = self.not_enrolled.iter().map(|pod| ProblemView {
             place: format!("Pod {}/{}", pod.tried.namespace, pod.tried.name),
             field: pod.field.into(),
             message: format!("not enrolled: {}", pod.why),
             remedy: format!("it is tried again within {} s", pod.pause.as_secs()),
         });
-        uncaptured.chain(everything).chain(pods)
+        uncaptured.chain(everything).chain(leftovers).chain(pods)
     }
 
     /// How many pods are not enrolled, by reason.

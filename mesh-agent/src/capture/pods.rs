@@ -350,7 +350,10 @@ impl Pods {
         self.maps.keep_skips(&netns, &known)?;
         let shows = self.enrolled.values().filter(|pod| pod.settings.preserve_client_address);
         let needed = shows.map(|pod| pod.namespace.inode()).collect();
-        self.routes.adopt(&needed, uids)
+        // Of those that are enrolled it is known.
+        let expected =
+            uids.iter().filter(|uid| !self.enrolled.contains_key(*uid)).cloned().collect();
+        self.routes.adopt(&needed, &expected)
     }
 
     pub(super) fn uids(&self) -> impl Iterator<Item = &str> {

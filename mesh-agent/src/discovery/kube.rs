@@ -360,7 +360,11 @@ pub struct ObjectReference {
 }
 
 /// `null` is as good as nothing, as in the API.
-fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+///
+/// # Errors
+///
+/// What it is otherwise is not to be read.
+pub fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
     T: Deserialize<'de> + Default,

@@ -12,8 +12,8 @@ use mesh_core::networks::Networks;
 use mesh_core::protocol::Protocol;
 use mesh_core::snapshot::{Endpoint, Service, ServicePort, Workload};
 
-pub(super) use self::slices::absent_at;
 use self::slices::{Candidate, Ports, Reader};
+pub(super) use self::slices::{absent_at, absent_pod};
 use super::enrol::Wishes;
 use super::kube::{EndpointSlice, Service as KubeService, ServiceSpec};
 use super::objects::{NodeIps, ObjectKey};

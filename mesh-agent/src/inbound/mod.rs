@@ -91,12 +91,13 @@ async fn admit_request(
 ) -> Option<(TcpStream, Flow, Tracked, Option<OwnedSemaphorePermit>)> {
     let has_place = place.is_some();
     let client = canonical(request.open.source);
-    // Who is not found is let in by its certificate: its address is not shown then, and that is all.
-    let says = |snapshot: &Snapshot| match snapshot.workload_at(client.ip()) {
-        Some(_) => Says::All,
-        None => Says::Enough,
-    };
     let caller = request.caller.clone();
+    // Who is not found is let in by its certificate: its address is not shown then, and that is all. Whoever is known to
+    // have had it may be gone, since of other nodes' pods nobody tells that.
+    let says = |snapshot: &Snapshot| match snapshot.workload_at(client.ip()) {
+        Some(known) if known.identity == caller => Says::All,
+        _ => Says::Enough,
+    };
     // Nothing is asked for one that is refused anyway.
     let snapshot = if has_place {
         worker.node.known.knowing(client.ip(), Some(&caller), READ_LIMIT, says).await

@@ -2,9 +2,11 @@
 //!
 //! Whoever can reach the port can send anything, so everything is bounded: connections at once, the
 //! size and number of headers, and the time from accept to the end of the answer. A connection
-//! serves one request; what asks here does so every few seconds, and one that lingers would hold a
-//! place.
+//! serves one request; what asks here does so every few seconds, and gets its answer at once: where all
+//! places are taken the oldest connection makes room. A probe that waited for those who say nothing would fail, and
+//! the kubelet start the container anew.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,8 +22,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
@@ -91,12 +92,9 @@ where
     F: Fn(&Question<'_>) -> Answer + Send + Sync + 'static,
 {
     let answer = Arc::new(answer);
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
+    let mut open = VecDeque::new();
     loop {
-        #[expect(clippy::expect_used, reason = "nothing closes this semaphore")]
-        let permit = Arc::clone(&permits).acquire_owned().await.expect("never closed");
-        while connections.try_join_next().is_some() {}
         let stream = match listener.next().await {
             Ok(stream) => stream,
             Err(error) => {
@@ -105,11 +103,15 @@ where
                 continue;
             }
         };
+        while connections.try_join_next().is_some() {}
+        open.retain(|one: &AbortHandle| !one.is_finished());
+        if open.len() >= CONNECTIONS
+            && let Some(oldest) = open.pop_front()
+        {
+            oldest.abort();
+        }
         let answer = Arc::clone(&answer);
-        connections.spawn(async move {
-            serve_one(stream, &*answer).await;
-            drop(permit);
-        });
+        open.push_back(connections.spawn(async move { serve_one(stream, &*answer).await }));
     }
 }
 
@@ -314,17 +316,26 @@ mod tests {
         assert!(get(addr, "/healthz/live").await.starts_with("HTTP/1.1 200 "));
     }
 
+    /// The time is paused, and no time passes: who probes waits for nobody.
     #[tokio::test(start_paused = true)]
-    async fn silent_clients_make_room_in_bounded_time() {
+    async fn silent_clients_keep_nobody_from_an_answer() {
         let (listener, addr) = listener().await;
         let mut tasks = JoinSet::new();
         tasks.spawn(serve_probes(listener, Arc::new(|| Ok(()))));
+        let began = tokio::time::Instant::now();
         let mut silent = Vec::new();
-        for _ in 0..CONNECTIONS {
+        for _ in 0..10 * CONNECTIONS {
             silent.push(TcpStream::connect(addr).await.unwrap());
         }
-        // Answered only after a silent one was closed: time is paused and jumps there.
         let answer = get(addr, "/healthz/live").await;
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        assert_eq!(began.elapsed(), Duration::ZERO);
+        // Not more than so many are kept, the newest.
+        let mut ended = 0;
+        for mut stream in silent {
+            let gone = timeout(Duration::from_millis(1), stream.read_u8()).await;
+            ended += usize::from(gone.is_ok());
+        }
+        assert!(ended >= 9 * CONNECTIONS, "{ended}");
     }
 }

@@ -183,6 +183,7 @@ async fn open_lane(
         // What the peer said before it closed is worth more than that we cannot write.
         return Err(match lane.next_event().await {
             Ok(LaneEvent::Closed) => Attempt::NotTaken,
+            Ok(LaneEvent::Reset(_)) if lane.used => Attempt::NotTaken,
             Err(said @ LaneError::Tls(_)) => lost(said, held).into(),
             _ => stale(&lane, error, held),
         });
@@ -210,6 +211,9 @@ async fn open_lane(
                 },
                 // `close_notify` before the answer: the server has not read our OPEN.
                 Ok(LaneEvent::Closed) => return Err(Attempt::NotTaken),
+                // Nor has one that resets before it answers: that was the flow before, which both had ended when
+                // its application turned out to be gone. A server answers a flow before it resets it.
+                Ok(LaneEvent::Reset(_)) if lane.used => return Err(Attempt::NotTaken),
                 Ok(_) => return Err(lost(io::Error::from(io::ErrorKind::InvalidData).into(), held).into()),
                 Err(LaneError::Io(error)) => return Err(stale(&lane, error, held)),
                 Err(error) => return Err(lost(error, held).into()),

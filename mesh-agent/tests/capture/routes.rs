@@ -181,6 +181,27 @@ fn next_agent_takes_away_what_nothing_needs_any_more() {
     assert_eq!((world.routing(), notes(&world)), (before, 0));
 }
 
+/// Who turns the setting off while no agent runs does it because the pod has marks of its own.
+#[test]
+fn next_agent_takes_away_what_an_enrolled_pod_does_not_want_any_more() {
+    if !root() {
+        return;
+    }
+    let world = World::new();
+    let before = world.routing();
+    let capture = world.start();
+    let _listeners = world.enrol(&capture, &Settings::default());
+    assert_ne!(world.routing(), before);
+    drop(capture);
+
+    let capture = world.start();
+    let plain = settings(|settings| settings.preserve_client_address = false);
+    let _listeners = world.enrol(&capture, &plain);
+    capture.retain(&HashSet::from([UID.to_owned()]), &HashSet::new()).unwrap();
+    until("the routes to go", || !capture.retire_routes());
+    assert_eq!((world.routing(), notes(&world)), (before, 0));
+}
+
 #[test]
 fn detach_takes_away_the_routes_of_a_pod_that_had_left() {
     if !root() {

@@ -311,3 +311,50 @@ fn pod_that_the_kernel_would_not_let_go_of_is_captured_when_it_comes_back() -> R
         mesh.pod("a1").try_connect(to).is_ok_and(|mut s| exchange(&mut s, b"back").is_ok())
     })
 }
+
+/// What could not be removed of what is gone is tried again, though nobody changes anything; and it is told.
+#[test]
+fn leftovers_that_could_not_be_removed_are_tried_again() -> Result<()> {
+    harness::require!();
+    let a2 = PodSpec::new("a2", "a").annotation("malla.dev/mesh", "enabled");
+    let mesh = Mesh::two_nodes_builder().pod(a2).start()?;
+    let agent = mesh.agent("a");
+    let layout = fs::read_dir(agent.bpffs())?.next().context("no layout")??.path();
+    // Of a pod that is gone, and nothing that can be let go of.
+    let pin = layout.join("links/lookup_gone");
+    fs::create_dir(&pin)?;
+    let enabled = fs::read_to_string(mesh.manifests().dir().join("pod-default-a2.yaml"))?;
+    let disabled = enabled.replace("mesh: \"enabled\"", "mesh: \"disabled\"");
+    ensure!(disabled != enabled, "{enabled}");
+    mesh.manifests().write("pod-default-a2", &disabled)?;
+    let has = |told: bool| {
+        let status = agent.cli(&["status"]);
+        status.is_ok_and(|status| status.stdout.contains("lookup_gone is not ours") == told)
+    };
+    wait::until(wait::SOON, "the agent to say so", || has(true))?;
+    fs::remove_dir(&pin)?;
+    wait::until(wait::SOON, "the problem to be over", || has(false))
+}
+
+/// A namespace that a descriptor of the agent names lives as long as that, whatever becomes of its sandbox.
+#[test]
+fn namespace_of_a_pod_that_has_completed_is_let_go() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    exchange(&mut mesh.pod("a1").connect(mesh.service("b").v4(80))?, b"hello")?;
+    let agent = mesh.agent("a");
+    let netns = fs::metadata(mesh.pod("a1").netns().path())?;
+    let netns = (netns.dev(), netns.ino());
+    let held = || -> Result<usize> {
+        let open = fs::read_dir(format!("/proc/{}/fd", agent.pid()))?.flatten();
+        let open = open.filter_map(|fd| fs::metadata(fd.path()).ok());
+        Ok(open.filter(|open| (open.dev(), open.ino()) == netns).count())
+    };
+    ensure!(held()? > 0, "otherwise nothing is looked for");
+    let running = fs::read_to_string(mesh.manifests().dir().join("pod-default-a1.yaml"))?;
+    let completed = running.replace("\"Running\"", "\"Succeeded\"");
+    ensure!(completed != running, "{running}");
+    mesh.manifests().write("pod-default-a1", &completed)?;
+    wait::until(wait::SOON, "its namespace to be let go", || held().is_ok_and(|held| held == 0))
+}

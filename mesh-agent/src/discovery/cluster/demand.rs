@@ -16,11 +16,11 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use self::counted::Counted;
-use super::behind::{behind, has, knows, missing, pod_key, service_of, slices};
+use super::behind::{Here, Look, behind, has, knows, knows_caller, pod_key, service_of, slices};
 use crate::discovery::kube::Endpoint;
 use crate::discovery::networks::{addresses, node_of};
 use crate::discovery::objects::{Object, ObjectKey, Objects};
-use crate::discovery::services::absent_at;
+use crate::discovery::services::{absent_at, absent_pod};
 
 /// A pod that no connection has used for so long is dropped.
 const UNUSED: Duration = Duration::from_secs(600);
@@ -81,8 +81,10 @@ impl Wanted {
     /// What [`Objects::absent`] has of it if it was looked for in vain.
     fn absent_as(&self) -> Option<String> {
         match self {
-            Self::Pod { uid, at: None, .. } => uid.clone(),
-            Self::Pod { uid, at: Some(ip), .. } => Some(absent_at(uid.as_deref()?, *ip)),
+            Self::Pod { namespace, name, uid, at } => {
+                let pod = absent_pod(uid.as_deref(), namespace, name);
+                Some(at.map_or_else(|| pod.to_string(), |ip| absent_at(&pod, ip)))
+            }
             // Who has called from there has proven to be somebody.
             Self::Address { account: Some(_), .. } => None,
             Self::Address { ip, account: None, .. } => Some(ip.to_string()),
@@ -167,7 +169,7 @@ impl Remote {
     pub(super) fn need(
         &mut self,
         (objects, changes): (&Objects, u64),
-        node: &str,
+        here: Here<'_>,
         (ip, caller): (IpAddr, Option<&SpiffeId>),
         done: oneshot::Sender<u64>,
         now: Instant,
@@ -177,10 +179,14 @@ impl Remote {
             waiting.add(done);
             return Vec::new();
         }
-        let mut wanted: Vec<Wanted> = behind(objects, node, ip);
+        let mut wanted: Vec<Wanted> = behind(objects, here, ip);
         // A pod that is gone says nothing of who has its address now.
         wanted.retain(|wanted| self.absent.get(wanted).is_none_or(|absent| absent.is_over(now)));
-        if wanted.is_empty() && self.has_place(caller.is_some()) && !knows(objects, ip) {
+        let is_known = || match caller {
+            Some(caller) => knows_caller(objects, ip, caller),
+            None => knows(objects, ip),
+        };
+        if wanted.is_empty() && self.has_place(caller.is_some()) && !is_known() {
             let account = |id: &SpiffeId| (id.namespace().into(), id.service_account().into());
             let node = node_of(objects, ip).map(str::to_owned);
             wanted.push(Wanted::Address { ip, account: caller.map(account), node });
@@ -402,12 +408,17 @@ impl Remote {
     }
 
     /// What is to be read before anybody needs it: what has come to a service of which something is used.
-    pub(super) fn prefetch(&mut self, objects: &Objects, node: &str, now: Instant) -> Vec<Wanted> {
+    pub(super) fn prefetch(
+        &mut self,
+        objects: &Objects,
+        here: Here<'_>,
+        now: Instant,
+    ) -> Vec<Wanted> {
         let mut wanted = Vec::new();
         let is_kept = |endpoint: &Endpoint, namespace: &str| {
             pod_key(endpoint, namespace).is_some_and(|key| self.kept.contains_key(&key))
         };
-        let nodes = objects.node_ips();
+        let look = Look::new(objects, here);
         let used: BTreeSet<_> = slices(objects)
             .filter(|(key, slice)| {
                 let mut endpoints = slice.endpoints.iter().flatten();
@@ -418,10 +429,7 @@ impl Remote {
         for (key, slice) in slices(objects) {
             if service_of(slice).is_some_and(|name| used.contains(&(&*key.namespace, name))) {
                 let endpoints = slice.endpoints.iter().flatten();
-                wanted.extend(
-                    endpoints
-                        .filter_map(|one| missing(objects, (node, &nodes), &key.namespace, one)),
-                );
+                wanted.extend(endpoints.filter_map(|one| look.missing(&key.namespace, one)));
             }
         }
         self.begin(wanted.into_iter(), now)
@@ -470,3 +478,5 @@ pub(super) fn is_on(object: &Object, node: &str) -> bool {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod unread;

@@ -1,6 +1,6 @@
 //! What is known of the cluster, and what follows from what comes. No IO.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use mesh_core::snapshot::Snapshot;
@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use super::KINDS;
+use super::behind::Here;
 use super::demand::{Found, Remote, Wanted};
 use super::feed::{News, What};
 use super::pace::Pace;
@@ -112,6 +113,9 @@ impl State {
         let is_news = is_first
             | match news.what {
                 What::All(mut objects) => {
+                    if news.kind == Kind::Namespace {
+                        self.forget_namespaces_but(&objects);
+                    }
                     if news.kind == Kind::Pod {
                         // They are followed from now on, whoever had their names before.
                         for object in &objects {
@@ -145,6 +149,21 @@ impl State {
         self.note(is_news, matches!(news.kind, Kind::Pod | Kind::Namespace));
     }
 
+    /// Of a namespace that is not among `now`, or another one of its name, nobody has told that it was gone.
+    fn forget_namespaces_but(&mut self, now: &[Object]) {
+        let uid = |object: &Object| match object {
+            Object::Namespace(namespace) => namespace.metadata.uid.clone(),
+            _ => None,
+        };
+        let now: HashMap<_, _> = now.iter().map(|now| (now.key(), uid(now))).collect();
+        let is_gone = |(key, before): &(&ObjectKey, &Object)| now.get(*key) != Some(&uid(before));
+        let gone = self.objects.of(Kind::Namespace).filter(is_gone);
+        let gone: Vec<_> = gone.map(|(key, _)| key.name.clone()).collect();
+        for name in gone {
+            self.remote.forget_all_of(&mut self.objects, &self.context.node, &name);
+        }
+    }
+
     /// Something came, which may make another snapshot if it `is_news`.
     fn note(&mut self, is_news: bool, is_urgent: bool) {
         self.is_stale |= is_news;
@@ -163,7 +182,7 @@ impl State {
             Demand::Know { ip, caller, done } => {
                 let at = (ip.to_canonical(), caller.as_ref());
                 let known = (&self.objects, self.changes);
-                self.remote.need(known, &self.context.node, at, done, now)
+                self.remote.need(known, here(&self.context), at, done, now)
             }
             Demand::Used { pods, addresses } => {
                 self.remote.used(&self.objects, &pods, &addresses, now);
@@ -224,7 +243,7 @@ impl State {
     }
 
     pub(super) fn prefetch(&mut self, now: Instant) -> Vec<Wanted> {
-        self.remote.prefetch(&self.objects, &self.context.node, now)
+        self.remote.prefetch(&self.objects, here(&self.context), now)
     }
 
     /// What is to be written into the API now, which is `at` by the time of day.
@@ -372,4 +391,8 @@ impl State {
         self.told = problems.into();
         Some(Arc::clone(&self.told))
     }
+}
+
+fn here(context: &Context) -> Here<'_> {
+    Here { node: &context.node, pod_cidrs: &context.pod_cidrs }
 }

@@ -1,5 +1,6 @@
 //! EndpointSlices into what a service's ports have behind them, each endpoint joined to its pod.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -159,9 +160,18 @@ fn state(endpoint: &KubeEndpoint) -> State {
     }
 }
 
-/// Says that the pod with this UID was read and does not have this address.
-pub(in crate::discovery) fn absent_at(uid: &str, ip: IpAddr) -> String {
-    format!("{uid} {ip}")
+/// Says that this pod was looked for and is not there: by its UID, or where an endpoint does not say that, by its name.
+pub(in crate::discovery) fn absent_pod<'a>(
+    uid: Option<&'a str>,
+    namespace: &str,
+    name: &str,
+) -> Cow<'a, str> {
+    uid.map_or_else(|| format!("{namespace}/{name}").into(), Cow::Borrowed)
+}
+
+/// Says that this pod ([`absent_pod`]) was read and does not have this address.
+pub(in crate::discovery) fn absent_at(pod: &str, ip: IpAddr) -> String {
+    format!("{pod} {ip}")
 }
 
 /// The pod behind an endpoint: the one that it names, if that one has the address, and otherwise the
@@ -197,13 +207,14 @@ fn behind(
         };
     };
     let target_namespace = target.namespace.as_deref().unwrap_or(namespace);
+    let target_name = target.name.as_deref().unwrap_or_default();
     let uid = target.uid.as_deref().filter(|uid| !uid.is_empty());
-    let Some(found) = pods.named(target_namespace, target.name.as_deref().unwrap_or_default())
-    else {
-        return unless_absent(uid.unwrap_or_default());
+    let meant = absent_pod(uid, target_namespace, target_name);
+    let Some(found) = pods.named(target_namespace, target_name) else {
+        return unless_absent(&meant);
     };
     if absent.is_some() && uid.is_some_and(|uid| uid != &*found.workload.uid) {
-        return unless_absent(uid.unwrap_or_default());
+        return unless_absent(&meant);
     }
     if uid.is_some_and(|uid| uid != &*found.workload.uid) {
         report.say(
@@ -213,11 +224,15 @@ fn behind(
         );
         return Behind::Outside;
     }
+    // Its address may be another pod's by now.
+    if found.workload.enrolment == Enrolment::LeftAlone(left_alone::COMPLETED) {
+        return Behind::Gone;
+    }
     if absent.is_some() && !found.addresses.contains(&ip) {
         // The pod or the slice is the older one: whose sandbox was made anew has another address.
         return match &found.workload.enrolment {
             Enrolment::LeftAlone(reason) if !left_alone::is_passing(reason) => Behind::Outside,
-            _ => unless_absent(&absent_at(&found.workload.uid, ip)),
+            _ => unless_absent(&absent_at(&meant, ip)),
         };
     }
     if !found.addresses.contains(&ip) {

@@ -237,6 +237,31 @@ fn what_is_out_of_reach_need_not_be_read() {
     assert!(!unread(&asking("  internalTrafficPolicy: Local\n")));
 }
 
+/// Its address may be another pod's before the slice says so.
+#[test]
+fn endpoint_of_a_pod_that_has_completed_is_left_out() {
+    for phase in ["Running", "Succeeded", "Failed"] {
+        let known = objects(&with(&[SLICE])).into_iter().map(|object| match object {
+            Object::Pod(mut pod) if pod.metadata.name.as_deref() == Some("two") => {
+                let status = Arc::make_mut(&mut pod).status.get_or_insert_default();
+                status.phase = Some(phase.into());
+                Object::Pod(pod)
+            }
+            other => other,
+        });
+        let known: Vec<_> = known.collect();
+        let mut in_cluster = Objects::on_demand();
+        known.iter().cloned().for_each(|object| _ = in_cluster.insert(object));
+        let standalone: Objects = known.into_iter().collect();
+        let expected = if phase == "Running" { vec![ONE, TWO] } else { vec![ONE] };
+        for known in [in_cluster, standalone] {
+            let found = self::in_cluster(&known, Vec::new());
+            assert_eq!(in_reach(&web(&found).ports[0]), expected, "{phase}");
+            assert!(!found.is_unread("10.1.0.1".parse().unwrap()), "{phase}");
+        }
+    }
+}
+
 /// Whether a client that keeps to it may wait for it.
 #[test]
 fn endpoint_whose_pod_has_to_be_read_is_told_from_one_whose_pod_is_gone() {

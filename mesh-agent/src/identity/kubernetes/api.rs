@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use zeroize::Zeroize as _;
 
 use crate::discovery::client::escaped;
-use crate::discovery::kube::{ObjectMeta, Pod};
+use crate::discovery::kube::{ObjectMeta, Pod, or_default};
 
 /// An answer that takes longer is not coming.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -169,6 +169,7 @@ pub(super) fn refused(verb: &'static str, path: &str, error: kube::Error) -> Api
 #[serde(bound = "T: DeserializeOwned")]
 pub(super) struct List<T> {
     pub(super) metadata: ListMeta,
+    #[serde(deserialize_with = "or_default")]
     pub(super) items: Vec<T>,
 }
 
@@ -204,20 +205,21 @@ pub(super) fn request_path(name: &str) -> String {
 pub(super) struct SigningRequestSpec {
     pub(super) request: ByteString,
     pub(super) signer_name: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub(super) usages: Vec<String>,
     pub(super) expiration_seconds: Option<i64>,
     #[serde(default)]
     pub(super) username: String,
-    #[serde(default)]
-    pub(super) extra: BTreeMap<String, Vec<String>>,
+    /// A list may be `null`, which the API makes of an empty one.
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) extra: BTreeMap<String, Option<Vec<String>>>,
 }
 
 /// `status` of a request.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct SigningRequestStatus {
     /// As they are: who adds one must leave the others untouched.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub(super) conditions: Vec<Value>,
     #[serde(default)]
     pub(super) certificate: ByteString,

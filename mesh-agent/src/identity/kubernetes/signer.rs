@@ -25,6 +25,7 @@ use self::desk::Desk;
 use super::api::{Api, Named, Pods, SigningRequest, request_path};
 use super::roots::{Roots, Standing};
 use super::{ApiError, pem};
+use crate::discovery::client::escaped;
 use crate::discovery::enrol;
 use crate::discovery::kube::{Namespace, Pod, Time};
 use crate::identity::authority::Authority;
@@ -61,6 +62,12 @@ pub struct Settings {
     /// How long a root is published before it signs.
     pub spread: Duration,
 }
+
+/// Pods in one answer. Whoever may make them may make each as large as the API lets an object be, 1.5 MB, an answer is in
+/// memory twice while it is read, and many requests are confirmed at once.
+const PODS_AT_ONCE: usize = 2;
+/// Pods of one service account on one node that are looked at: more than a node takes.
+const MOST_PODS: usize = 512;
 
 /// A signer.
 #[derive(Debug)]
@@ -213,33 +220,52 @@ impl Signer {
 
     /// Asks the cluster. A claim's names are of characters that need no escape in a path.
     async fn confirm(&self, claim: Claim) -> Result<Result<Grant, Denied>, ApiError> {
-        let (id, node) = (claim.identity(), claim.node());
-        let node = self.api.get::<Named>(&format!("/api/v1/nodes/{node}")).await?;
+        let id = claim.identity();
+        let node = self.api.get::<Named>(&format!("/api/v1/nodes/{}", claim.node())).await?;
         let namespace = format!("/api/v1/namespaces/{}", id.namespace());
-        let pods = format!(
-            "{namespace}/pods?fieldSelector=spec.nodeName={},spec.serviceAccountName={}",
+        let placed = match self.api.get::<Namespace>(&namespace).await? {
+            Some(namespace) => self.placed(&claim, &namespace).await?,
+            None => Vec::new(),
+        };
+        let node_uid = node.and_then(|node| node.metadata.uid);
+        Ok(claim.confirm(&Facts { node_uid: node_uid.as_deref(), pods: &placed }))
+    }
+
+    /// The pods of a claim's service account on its node, until one of them takes part: that is enough.
+    async fn placed(&self, claim: &Claim, namespace: &Namespace) -> Result<Vec<Placed>, ApiError> {
+        let id = claim.identity();
+        let is_meant = |pod: &Placed| {
+            pod.namespace == id.namespace()
+                && pod.service_account == id.service_account()
+                && pod.node == claim.node()
+        };
+        let query = format!(
+            "/api/v1/namespaces/{}/pods?fieldSelector=spec.nodeName={},spec.serviceAccountName={},\
+             status.phase!=Succeeded,status.phase!=Failed&limit={PODS_AT_ONCE}&continue=",
+            id.namespace(),
             claim.node(),
             id.service_account()
         );
-        let mut placed = Vec::new();
-        if let Some(namespace) = self.api.get::<Namespace>(&namespace).await?
-            && let Some(pods) = self.api.get::<Pods>(&pods).await?
-        {
-            let now = SystemTime::now();
-            for pod in pods.items.into_iter().filter(|pod| !is_gone(pod, now)) {
-                let spec = pod.spec.as_ref();
-                placed.push(Placed {
-                    is_enrolled: enrol::takes_part(&namespace, &pod),
-                    service_account: spec
-                        .and_then(|spec| spec.service_account_name.clone())
-                        .unwrap_or_default(),
-                    node: spec.and_then(|spec| spec.node_name.clone()).unwrap_or_default(),
-                    namespace: pod.metadata.namespace.unwrap_or_default(),
-                });
+        let (now, mut next, mut placed) = (SystemTime::now(), String::new(), Vec::new());
+        for _ in 0..MOST_PODS / PODS_AT_ONCE {
+            let page = self.api.get::<Pods>(&format!("{query}{}", escaped(&next))).await?;
+            let Some(page) = page else { break };
+            for pod in page.items.into_iter().filter(|pod| !is_gone(pod, now)) {
+                let pod = place(namespace, pod);
+                if is_meant(&pod) {
+                    let is_enough = pod.is_enrolled;
+                    placed.push(pod);
+                    if is_enough {
+                        return Ok(placed);
+                    }
+                }
+            }
+            next = page.metadata.next;
+            if next.is_empty() {
+                break;
             }
         }
-        let node_uid = node.and_then(|node| node.metadata.uid);
-        Ok(claim.confirm(&Facts { node_uid: node_uid.as_deref(), pods: &placed }))
+        Ok(placed)
     }
 
     async fn sign(
@@ -318,7 +344,8 @@ pub(super) fn claim(
     read: Result<&Read, &mesh_core::sign::Unread>,
     rules: &Rules,
 ) -> Result<Claim, Denied> {
-    let extra = |key: &str| request.spec.extra.get(key).map(Vec::as_slice).unwrap_or_default();
+    let extra =
+        |key: &str| request.spec.extra.get(key).and_then(Option::as_deref).unwrap_or_default();
     let asked = Request {
         asked: read.map(|read| read.asked.clone()).map_err(|unread| *unread),
         usages: &request.spec.usages,
@@ -334,6 +361,18 @@ pub(super) fn claim(
 
 fn condition(kind: &str, reason: &str, message: &str) -> Value {
     json!({"type": kind, "status": "True", "reason": reason, "message": message})
+}
+
+fn place(namespace: &Namespace, pod: Pod) -> Placed {
+    let spec = pod.spec.as_ref();
+    Placed {
+        is_enrolled: enrol::takes_part(namespace, &pod),
+        service_account: spec
+            .and_then(|spec| spec.service_account_name.clone())
+            .unwrap_or_default(),
+        node: spec.and_then(|spec| spec.node_name.clone()).unwrap_or_default(),
+        namespace: pod.metadata.namespace.unwrap_or_default(),
+    }
 }
 
 /// Whether `pod` should have been gone long ago: something, such as a finalizer, may keep its object for ever.

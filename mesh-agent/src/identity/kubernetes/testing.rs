@@ -118,7 +118,7 @@ impl Server {
                     return http::Response::new(BodyExt::boxed(StreamBody::new(never)));
                 }
                 match query.contains("fieldSelector=") {
-                    true => Some(held.list(uri.path())),
+                    true => Some(held.list(uri.path(), query)),
                     false => held.objects.get(uri.path()).cloned(),
                 }
             }
@@ -160,11 +160,19 @@ impl Server {
 }
 
 impl Held {
-    fn list(&self, path: &str) -> Value {
+    /// Those of a page, whose number goes on from the one before.
+    fn list(&self, path: &str, query: &str) -> Value {
+        let said = |name: &str| {
+            let mut words = query.split('&').filter_map(|word| word.split_once('='));
+            words.find(|(key, _)| *key == name).and_then(|(_, value)| value.parse::<usize>().ok())
+        };
         let of = format!("{path}/");
-        let items = self.objects.iter().filter(|(at, _)| at.starts_with(&of));
-        let items: Vec<_> = items.map(|(_, object)| object).collect();
-        json!({"metadata": {"resourceVersion": "1"}, "items": items})
+        let all: Vec<_> = self.objects.iter().filter(|(at, _)| at.starts_with(&of)).collect();
+        let (from, most) = (said("continue").unwrap_or(0), said("limit").unwrap_or(usize::MAX));
+        let items: Vec<_> = all.iter().skip(from).take(most).map(|(_, object)| object).collect();
+        let next = from + items.len();
+        let next = if next < all.len() { next.to_string() } else { String::new() };
+        json!({"metadata": {"resourceVersion": "1", "continue": next}, "items": items})
     }
 }
 

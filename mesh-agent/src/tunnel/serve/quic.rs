@@ -151,6 +151,8 @@ where
                 () = link.settle(), if ending => break,
                 Some(_ended) = flows.join_next() => continue,
             };
+            // Also where there is always a further stream: one that has ended takes its memory until then.
+            while flows.try_join_next().is_some() {}
             may_be_open = self.allow_more(&link, flows.len() + 1, may_be_open);
             let (server, link, parties) = (Arc::clone(&self), link.clone(), parties.clone());
             flows.spawn(async move {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use mesh_core::addr::PeerAddr;
 use mesh_core::stage::Stage;
-use mesh_core::wire::{OPEN_LEN, Reason, Role};
+use mesh_core::wire::{OPEN_LEN, Reason, ResetReason, Role, encode_answer};
 use rustls::pki_types::ServerName;
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -77,6 +77,64 @@ async fn a_stream_per_flow_shares_one_connection() {
     assert_eq!(seen.len(), 3);
     assert!(seen.iter().all(|s| s.peer == seen[0].peer && s.carrier == Carrier::Quic));
     assert_eq!(client.stats.dials.load(Relaxed), 1);
+}
+
+/// The next lane that a client dials, behind its handshake.
+async fn accepted_lane(ca: &Ca, listener: &TcpListener) -> Lane {
+    let (_, server) = tls_configs(ca);
+    let (tcp, _) = listener.accept().await.unwrap();
+    let session = Session::server(Arc::new(server)).unwrap();
+    let mut handshake = Handshake::new(tcp, session, Role::Server);
+    handshake.complete().await.unwrap();
+    let stats = Arc::new(TunnelStats::default());
+    let proof = nobody(&holdings(ca).1, &stats);
+    handshake.into_lane(proof, Instant::now() + Duration::from_secs(60), &stats).unwrap()
+}
+
+/// An application that closes and then gets bytes resets, when its client may be done with both directions: what
+/// comes too late for that flow is not the next one's.
+#[tokio::test]
+async fn a_reset_of_the_flow_before_costs_the_next_one_nothing() {
+    let (ca, address) = (Ca::new(), "10.0.0.2:80".parse().unwrap());
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let node = PeerAddr(listener.local_addr().unwrap());
+    let client = Client::new(&holdings(&ca).0, without_spares(), node);
+
+    let (mut user, connection) = client.connect(address).await;
+    let mut lane = accepted_lane(&ca, &listener).await;
+    assert!(matches!(lane.next_event().await, Ok(LaneEvent::Open(_))));
+    lane.codec.queue(&encode_answer(Ok(()))).unwrap();
+    lane.codec.queue_fin().unwrap();
+    lane.flush().await.unwrap();
+    user.shutdown().await.unwrap();
+    assert_eq!(lane.next_event().await.unwrap(), LaneEvent::Fin);
+    assert_eq!(connection.await.unwrap().unwrap().outcome, Outcome::Clean);
+    assert_eq!(client.stats.lanes_idle.load(Relaxed), 1);
+
+    let (mut user, app) = pair().await;
+    user.write_all(b"hello").await.unwrap();
+    app.readable().await.unwrap();
+    let mut held = Held::default();
+    let opening = client.open(&app, address, &mut held);
+    let serving = async {
+        assert!(matches!(lane.next_event().await, Ok(LaneEvent::Open(_))));
+        lane.codec.queue_reset(ResetReason::Application).unwrap();
+        lane.flush().await.unwrap();
+        drop(lane);
+        let mut lane = accepted_lane(&ca, &listener).await;
+        assert!(matches!(lane.next_event().await, Ok(LaneEvent::Open(_))));
+        assert_eq!(lane.next_event().await.unwrap(), LaneEvent::Data);
+        assert_eq!(lane.codec.payload(), b"hello");
+        // On a lane that has carried nothing else it is of this one, which was not answered.
+        lane.codec.queue_reset(ResetReason::Application).unwrap();
+        lane.flush().await.unwrap();
+        lane
+    };
+    let (opened, _lane) =
+        timeout(Duration::from_secs(30), async { tokio::join!(opening, serving) })
+            .await
+            .expect("it hangs");
+    assert!(matches!(opened, Err(OpenError::Protocol(_))), "{opened:?}");
 }
 
 #[tokio::test]

@@ -6,6 +6,9 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::discovery::services::SERVICE_NAME;
+use crate::identity::testing::cluster_local;
+
+const HERE: Here<'_> = Here { node: "a", pod_cidrs: &[] };
 
 fn slice(names: &[&str]) -> Object {
     let endpoint = |name: &&str| {
@@ -83,7 +86,7 @@ impl World {
         let (done, answer) = oneshot::channel();
         let at = (ip.parse().unwrap(), caller);
         let known = (&self.objects, self.generation);
-        (self.remote.need(known, "a", at, done, self.now), answer)
+        (self.remote.need(known, HERE, at, done, self.now), answer)
     }
 
     fn take(&mut self, wanted: &Wanted, found: Found) -> bool {
@@ -92,7 +95,7 @@ impl World {
     }
 
     fn prefetch(&mut self) -> Vec<Wanted> {
-        self.remote.prefetch(&self.objects, "a", self.now)
+        self.remote.prefetch(&self.objects, HERE, self.now)
     }
 
     fn refresh(&mut self) -> Vec<Wanted> {
@@ -115,6 +118,26 @@ fn what_comes_to_a_used_service_is_read_before_anybody_needs_it() {
     world.read("one");
     assert_eq!(world.prefetch(), [wanted("two")]);
     assert_eq!(world.prefetch(), [], "it is being read");
+}
+
+/// Of other nodes' pods nobody tells that they are gone, and addresses are soon another one's.
+#[tokio::test]
+async fn caller_at_an_address_that_another_pod_had_is_looked_for() {
+    let caller = |account: &str| SpiffeId::new(cluster_local(), "default", account).unwrap();
+    let known = || {
+        let mut world = World::with(&[]);
+        world.read("one");
+        world
+    };
+    assert_eq!(known().need_for("10.0.1.1", Some(&caller("default"))).0, [], "it is that one");
+    let mut world = known();
+    assert_eq!(world.need("10.0.1.1").0, [], "who dials it has no other word for it");
+    let (asked, _answer) = world.need_for("10.0.1.1", Some(&caller("job")));
+    let account = Some(("default".into(), "job".into()));
+    let ip = "10.0.1.1".parse().unwrap();
+    assert_eq!(asked, [Wanted::Address { ip, account, node: None }]);
+    world.take(&asked[0], Found::None);
+    assert_eq!(world.need_for("10.0.1.1", Some(&caller("job"))).0, [], "not again at once");
 }
 
 #[tokio::test]
@@ -160,7 +183,7 @@ fn pod_that_shares_its_nodes_network_is_never_read() {
     let node = json!({"metadata": {"name": "b"}, "status": {"addresses": [address]}});
     world.objects.insert(Object::Node(Arc::new(serde_json::from_value(node).unwrap())));
     assert_eq!(world.prefetch(), []);
-    assert_eq!(behind(&world.objects, "a", "10.0.1.1".parse().unwrap()), []);
+    assert_eq!(behind(&world.objects, HERE, "10.0.1.1".parse().unwrap()), []);
 }
 
 #[tokio::test]

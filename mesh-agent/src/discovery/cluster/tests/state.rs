@@ -92,20 +92,29 @@ fn pod_of_this_node_ends_when_the_api_says_so_whoever_had_its_name() {
 #[test]
 fn pods_that_were_read_of_a_namespace_are_forgotten_with_it() {
     let now = Instant::now();
-    let mut state = nothing();
-    let namespace = json!({"metadata": {"name": "default"}});
-    let namespace = Object::Namespace(Arc::new(serde_json::from_value(namespace).unwrap()));
-    let name = namespace.key();
+    let namespace = |uid: &str| {
+        let namespace = json!({"metadata": {"name": "default", "uid": uid}});
+        Object::Namespace(Arc::new(serde_json::from_value(namespace).unwrap()))
+    };
     let mut there = pod("there", "10.0.1.1");
     there["spec"]["nodeName"] = json!("b");
     let there = object(there);
-    let at = Wanted::Address { ip: ip("10.0.1.1"), account: None, node: None };
-    state.take(News { kind: Kind::Namespace, what: What::Is(namespace) }, now);
-    state.read(at, Found::Pods(vec![there.clone()]), now);
-    assert!(state.objects.contains(&there.key()));
-    state.take(News { kind: Kind::Namespace, what: What::Gone(name) }, now);
-    assert!(!state.objects.contains(&there.key()));
-    assert!(!state.remote.keeps(&there.key()));
+    for (how, what, is_kept) in [
+        ("it is told", What::Gone(namespace("one").key()), false),
+        // Nobody tells what happened between two watches.
+        ("it is listed no more", What::All(Vec::new()), false),
+        ("another one of its name is", What::All(vec![namespace("two")]), false),
+        ("it is listed again", What::All(vec![namespace("one")]), true),
+    ] {
+        let mut state = nothing();
+        let at = Wanted::Address { ip: ip("10.0.1.1"), account: None, node: None };
+        state.take(News { kind: Kind::Namespace, what: What::Is(namespace("one")) }, now);
+        state.read(at, Found::Pods(vec![there.clone()]), now);
+        assert!(state.objects.contains(&there.key()));
+        state.take(News { kind: Kind::Namespace, what }, now);
+        assert_eq!(state.objects.contains(&there.key()), is_kept, "{how}");
+        assert_eq!(state.remote.keeps(&there.key()), is_kept, "{how}");
+    }
 }
 
 #[test]
@@ -204,7 +213,7 @@ async fn pod_that_has_come_since_the_last_snapshot_is_read_by_who_asks_now() {
     state.answer();
     assert!(answer.try_recv().is_err());
     state.read(second[0].clone(), Found::None, now);
-    assert!(state.snapshot_if_changed().is_none() && state.due().is_none());
+    assert!(state.snapshot_if_changed().is_some_and(|known| !known.is_unread(ip("10.96.0.1"))));
     state.answer();
     assert_eq!(answer.try_recv(), Ok(state.snapshot.generation));
 }

@@ -127,6 +127,51 @@ async fn requests_are_listed_a_few_at_a_time() {
     assert!(listed.contains("&limit=8&"), "{listed}");
 }
 
+/// Each may be 1.5 MB, and whoever may make pods can make many with one service account.
+#[tokio::test]
+async fn pods_are_listed_a_few_at_a_time_until_one_takes_part() {
+    let world = World::new().await;
+    world.server.put(SECRET, new_root().1);
+    for number in 0..9 {
+        let name = format!("web-{number}");
+        // The sixth takes part, and some others that nobody needs to look at.
+        let mesh = if number < 5 { "disabled" } else { "enabled" };
+        let annotations = json!({"malla.dev/mesh": mesh});
+        let metadata = json!({"name": name, "namespace": "default", "annotations": annotations});
+        let spec = json!({"nodeName": "a", "serviceAccountName": "web"});
+        let pod = json!({"metadata": metadata, "spec": spec});
+        world.server.put(&format!("/api/v1/namespaces/default/pods/{name}"), pod);
+    }
+    world.ask("asked");
+    world.leads.send_replace(true);
+    let status = world.answer("asked").await;
+    assert!(status["certificate"].is_string(), "{status}");
+    let asked = world.server.asked();
+    let pods: Vec<_> = asked.iter().filter(|asked| asked.contains("/pods")).collect();
+    let pages: Vec<_> = pods.iter().filter_map(|asked| asked.split("continue=").nth(1)).collect();
+    assert_eq!(pages, ["", "2", "4"], "{pods:?}");
+    for asked in pods {
+        assert!(asked.contains("status.phase!=Succeeded,status.phase!=Failed&limit=2&"), "{asked}");
+    }
+}
+
+/// What one request has that cannot be of use keeps nobody else waiting.
+#[tokio::test]
+async fn request_with_nothing_where_a_list_may_be_stops_no_other() {
+    let world = World::new().await;
+    world.server.put(SECRET, new_root().1);
+    world.pod(json!({"name": "web-1"}));
+    let mut odd = request_of(SIGNER, "a-first", "1");
+    odd["spec"]["extra"] = json!({"groups": null});
+    odd["spec"]["usages"] = json!(null);
+    odd["status"] = json!({"conditions": null});
+    world.server.put(&format!("{REQUESTS}/a-first"), odd);
+    world.ask("later");
+    world.leads.send_replace(true);
+    assert!(world.answer("later").await["certificate"].is_string());
+    assert_eq!(world.answer("a-first").await["conditions"][0]["type"], "Denied");
+}
+
 /// The lists and the watches of requests that were asked for.
 fn followed(server: &Server) -> (Vec<String>, Vec<String>) {
     let all = format!("{REQUESTS}?");
