@@ -22,14 +22,22 @@ pub fn remove_dir(dir: &Path) -> bool {
 
 /// Where process 1 has what is mounted at `dir`.
 fn on_node(dir: &Path) -> Option<PathBuf> {
+    // What is mounted where process 1 sees it too is the node's own affair.
+    let namespace = |process: &str| inode(&Path::new("/proc").join(process).join("ns/mnt"));
+    if namespace("self")? == namespace("1")? {
+        return None;
+    }
     let dir = fs::canonicalize(dir).ok()?;
     let here = mounts(&fs::read("/proc/self/mountinfo").ok()?);
     let there = mounts(&fs::read("/proc/1/mountinfo").ok()?);
-    let inode = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
     let wanted = inode(&dir)?;
     places(&here, &there, &dir)
         .filter_map(|place| Some(Path::new("/proc/1/root").join(place.strip_prefix("/").ok()?)))
         .find(|place| inode(place) == Some(wanted))
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    fs::metadata(path).map(|found| (found.dev(), found.ino())).ok()
 }
 
 /// Where in `there` what `here` has mounted at `dir` may be seen, but for mount points.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use mesh_core::addr::OrigDst;
+use mesh_core::addr::{EndpointAddr, OrigDst};
 use mesh_core::affinity::Affinities;
 use mesh_core::balance::{Loads, Policy};
 use mesh_core::snapshot::{Workload, WorkloadUid};
@@ -72,6 +72,8 @@ pub struct Wish {
     pub source: WorkloadUid,
     /// What it dialled.
     pub dst: OrigDst,
+    /// An endpoint that has not answered it: to be left out for a while if there are others.
+    pub without: Option<EndpointAddr>,
 }
 
 /// A pod of this node: its namespace stays open for as long as a connection uses it.

@@ -163,12 +163,13 @@ impl Processes {
             if number == MOST_PROCESSES {
                 return None;
             }
-            let place = self.proc.join(process.to_string());
+            // Asked where it decides: a pod may have thousands.
+            let is_its = || is_of(&self.proc.join(process.to_string()), uid);
             match self.inode_of(process) {
-                Some(other) if other != self.own && is_of(&place, uid) => {
-                    if other == inode {
-                        return Some(true);
-                    }
+                Some(other) if other == inode && inode != self.own && is_its() => {
+                    return Some(true);
+                }
+                Some(other) if other != self.own && found.is_none() && is_its() => {
                     found = Some(false);
                 }
                 _ => {}

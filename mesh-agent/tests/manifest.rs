@@ -151,7 +151,14 @@ fn agent_is_on_every_node_whatever_its_taints_and_the_last_to_be_evicted() {
     // Without a key, an effect and seconds: every taint, for ever.
     assert_eq!(pod["tolerations"], json!([{"operator": "Exists"}]));
     assert_eq!(pod["nodeSelector"], json!({"kubernetes.io/os": "linux"}));
-    assert!(pod["affinity"].is_null(), "{pod}");
+    // But for what is no machine, and would never run it.
+    let not_in =
+        |key: &str, value: &str| json!({"key": key, "operator": "NotIn", "values": [value]});
+    let no_machine =
+        [not_in("eks.amazonaws.com/compute-type", "fargate"), not_in("type", "virtual-kubelet")];
+    let required = json!({"nodeSelectorTerms": [{"matchExpressions": no_machine}]});
+    let required = json!({"requiredDuringSchedulingIgnoredDuringExecution": required});
+    assert_eq!(pod["affinity"], json!({"nodeAffinity": required}));
     assert_eq!(pod["priorityClassName"], "system-node-critical");
 }
 

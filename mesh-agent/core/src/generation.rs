@@ -12,6 +12,7 @@
 use std::hash::{Hash as _, Hasher};
 use std::net::IpAddr;
 
+use crate::balance::Policy;
 use crate::snapshot::{Endpoint, Service, Snapshot, Workload};
 
 /// A generation; never zero, which means "none" in the kernel's maps.
@@ -37,14 +38,21 @@ impl GenerationKey {
         })
     }
 
-    /// Of a destination: all that a connection to this address can come to. `None` if it is neither a
-    /// service's nor a pod's.
-    pub fn of_destination(self, snapshot: &Snapshot, ip: IpAddr) -> Option<Generation> {
+    /// Of a destination: all that a connection to this address can come to, balanced in this way. `None` if it is
+    /// neither a service's nor a pod's.
+    pub fn of_destination(
+        self,
+        snapshot: &Snapshot,
+        ip: IpAddr,
+        policy: Policy,
+    ) -> Option<Generation> {
         // As `route` looks: a service's address before a pod's.
         if let Some(found) = snapshot.service_at(ip) {
             return Some(self.hash(|hasher| {
                 // Of one that is read in part there is no verdict, and none outlives that.
                 snapshot.is_unread(ip).hash(hasher);
+                // Who is to get turns is not drawn; between the others a verdict makes no difference.
+                (policy == Policy::RoundRobin).hash(hasher);
                 service(snapshot, found, hasher);
             }));
         }
@@ -191,7 +199,7 @@ mod tests {
     fn of_service(pods: &[&Arc<Workload>]) -> Generation {
         let workloads = pods.iter().map(|pod| Arc::clone(pod)).collect();
         let snapshot = fixtures::snapshot(workloads, vec![service_of(pods)], vec![]);
-        KEY.of_destination(&snapshot, "10.96.0.1".parse().unwrap()).unwrap()
+        KEY.of_destination(&snapshot, "10.96.0.1".parse().unwrap(), Policy::LeastLoaded).unwrap()
     }
 
     #[test]
@@ -202,7 +210,8 @@ mod tests {
             let mut service = Service::clone(&service_of(&[&pod, &other]));
             change(&mut service);
             let snapshot = fixtures::snapshot(vec![], vec![Arc::new(service)], vec![]);
-            KEY.of_destination(&snapshot, "10.96.0.1".parse().unwrap()).unwrap()
+            KEY.of_destination(&snapshot, "10.96.0.1".parse().unwrap(), Policy::LeastLoaded)
+                .unwrap()
         };
         let unchanged = of(&|_| {});
         assert_ne!(of(&|web| web.affinity = Some(crate::affinity::DEFAULT_TIMEOUT)), unchanged);
@@ -226,6 +235,14 @@ mod tests {
         }
         assert_ne!(KEY.of_pod(&pod, 7), KEY.of_pod(&pod, 8), "another namespace");
         assert_ne!(of_service(&[&pod]), of_service(&[&pod, &other]), "another endpoint");
+        let by = |policy| {
+            let snapshot = fixtures::snapshot(vec![], vec![service_of(&[&pod])], vec![]);
+            KEY.of_destination(&snapshot, "10.96.0.1".parse().unwrap(), policy).unwrap()
+        };
+        let [turns, random, least] =
+            [Policy::RoundRobin, Policy::Random, Policy::LeastLoaded].map(by);
+        assert_ne!(turns, least, "turns cannot be drawn");
+        assert_eq!(random, least, "no verdict is another one");
         assert_ne!(KEY.of_pod(&pod, 7), GenerationKey([1, 3]).of_pod(&pod, 7), "another key");
     }
 
@@ -241,7 +258,7 @@ mod tests {
             };
             let domain = pod.identity.trust_domain().clone();
             let snapshot = Snapshot::new(1, "node-1".into(), domain, parts);
-            KEY.of_destination(&snapshot, vip).unwrap()
+            KEY.of_destination(&snapshot, vip, Policy::LeastLoaded).unwrap()
         };
         assert_ne!(of(&[vip]), of(&[]));
     }
@@ -256,6 +273,9 @@ mod tests {
     #[test]
     fn stranger_has_no_generation() {
         let snapshot = fixtures::snapshot(vec![], vec![], vec![]);
-        assert_eq!(KEY.of_destination(&snapshot, "10.0.0.9".parse().unwrap()), None);
+        assert_eq!(
+            KEY.of_destination(&snapshot, "10.0.0.9".parse().unwrap(), Policy::LeastLoaded),
+            None
+        );
     }
 }

@@ -22,7 +22,7 @@ use tracing::warn;
 use super::ending::Fate;
 use crate::capture::{DirectFacts, DirectRecord, Ended, KernelEvents, PodTag};
 use crate::net::{Ends, SockDiag};
-use crate::node::{LocalPod, Node};
+use crate::node::{LocalPod, Node, Wish};
 use crate::telemetry::{DirectTracked, Failure, Neighbours, Outcome, Party, Path, ResponseFlags};
 
 /// How often the kernel is asked what happened: the ring has room for ten times what a busy node tells in
@@ -268,6 +268,9 @@ impl Table {
             }
             open
         });
+        if failure.is_some() && ended.retransmits > 0 {
+            self.leave_out(&open);
+        }
         open.tracked.carried(ended.sent, ended.received);
         let path = Path { rtt: ended.rtt, retransmits: ended.retransmits };
         let outcome = match (failure, open.fate.refusal()) {
@@ -280,6 +283,23 @@ impl Table {
             ),
         };
         open.tracked.finish(outcome, ended.duration, Some(path));
+    }
+
+    /// Its endpoint listens and has not answered, and of such the kernel knows nothing: the client's next connections
+    /// go to others, if there are any, as they do where an agent has tried. Nobody else's: it may be this client
+    /// that is not let through.
+    fn leave_out(&self, open: &Open) {
+        let Some((pod, _)) = &open.pods else { return };
+        let (to, dst) = (open.facts.to, OrigDst::canonical(open.facts.orig_dst.0));
+        let client = Client { pod: Arc::clone(pod), dst };
+        if !self.node.affinities().forsake(&client, to) {
+            let wish = Wish { source: client.pod, dst, without: Some(to) };
+            // Full: the next one that fails says it again.
+            drop(self.node.wishes.try_send(wish));
+        } else if let Err(error) = self.node.capture.remove_verdict(open.facts.netns, dst) {
+            let error = crate::telemetry::chain(&error);
+            warn!(error, stage = "capture", "a client may be sent to where nobody answers");
+        }
     }
 
     fn judge(&mut self, snapshot: &Snapshot) {

@@ -30,6 +30,9 @@ pub(super) const WISHES: usize = 1024;
 const RETRY: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
+/// How long a client's verdict goes without an endpoint that has not answered it: as long as the agent puts one off at most.
+const SILENT: Duration = Duration::from_secs(60);
+
 /// Why there is no verdict.
 #[derive(Debug, Error)]
 enum VerdictError {
@@ -68,7 +71,8 @@ impl Verdicts {
             let pod = pods.get(&workload.uid)?;
             Some((workload.uid.to_string(), key.of_pod(workload, pod.netns.cookie())))
         };
-        let of_destination = |ip| Some((ip, key.of_destination(snapshot, ip)?));
+        let policy = self.node.limits.balance;
+        let of_destination = |ip| Some((ip, key.of_destination(snapshot, ip, policy)?));
         let generations = Generations {
             destinations: snapshot
                 .captured_destinations()
@@ -142,12 +146,14 @@ impl Verdicts {
             return Ok(None);
         };
         let dst = OrigDst::canonical(wish.dst.0);
-        let Some(destination) = key.of_destination(snapshot, dst.0.ip()) else {
+        let policy = node.limits.balance;
+        let Some(destination) = key.of_destination(snapshot, dst.0.ip(), policy) else {
             return Ok(None);
         };
         let (now, mut until) = (Instant::now(), None::<Duration>);
         let mut is_avoided = |addr: EndpointAddr| {
-            let left = node.loads().avoided_for(addr, now);
+            let silent = (wish.without == Some(addr)).then_some(SILENT);
+            let left = node.loads().avoided_for(addr, now).max(silent);
             until = until.into_iter().chain(left).min();
             left.is_some()
         };
@@ -160,7 +166,6 @@ impl Verdicts {
             kept_for = Some(left);
             Some(to)
         };
-        let policy = node.limits.balance;
         let choices = direct::verdict(snapshot, source, dst, policy, &mut is_avoided, bound);
         let Some(choices) = choices else {
             return Ok(None);

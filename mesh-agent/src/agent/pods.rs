@@ -12,6 +12,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_core::backoff::Backoff;
 use mesh_core::settings::Settings;
 use mesh_core::snapshot::{Enrolment, Snapshot, Workload, WorkloadUid};
 use tokio::sync::watch;
@@ -33,6 +34,8 @@ use crate::workers::Workers;
 const LINGER: Duration = Duration::from_secs(1);
 /// After which what is neither enrolling nor leaving a pod is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// What somebody else has put in the way may stay there.
+const RETRY_MAX: Duration = Duration::from_secs(30);
 /// Between looks at whether the last connection that needs a namespace's routes has ended: the first,
 /// and in the end.
 const RETIRE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -55,6 +58,8 @@ pub(super) struct Pods {
     everything: Option<String>,
     /// Why what is gone may have left something.
     leftovers: Option<String>,
+    /// Until that is tried again.
+    clearing: Backoff,
     published: watch::Sender<Shortfall>,
     outcomes: watch::Sender<Arc<Outcomes>>,
     serving: JoinSet<()>,
@@ -113,6 +118,7 @@ impl Pods {
             uncaptured: None,
             everything: None,
             leftovers: None,
+            clearing: Backoff::new(RETRY, RETRY_MAX),
             published: watch::Sender::default(),
             outcomes: watch::Sender::default(),
             serving: JoinSet::new(),
@@ -123,10 +129,12 @@ impl Pods {
     /// have left still need. Cancel-safe.
     pub(super) async fn due(&self) {
         let again = self.failing.values().map(NotEnrolled::again);
-        let stuck = self.uncaptured.is_some()
-            || self.leftovers.is_some()
-            || self.enrolled.values().any(|pod| pod.is_stuck);
-        let next = again.chain(stuck.then(|| Instant::now() + RETRY)).min();
+        let stuck = self.uncaptured.is_some() || self.enrolled.values().any(|pod| pod.is_stuck);
+        let clear = self.leftovers.is_some().then(|| {
+            let wait = self.clearing.wait(std::time::Instant::now());
+            Instant::now() + wait.unwrap_or_default()
+        });
+        let next = again.chain(stuck.then(|| Instant::now() + RETRY)).chain(clear).min();
         let try_again = async {
             match next {
                 Some(next) => sleep_until(next).await,
@@ -247,6 +255,10 @@ impl Pods {
         let leftovers = retained.err().map(|error| crate::telemetry::chain(&error));
         if let Some(error) = leftovers.as_ref().filter(|_| leftovers != self.leftovers) {
             warn!(error, stage = "capture", "leftovers not removed");
+        }
+        match leftovers {
+            Some(_) => self.clearing.failed(std::time::Instant::now(), |n| fastrand::u32(..n)),
+            None => self.clearing.succeeded(),
         }
         self.leftovers = leftovers;
         self.published.send_replace(Shortfall {

@@ -135,7 +135,7 @@ impl Shortfall {
             place: "capture".into(),
             field: "--bpffs".into(),
             message: format!("what pods or agents have left that are gone is not removed: {why}"),
-            remedy: "it is tried again every second; remove what is not the agent's".into(),
+            remedy: "it is tried again within 30 s; remove what is not the agent's".into(),
         });
         let pods = self.not_enrolled.iter().map(|pod| ProblemView {
             place: format!("Pod {}/{}", pod.tried.namespace, pod.tried.name),

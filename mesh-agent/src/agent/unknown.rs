@@ -156,7 +156,8 @@ impl Watching {
         let Config { capture, cgroup, limit, demands } = config;
         let processes = Processes::new(&cgroup, PROC.as_ref())
             .context("see the node's processes: the agent's pod needs hostPID and SYS_PTRACE")?;
-        let (cgroups, there) = PodCgroups::open(&cgroup).context("watch the cgroups of pods")?;
+        let (cgroups, there) = PodCgroups::open(&cgroup)
+            .context("watch the cgroups of pods (too many: the sysctls fs.inotify.max_user_*)")?;
         let node = Netns::current().context("find the node's namespace")?;
         let ids: HashSet<u64> = there.iter().map(|pod| pod.id).collect();
         let held_back = capture.retain_held_back(&node, &ids)?;

@@ -237,7 +237,7 @@ impl Connection<'_> {
         let is_new = chosen.is_none_or(|chosen| chosen != carried.picked.endpoint);
         let could = source.settings.direct && endpoints.len() <= direct::MAX_ENDPOINTS;
         if is_new && could && endpoints.iter().any(is_here) {
-            let wish = Wish { source: Arc::clone(&source.uid), dst };
+            let wish = Wish { source: Arc::clone(&source.uid), dst, without: None };
             // Full, or nobody listens any more: the next connection will wish again.
             drop(self.worker.node.wishes.try_send(wish));
         }

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
@@ -42,6 +42,8 @@ const QUEUE: usize = 8192;
 /// Enough records in one `write` that the system call no longer counts.
 const BATCH_BYTES: usize = 64 * 1024;
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+/// Between looks whether there is room to ask.
+const FLUSH_PAUSE: Duration = Duration::from_millis(2);
 
 const TIME: &[BorrowedFormatItem<'_>] =
     format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
@@ -126,10 +128,17 @@ impl AccessLog {
             return;
         };
         let (done, is_done) = sync_channel(1);
-        if queue.try_send(Message::Flush(done)).is_ok() {
-            // Whether it was written in time or not, the caller is about to exit.
-            is_done.recv_timeout(FLUSH_LIMIT).ok();
+        let (began, mut message) = (Instant::now(), Message::Flush(done));
+        // A queue that is full is what there is to wait for.
+        while let Err(TrySendError::Full(refused)) = queue.try_send(message) {
+            if began.elapsed() >= FLUSH_LIMIT {
+                return;
+            }
+            message = refused;
+            thread::sleep(FLUSH_PAUSE);
         }
+        // Whether it was written in time or not, the caller is about to exit.
+        is_done.recv_timeout(FLUSH_LIMIT.saturating_sub(began.elapsed())).ok();
     }
 }
 
@@ -308,7 +317,7 @@ fn push(out: &mut String, text: fmt::Arguments<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Instant, UNIX_EPOCH};
+    use std::time::UNIX_EPOCH;
 
     use mesh_core::stage::Stage;
 
@@ -427,6 +436,44 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    /// Takes nothing until it is let.
+    struct Held(Receiver<()>, Arc<std::sync::Mutex<usize>>);
+
+    impl io::Write for Held {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.recv().ok();
+            *self.1.lock().unwrap() += bytes.iter().filter(|byte| **byte == b'\n').count();
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// An agent that ends cuts what is open, and each of these is a record at that moment.
+    #[test]
+    fn what_was_handed_over_is_written_also_where_the_queue_is_full() {
+        let (release, held) = std::sync::mpsc::channel();
+        let written = Arc::new(std::sync::Mutex::new(0));
+        let log =
+            AccessLog::start(AccessLogFormat::Text, Held(held, Arc::clone(&written))).unwrap();
+        let shop = Shop::new();
+        let all = QUEUE + 2000;
+        for _ in 0..all {
+            log.write(ended(shop.facts(Direction::Outbound), Outcome::Complete));
+        }
+        assert!(log.lost().count() > 0, "it is full");
+        let lets = thread::spawn(move || {
+            thread::sleep(10 * FLUSH_PAUSE);
+            drop(release);
+        });
+        log.flush();
+        let lost = usize::try_from(log.lost().count()).unwrap();
+        assert_eq!(*written.lock().unwrap() + lost, all);
+        lets.join().unwrap();
     }
 
     #[test]

@@ -3,12 +3,13 @@
 //! Whoever can reach the port can send anything, so everything is bounded: connections at once, the
 //! size and number of headers, and the time from accept to the end of the answer. A connection
 //! serves one request; what asks here does so every few seconds, and gets its answer at once: where all
-//! places are taken the oldest connection makes room. A probe that waited for those who say nothing would fail, and
-//! the kubelet start the container anew.
+//! places are taken the oldest that has asked nothing makes room, or the oldest. A probe that waited for those who say
+//! nothing would fail, and the kubelet start the container anew.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
@@ -85,6 +86,12 @@ impl Listen for UnixListener {
     }
 }
 
+/// A connection, in the order of their coming.
+struct Open {
+    task: AbortHandle,
+    has_asked: Arc<AtomicBool>,
+}
+
 /// Answers until dropped. `answer` runs on this thread and must not block.
 pub(crate) async fn serve<L, F>(listener: L, answer: F) -> Infallible
 where
@@ -93,7 +100,7 @@ where
 {
     let answer = Arc::new(answer);
     let mut connections = JoinSet::new();
-    let mut open = VecDeque::new();
+    let mut open: VecDeque<Open> = VecDeque::new();
     loop {
         let stream = match listener.next().await {
             Ok(stream) => stream,
@@ -103,15 +110,26 @@ where
                 continue;
             }
         };
-        while connections.try_join_next().is_some() {}
-        open.retain(|one: &AbortHandle| !one.is_finished());
-        if open.len() >= CONNECTIONS
-            && let Some(oldest) = open.pop_front()
-        {
-            oldest.abort();
+        if open.len() >= CONNECTIONS {
+            // Many may have been waiting to be accepted: whoever has asked already is answered first.
+            yield_now().await;
         }
-        let answer = Arc::clone(&answer);
-        open.push_back(connections.spawn(async move { serve_one(stream, &*answer).await }));
+        while connections.try_join_next().is_some() {}
+        open.retain(|one| !one.task.is_finished());
+        if open.len() >= CONNECTIONS {
+            let silent = open.iter().position(|one| !one.has_asked.load(Ordering::Relaxed));
+            if let Some(one) = open.remove(silent.unwrap_or(0)) {
+                one.task.abort();
+            }
+        }
+        let (answer, has_asked) = (Arc::clone(&answer), Arc::new(AtomicBool::new(false)));
+        let asked = Arc::clone(&has_asked);
+        let answer = move |question: &Question<'_>| {
+            asked.store(true, Ordering::Relaxed);
+            answer(question)
+        };
+        let task = connections.spawn(async move { serve_one(stream, &answer).await });
+        open.push_back(Open { task, has_asked });
     }
 }
 
@@ -232,8 +250,6 @@ fn probe(question: &Question<'_>, readiness: &Readiness) -> Answer {
 #[cfg(test)]
 mod tests {
     use std::net::{Ipv4Addr, SocketAddr};
-    use std::sync::atomic::{AtomicBool, Ordering};
-
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::super::{AccessLogFormat, Options, Telemetry};
@@ -316,7 +332,7 @@ mod tests {
         assert!(get(addr, "/healthz/live").await.starts_with("HTTP/1.1 200 "));
     }
 
-    /// The time is paused, and no time passes: who probes waits for nobody.
+    /// Who probes waits for none of them: time is paused, and jumps where everybody waits.
     #[tokio::test(start_paused = true)]
     async fn silent_clients_keep_nobody_from_an_answer() {
         let (listener, addr) = listener().await;
@@ -329,7 +345,7 @@ mod tests {
         }
         let answer = get(addr, "/healthz/live").await;
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-        assert_eq!(began.elapsed(), Duration::ZERO);
+        assert!(began.elapsed() < HEADER_TIME, "it has waited for one of them to be given up");
         // Not more than so many are kept, the newest.
         let mut ended = 0;
         for mut stream in silent {
@@ -337,5 +353,26 @@ mod tests {
             ended += usize::from(gone.is_ok());
         }
         assert!(ended >= 9 * CONNECTIONS, "{ended}");
+    }
+
+    /// This thread was busy, and all of them are accepted at once.
+    #[tokio::test]
+    async fn probe_before_a_crowd_of_silent_clients_is_answered() {
+        use std::io::{Read as _, Write as _};
+        let (listener, addr) = listener().await;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve_probes(listener, Arc::new(|| Ok(()))));
+        yield_now().await;
+        // Without a wait of this thread's, so that the server does not run meanwhile.
+        let mut probe = std::net::TcpStream::connect(addr).unwrap();
+        probe.write_all(b"GET /healthz/live HTTP/1.1\r\nHost: agent\r\n\r\n").unwrap();
+        let connect = |_| std::net::TcpStream::connect(addr).unwrap();
+        let _silent: Vec<_> = (0..3 * CONNECTIONS).map(connect).collect();
+        let read = move || {
+            let mut answer = String::new();
+            probe.read_to_string(&mut answer).map(|_| answer)
+        };
+        let answer = tokio::task::spawn_blocking(read).await.unwrap().unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     }
 }

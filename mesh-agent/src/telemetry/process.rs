@@ -74,9 +74,9 @@ fn cpu_seconds() -> Option<f64> {
 fn parse_cpu_seconds(stat: &str) -> Option<f64> {
     let (_, after_name) = stat.rsplit_once(')')?;
     let mut fields = after_name.split_whitespace().skip(11);
-    let user: u32 = fields.next()?.parse().ok()?;
-    let system: u32 = fields.next()?.parse().ok()?;
-    Some((f64::from(user) + f64::from(system)) / TICKS_PER_SECOND)
+    let user: f64 = fields.next()?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((user + system) / TICKS_PER_SECOND)
 }
 
 #[cfg(test)]
@@ -87,6 +87,9 @@ mod tests {
     fn cpu_time_is_found_behind_a_strange_process_name() {
         let stat = "7 (a) b (c)) S 1 7 7 0 -1 4194560 91 0 0 0 250 50 0 0 20 0 1 0 5 6 7";
         assert_eq!(parse_cpu_seconds(stat), Some(3.0));
+        // After years on many cores.
+        let stat = "7 (a) S 1 7 7 0 -1 4194560 91 0 0 0 5000000000 0 0 0 20 0 1 0 5 6 7";
+        assert_eq!(parse_cpu_seconds(stat), Some(50_000_000.0));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Family, Mesh, Pod, PodSpec, Serve, defer_connect, exchange, wait};
+use harness::{Family, Mesh, Pod, PodSpec, Serve, ServiceSpec, defer_connect, exchange, wait};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{connect, kernel, nft, until_direct};
@@ -134,6 +134,51 @@ fn until_direct_greeted(mesh: &Mesh, to: SocketAddr, greeting: &str) -> Result<(
             && heard == greeting.as_bytes()
             && kernel(mesh, "direct_taken").is_ok_and(|now| now > taken)
     })
+}
+
+/// A program that hangs: its socket listens, and nobody accepts. The kernel chooses among endpoints by what it was
+/// told, and who connects by it does not pass the agent, which has seen nobody fail.
+#[test]
+fn endpoint_that_does_not_answer_is_left_to_others() -> Result<()> {
+    harness::require!();
+    for has_affinity in [false, true] {
+        let mut two = ServiceSpec::new("two").port(80, 8080).pods(&["a2", "a3"]);
+        if has_affinity {
+            two = two.field("sessionAffinity", "ClientIP".into());
+        }
+        let mesh = Mesh::two_nodes_builder().pod(PodSpec::new("a3", "a")).service(two).start()?;
+        let to = mesh.service("two").v4(80);
+        let first = mesh.pod("a2").serve(8080, Serve::Greet("first."))?;
+        until_direct_greeted(&mesh, to, "first.")?;
+        let _second = mesh.pod("a3").serve(8080, Serve::Greet("second"))?;
+        if !has_affinity {
+            until_direct_greeted(&mesh, to, "second")?;
+            until_direct_greeted(&mesh, to, "first.")?;
+        }
+        drop(first);
+        let _full = full_listener(mesh.pod("a2"))?;
+        let (waiting, _others) = waiting(&mesh, to)?;
+        let before = kernel(&mesh, "lookup_delivery")?;
+        wait::until(wait::SOON, "the SYN to be sent again", || {
+            kernel(&mesh, "lookup_delivery").is_ok_and(|now| now > before)
+        })?;
+        drop(waiting);
+        let answers = |limit: Duration| {
+            let socket = mesh.pod("a1").run(|| {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+                socket.connect_timeout(&to.into(), limit)?;
+                Ok(socket)
+            });
+            let mut greeting = [0; 6];
+            let mut read = |socket: Socket| TcpStream::from(socket).read_exact(&mut greeting);
+            socket.is_ok_and(|socket| read(socket).is_ok()) && &greeting == b"second"
+        };
+        // What the agent tries takes as long as an application has to answer. By chance it would be one in a million.
+        let all = || (0..20).all(|_| answers(Duration::from_secs(8)));
+        let others = wait::until(2 * wait::SOON, "the other one to be asked alone", all);
+        others.with_context(|| format!("affinity: {has_affinity}"))?;
+    }
+    Ok(())
 }
 
 #[test]

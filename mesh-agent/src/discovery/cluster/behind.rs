@@ -104,13 +104,16 @@ pub(super) fn knows(objects: &Objects, ip: IpAddr) -> bool {
 
 /// Whether a pod of this caller's service account with this address was read.
 pub(super) fn knows_caller(objects: &Objects, ip: IpAddr, caller: &SpiffeId) -> bool {
-    let is_callers = |object: &Object| {
-        let Object::Pod(pod) = object else { return false };
-        let account = pod.spec.as_ref().and_then(|spec| spec.service_account_name.as_deref());
-        account.unwrap_or("default") == caller.service_account()
-    };
-    let pods = objects.of(Kind::Pod).filter(|(key, _)| key.namespace == caller.namespace());
-    objects.names(ip) && { pods }.any(|(_, object)| has(object, ip) && is_callers(object))
+    let (namespace, account) = (caller.namespace(), caller.service_account());
+    let is_it = |pod: &Object| has(pod, ip) && is_of_account(pod, namespace, account);
+    objects.names(ip) && objects.of(Kind::Pod).any(|(_, object)| is_it(object))
+}
+
+/// Whether it is a pod of this service account.
+pub(super) fn is_of_account(object: &Object, namespace: &str, account: &str) -> bool {
+    let Object::Pod(pod) = object else { return false };
+    let said = pod.spec.as_ref().and_then(|spec| spec.service_account_name.as_deref());
+    object.key().namespace == namespace && said.unwrap_or("default") == account
 }
 
 /// Whether this is a pod that has this address for itself: one that has completed has none any more.

@@ -16,7 +16,9 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use self::counted::Counted;
-use super::behind::{Here, Look, behind, has, knows, knows_caller, pod_key, service_of, slices};
+use super::behind::{
+    Here, Look, behind, has, is_of_account, knows, knows_caller, pod_key, service_of, slices,
+};
 use crate::discovery::kube::Endpoint;
 use crate::discovery::networks::{addresses, node_of};
 use crate::discovery::objects::{Object, ObjectKey, Objects};
@@ -179,17 +181,25 @@ impl Remote {
             waiting.add(done);
             return Vec::new();
         }
-        let mut wanted: Vec<Wanted> = behind(objects, here, ip);
-        // A pod that is gone says nothing of who has its address now.
-        wanted.retain(|wanted| self.absent.get(wanted).is_none_or(|absent| absent.is_over(now)));
-        let is_known = || match caller {
-            Some(caller) => knows_caller(objects, ip, caller),
-            None => knows(objects, ip),
-        };
-        if wanted.is_empty() && self.has_place(caller.is_some()) && !is_known() {
+        let at_address = || {
             let account = |id: &SpiffeId| (id.namespace().into(), id.service_account().into());
             let node = node_of(objects, ip).map(str::to_owned);
-            wanted.push(Wanted::Address { ip, account: caller.map(account), node });
+            Wanted::Address { ip, account: caller.map(account), node }
+        };
+        let is_absent =
+            |wanted: &Wanted| self.absent.get(wanted).is_some_and(|absent| !absent.is_over(now));
+        // Peers make addresses up: a caller that is known, or was looked for in vain just now, costs little.
+        let is_settled = match caller {
+            Some(caller) => knows_caller(objects, ip, caller) || is_absent(&at_address()),
+            None => false,
+        };
+        let mut wanted: Vec<Wanted> =
+            if is_settled { Vec::new() } else { behind(objects, here, ip) };
+        // A pod that is gone says nothing of who has its address now.
+        wanted.retain(|wanted| !is_absent(wanted));
+        let is_known = is_settled || (caller.is_none() && knows(objects, ip));
+        if wanted.is_empty() && !is_known && self.has_place(caller.is_some()) {
+            wanted.push(at_address());
         }
         let to_read = self.begin(wanted.iter().cloned(), now);
         let waiting = self.waiting.entry(asked).or_default();
@@ -282,7 +292,16 @@ impl Remote {
                     changed |= self.missed(objects, wanted.clone(), now);
                 }
                 let wanted = wanted.anywhere();
-                if self.absent.remove(&wanted).is_some() {
+                // Somebody else is where a caller says to be.
+                let is_another = match &wanted {
+                    Wanted::Address { account: Some((namespace, name)), .. } => {
+                        !pods.iter().any(|pod| is_of_account(pod, namespace, name))
+                    }
+                    _ => false,
+                };
+                if is_another {
+                    self.missed(objects, wanted.clone(), now);
+                } else if self.absent.remove(&wanted).is_some() {
                     self.tell_absent(objects);
                     changed = true;
                 }

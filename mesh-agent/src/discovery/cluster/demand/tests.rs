@@ -136,8 +136,15 @@ async fn caller_at_an_address_that_another_pod_had_is_looked_for() {
     let account = Some(("default".into(), "job".into()));
     let ip = "10.0.1.1".parse().unwrap();
     assert_eq!(asked, [Wanted::Address { ip, account, node: None }]);
-    world.take(&asked[0], Found::None);
+    // That one is there still, or the API has not heard of another.
+    world.take(&asked[0], Found::Pods(vec![pod("one")]));
     assert_eq!(world.need_for("10.0.1.1", Some(&caller("job"))).0, [], "not again at once");
+    world.now += CALLER_ABSENT;
+    world.generation += 1;
+    assert_eq!(world.need_for("10.0.1.1", Some(&caller("job"))).0, asked);
+    world.take(&asked[0], Found::None);
+    world.now += CALLER_ABSENT;
+    assert_eq!(world.need_for("10.0.1.1", Some(&caller("job"))).0, [], "and ever more seldom");
 }
 
 #[tokio::test]
