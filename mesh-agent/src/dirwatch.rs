@@ -26,15 +26,6 @@ const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// While there is no directory to have events from.
 const LOOK_FOR_IT: Duration = Duration::from_secs(1);
 
-/// Whether there is a place for one more who watches.
-///
-/// # Errors
-///
-/// The user's inotify limits are reached.
-pub fn rehearse() -> io::Result<()> {
-    Inotify::init().map(drop)
-}
-
 /// A watched directory.
 #[derive(Debug)]
 pub struct DirWatch {

@@ -146,13 +146,11 @@ impl Affinities {
         }
     }
 
-    /// `client` could not connect to `to`, where it keeps to: it is to be sent somewhere else. Says whether it kept to it.
-    pub fn forsake(&mut self, client: &Client, to: EndpointAddr) -> bool {
-        let kept = self.by_client.get(client).is_some_and(|bound| bound.to == to);
-        if kept {
+    /// `client` could not connect to `to`: if it keeps to that it is to be sent somewhere else.
+    pub fn forsake(&mut self, client: &Client, to: EndpointAddr) {
+        if self.by_client.get(client).is_some_and(|bound| bound.to == to) {
             self.by_client.remove(client);
         }
-        kept
     }
 
     /// Forgets clients that are gone, and those that no service remembers for so long.

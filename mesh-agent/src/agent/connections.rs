@@ -292,14 +292,10 @@ impl Table {
         let Some((pod, _)) = &open.pods else { return };
         let (to, dst) = (open.facts.to, OrigDst::canonical(open.facts.orig_dst.0));
         let client = Client { pod: Arc::clone(pod), dst };
-        if !self.node.affinities().forsake(&client, to) {
-            let wish = Wish { source: client.pod, dst, without: Some(to) };
-            // Full: the next one that fails says it again.
-            drop(self.node.wishes.try_send(wish));
-        } else if let Err(error) = self.node.capture.remove_verdict(open.facts.netns, dst) {
-            let error = crate::telemetry::chain(&error);
-            warn!(error, stage = "capture", "a client may be sent to where nobody answers");
-        }
+        self.node.affinities().forsake(&client, to);
+        let wish = Wish { source: client.pod, dst, without: Some(to) };
+        // Full: the next one that fails says it again.
+        drop(self.node.wishes.try_send(wish));
     }
 
     fn judge(&mut self, snapshot: &Snapshot) {

@@ -13,7 +13,8 @@ use mesh_core::affinity::Client;
 use mesh_core::backoff::Backoff;
 use mesh_core::direct::{self, Choice};
 use mesh_core::generation::Generation;
-use mesh_core::snapshot::{Snapshot, Workload};
+use mesh_core::route::{Route, route};
+use mesh_core::snapshot::{Snapshot, Workload, WorkloadUid};
 use thiserror::Error;
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
@@ -33,6 +34,9 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 /// How long a client's verdict goes without an endpoint that has not answered it: as long as the agent puts one off at most.
 const SILENT: Duration = Duration::from_secs(60);
 
+/// So many of these are remembered; past it none is left out until some are over.
+const MOST_SILENT: usize = 4096;
+
 /// Why there is no verdict.
 #[derive(Debug, Error)]
 enum VerdictError {
@@ -48,6 +52,8 @@ pub(super) struct Verdicts {
     node: Arc<Node>,
     /// The number of a pod's namespace as another's sees it, by both cookies.
     numbers: HashMap<(u64, u64), u32>,
+    /// Endpoints that have not answered a pod that dialled this, and until when it goes without them.
+    silent: HashMap<(WorkloadUid, OrigDst, EndpointAddr), Instant>,
     /// Why the last one was not written: told once.
     failing: Option<String>,
     /// Until generations are written again that the kernel did not take. No failure: it has taken all.
@@ -57,7 +63,8 @@ pub(super) struct Verdicts {
 impl Verdicts {
     pub(super) fn new(node: Arc<Node>) -> Self {
         let unwritten = Backoff::new(RETRY, RETRY_MAX);
-        Self { node, numbers: HashMap::new(), failing: None, unwritten }
+        let (numbers, silent) = (HashMap::new(), HashMap::new());
+        Self { node, numbers, silent, failing: None, unwritten }
     }
 
     /// Ends every verdict that `snapshot` touches. Before anything else that follows it: a verdict must
@@ -151,8 +158,12 @@ impl Verdicts {
             return Ok(None);
         };
         let (now, mut until) = (Instant::now(), None::<Duration>);
+        if let Some(addr) = wish.without {
+            self.note_silent(&wish.source, dst, addr, now);
+        }
         let mut is_avoided = |addr: EndpointAddr| {
-            let silent = (wish.without == Some(addr)).then_some(SILENT);
+            let silent = self.silent.get(&(Arc::clone(&wish.source), dst, addr));
+            let silent = silent.and_then(|until| until.checked_duration_since(now));
             let left = node.loads().avoided_for(addr, now).max(silent);
             until = until.into_iter().chain(left).min();
             left.is_some()
@@ -168,6 +179,11 @@ impl Verdicts {
         };
         let choices = direct::verdict(snapshot, source, dst, policy, &mut is_avoided, bound);
         let Some(choices) = choices else {
+            // Without it there is nothing that the kernel may do by itself: the agent tries, and goes on to the next.
+            // Where it is the only one a firewall may have its reasons, past which the agent would carry.
+            if wish.without.is_some() && has_others(snapshot, dst) {
+                node.capture.remove_verdict(pod.netns.cookie(), dst)?;
+            }
             return Ok(None);
         };
         until = until.into_iter().chain(kept_for).min();
@@ -184,6 +200,21 @@ impl Verdicts {
         }
         let source = (pod.netns.cookie(), key.of_pod(source, pod.netns.cookie()));
         Ok(Some(node.capture.set_verdict(source, (dst, destination), until, &entries)?))
+    }
+
+    fn note_silent(
+        &mut self,
+        source: &WorkloadUid,
+        dst: OrigDst,
+        addr: EndpointAddr,
+        now: Instant,
+    ) {
+        if self.silent.len() >= MOST_SILENT {
+            self.silent.retain(|_, until| *until > now);
+        }
+        if self.silent.len() < MOST_SILENT {
+            self.silent.insert((Arc::clone(source), dst, addr), now + SILENT);
+        }
     }
 
     fn entry(
@@ -228,5 +259,13 @@ impl Verdicts {
             warn!(error = %why, stage = "capture", "no verdict: the agent carries");
             self.failing = Some(why);
         }
+    }
+}
+
+/// Whether a connection to `dst` may come to several endpoints.
+fn has_others(snapshot: &Snapshot, dst: OrigDst) -> bool {
+    match route(snapshot, dst) {
+        Route::Service { candidates, .. } => candidates.as_slice().len() > 1,
+        _ => false,
     }
 }

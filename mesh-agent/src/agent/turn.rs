@@ -19,7 +19,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use crate::cli::Run;
-use crate::{admin, capture, dirwatch, net, telemetry};
+use crate::{admin, capture, net, telemetry};
 
 /// Between looks at the lock: after an agent that dies, what is captured meanwhile is refused, so this is
 /// short.
@@ -47,7 +47,6 @@ impl Turn {
         let rehearsed = capture::rehearse(options.redirect_peer.is_on());
         rehearsed.context("this agent cannot replace the one that runs here")?;
         super::listeners::rehearse(options)?;
-        dirwatch::rehearse().context("inotify: raise the sysctl fs.inotify.max_user_instances")?;
         info!(lock = %path.display(), "another agent runs here: waiting for it to drain");
         let probes = net::listen_shared(super::listeners::usable(options.ready_addr));
         let probes = TcpListener::from_std(probes.context("--ready-addr")?)?;

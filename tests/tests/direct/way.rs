@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use harness::{Family, Mesh, Pattern, PodSpec, Serve, exchange, exchange_patterns, long, wait};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -209,13 +209,15 @@ fn as_many_as_the_agent_may_follow_are_direct_and_all_are_counted() -> Result<()
         exchange(stream, &vec![1; n])?;
         bytes += n + 5;
     }
-    let told = || -> Option<u64> {
+    let told = || -> Option<Vec<u64>> {
         let open = mesh.agent("a").ask(&["connections"]).ok()?;
         let direct = open.as_array()?.iter().filter(|one| one["way"] == "direct");
         let sent = direct.filter(|one| one["direction"] == "outbound");
-        sent.map(|one| one["bytes_sent"].as_u64()).sum()
+        sent.map(|one| one["bytes_sent"].as_u64()).collect()
     };
-    wait::until(wait::SOON, "all bytes to be told", || told() == Some(bytes as u64))?;
+    let is_all = |told: Vec<u64>| told.iter().sum::<u64>() == bytes as u64;
+    wait::until(wait::SOON, "all bytes to be told", || told().is_some_and(is_all))
+        .with_context(|| format!("{} of {} bytes: {:?}", held.len(), bytes, told()))?;
     drop(held);
     drop(until_direct(mesh.pod("a1"), mesh.service("a").v4(80), &server)?);
     Ok(())
