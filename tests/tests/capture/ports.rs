@@ -115,7 +115,9 @@ fn reset_connection_is_not_taken_for_the_next_user_of_its_port() -> Result<()> {
         pod.run(|| {
             let socket = stream(to)?;
             if port != 0 {
-                socket.bind(&pod.v4(port).into())?;
+                // A child that another test has just forked may still have the descriptor that was closed.
+                let bind = || socket.bind(&pod.v4(port).into()).is_ok();
+                harness::wait::until(harness::wait::SOON, "the port to be free", bind)?;
             }
             socket.connect_timeout(&to.into(), LIMIT)?;
             socket.set_read_timeout(Some(LIMIT))?;
