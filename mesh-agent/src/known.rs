@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
-use mesh_core::snapshot::Snapshot;
+use mesh_core::snapshot::{Snapshot, WorkloadUid};
 use mesh_core::spiffe::SpiffeId;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -82,6 +82,14 @@ impl Known {
     /// Whether pods of other nodes are read only when somebody needs them.
     pub fn reads_on_demand(&self) -> bool {
         self.demands.is_some()
+    }
+
+    /// A peer says that this pod is not there: it is read again. Not waited for: where much is asked already, it is
+    /// read when its time has come.
+    pub fn doubt(&self, pod: &WorkloadUid) {
+        if let Some(demands) = &self.demands {
+            demands.try_send(Demand::Doubt { pod: Arc::clone(pod) }).ok();
+        }
     }
 
     /// A snapshot that says all there is of `ip`, from where `caller` has called; if that cannot be had in

@@ -6,21 +6,29 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
 use crate::wait;
 
-static SHARED: Mutex<Weak<Cgroup>> = Mutex::new(Weak::new());
+/// Entered and left under this lock: who comes while the last one leaves waits until it is gone.
+static SHARED: Mutex<Option<Shared>> = Mutex::new(None);
+
+#[derive(Debug)]
+struct Shared {
+    /// How many [`Cgroup`]s there are, at least one.
+    users: usize,
+    path: PathBuf,
+    /// Where the process was before.
+    before: PathBuf,
+}
 
 /// A cgroup that this process is in while it lives.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
-    /// Where the process was before.
-    before: PathBuf,
 }
 
 impl Cgroup {
@@ -29,21 +37,22 @@ impl Cgroup {
     /// # Errors
     ///
     /// Fails without cgroup v2 or the privilege to change it.
-    pub fn join() -> Result<Arc<Self>> {
+    pub fn join() -> Result<Self> {
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(cgroup) = shared.upgrade() {
-            return Ok(cgroup);
+        if let Some(shared) = &mut *shared {
+            shared.users += 1;
+            return Ok(Self { path: shared.path.clone() });
         }
         let root = root()?;
         let path = root.join(format!("malla-{}-pods", std::process::id()));
-        // A previous one of this process may be on its way out in another thread.
+        // A previous one of this process may still be there: what was killed in it had yet to end.
         if !path.is_dir() {
             fs::create_dir(&path).with_context(|| format!("create {}", path.display()))?;
         }
-        let cgroup = Arc::new(Self { path, before: own(&root)? });
-        enter(&cgroup.path)?;
-        *shared = Arc::downgrade(&cgroup);
-        Ok(cgroup)
+        let before = own(&root)?;
+        enter(&path)?;
+        *shared = Some(Shared { users: 1, path: path.clone(), before });
+        Ok(Self { path })
     }
 
     /// What `--cgroup` means.
@@ -54,11 +63,17 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        let _still_alone = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-        enter(&self.before).ok();
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut left) = shared.take() else { return };
+        left.users -= 1;
+        if left.users > 0 {
+            *shared = Some(left);
+            return;
+        }
+        enter(&left.before).ok();
         // Children that were just killed leave a moment later.
         wait::until(Duration::from_secs(5), "the cgroup to be empty", || {
-            fs::remove_dir(&self.path).is_ok()
+            fs::remove_dir(&left.path).is_ok()
         })
         .ok();
     }
@@ -89,4 +104,31 @@ fn enter(cgroup: &Path) -> Result<()> {
     let file = cgroup.join("cgroup.procs");
     fs::write(&file, std::process::id().to_string())
         .with_context(|| format!("write {}", file.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn who_enters_while_another_one_leaves_is_inside() -> Result<()> {
+        crate::require!();
+        let root = root()?;
+        let before = own(&root)?;
+        thread::scope(|scope| {
+            let one = || -> Result<()> {
+                for _ in 0..200 {
+                    let cgroup = Cgroup::join()?;
+                    assert_eq!(own(&root)?, cgroup.path());
+                }
+                Ok(())
+            };
+            let all = [(); 4].map(|()| scope.spawn(one));
+            all.into_iter().try_for_each(|one| one.join().unwrap())
+        })?;
+        assert_eq!(own(&root)?, before, "all have left");
+        Ok(())
+    }
 }

@@ -26,7 +26,9 @@ for netns in /run/netns/malla-"$1"-*; do
 done
 for dir in "$3"/malla-"$1"-*; do
     [ -e "$dir" ] || continue
-    for bpffs in "$dir"/*/bpf; do umount --lazy "$bpffs"; done
+    while read -r _ at _; do
+        case "$at" in "$dir"/*) umount --lazy "$at" ;; esac
+    done </proc/self/mounts
     rm -rf --one-file-system "$dir"
 done
 "#;

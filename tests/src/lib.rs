@@ -64,6 +64,6 @@ pub use self::serve::{Serve, Server};
 pub use self::skip::{missing, missing_in_kernel, skipped};
 pub use self::topology::{Builder, Carrier, Family, PodSpec, ServiceSpec};
 pub use self::traffic::{
-    Pattern, defer_connect, exchange, exchange_patterns, fill, is_reset, linger_zero,
+    Pattern, defer_connect, exchange, exchange_patterns, fill, has_failed, is_reset, linger_zero,
     receive_pattern, send_pattern,
 };

@@ -49,7 +49,7 @@ pub struct Mesh {
     services: Vec<(ServiceSpec, Service)>,
     manifests: Manifests,
     ca_dir: PathBuf,
-    cgroup: Arc<Cgroup>,
+    cgroup: Cgroup,
     state: StateDir,
 }
 

@@ -85,6 +85,14 @@ fn interrupts() -> libc::sigset_t {
     }
 }
 
+/// Whether a socket is closed both ways or has an error for who uses it next, which keeps it.
+pub(crate) fn has_failed(socket: &impl AsRawFd) -> io::Result<bool> {
+    let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one structure, which outlives the call.
+    check(unsafe { libc::poll(&raw mut poll, 1, 0) }.min(0))?;
+    Ok(poll.revents & (libc::POLLERR | libc::POLLHUP) != 0)
+}
+
 /// Has the SYN of the coming `connect()` wait for the first bytes.
 pub(crate) fn defer_connect(socket: &impl AsRawFd) -> io::Result<()> {
     let on: libc::c_int = 1;

@@ -178,6 +178,15 @@ pub fn defer_connect(socket: &Socket) -> Result<()> {
     sys::defer_connect(socket).context("set TCP_FASTOPEN_CONNECT")
 }
 
+/// Whether the connection was reset, as far as its kernel has heard; whoever writes next is told all the same.
+///
+/// # Errors
+///
+/// Fails if the socket cannot be asked.
+pub fn has_failed(stream: &TcpStream) -> Result<bool> {
+    sys::has_failed(stream).context("poll")
+}
+
 /// Whether the connection ends with a reset rather than an end: what a program sees of a crash.
 pub fn is_reset(stream: &mut TcpStream) -> bool {
     let mut buffer = [0; 4096];

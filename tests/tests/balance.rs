@@ -63,6 +63,33 @@ fn random_reaches_all_and_takes_no_turns() -> Result<()> {
 /// How long an endpoint that has failed once is tried last.
 const AVOIDED: Duration = Duration::from_secs(2);
 
+/// How often what depends on being quick is tried.
+const ATTEMPTS: usize = 5;
+
+/// Gives up a connection that waits for its endpoint; returns whether what came next was in time to tell whom
+/// the agent blames.
+fn is_told_of_who_gave_up(mesh: &mut Mesh, carrier: Carrier) -> Result<bool> {
+    mesh.agent_mut("b").signal(libc::SIGSTOP)?;
+    let stream = mesh.pod("a1").connect(mesh.service("all").v4(80))?;
+    let client = stream.local_addr()?.to_string();
+    wait::until(wait::SOON, "the connection to be opened", || {
+        let open = mesh.agent("a").ask(&["connections"]).unwrap_or_default();
+        open.as_array().into_iter().flatten().any(|one| one["source"] == *client)
+    })?;
+    let gave_up = Instant::now();
+    linger_zero(&stream)?;
+    drop(stream);
+    mesh.agent("a")
+        .wait_for_record(&[("reason", "application_reset"), ("src.addr", client.as_str())])?;
+    mesh.agent_mut("b").signal(libc::SIGCONT)?;
+    let who = greeted(mesh, Family::V4, 2)?;
+    if gave_up.elapsed() >= AVOIDED {
+        return Ok(false);
+    }
+    ensure!(who[0] != who[1], "{carrier:?}: {who:?}");
+    Ok(true)
+}
+
 #[test]
 fn application_that_gives_up_does_not_blame_the_endpoint() -> Result<()> {
     harness::require!();
@@ -75,20 +102,12 @@ fn application_that_gives_up_does_not_blame_the_endpoint() -> Result<()> {
         let _servers = ["b1", "b2"].map(|pod| mesh.pod(pod).serve(8080, Serve::Greet(pod)));
         // So that there are carriers, and nobody is new.
         greeted(&mesh, Family::V4, 4)?;
-        mesh.agent_mut("b").signal(libc::SIGSTOP)?;
-        let stream = mesh.pod("a1").connect(mesh.service("all").v4(80))?;
-        wait::until(wait::SOON, "the connection to be opened", || {
-            let open = mesh.agent("a").ask(&["connections"]);
-            open.is_ok_and(|open| open.as_array().is_some_and(|open| !open.is_empty()))
+        // On a busy machine it may take so long that nothing is told.
+        let told = (0..ATTEMPTS).try_fold(false, |told, _| match told {
+            true => Ok(true),
+            false => is_told_of_who_gave_up(&mut mesh, carrier),
         })?;
-        let gave_up = Instant::now();
-        linger_zero(&stream)?;
-        drop(stream);
-        mesh.agent("a").wait_for_record(&[("reason", "application_reset")])?;
-        mesh.agent_mut("b").signal(libc::SIGCONT)?;
-        let who = greeted(&mesh, Family::V4, 2)?;
-        ensure!(gave_up.elapsed() < AVOIDED, "too slow to tell");
-        ensure!(who[0] != who[1], "{carrier:?}: {who:?}");
+        ensure!(told, "too slow to tell, {ATTEMPTS} times");
     }
     Ok(())
 }

@@ -58,24 +58,35 @@ impl Packages {
     /// Fails, with the command that root has to run, where this process may not install anything.
     pub(crate) fn install(&mut self, names: &[String]) -> Result<()> {
         Self::may_install(names)?;
-        if !self.updated {
-            say("setup: apt-get update");
-            let mut update = privilege::command("apt-get")?;
-            update.args(OPTIONS).arg("update");
-            // One source of several that is broken must not keep the packages of the others away.
-            let updated = watch("apt-get update", update, LIMIT)?;
-            if !updated.success {
-                let tail = updated.tail();
-                say(&format!("setup: apt-get update failed, going on without it\n{tail}"));
-            }
-            self.updated = true;
-        }
+        self.update()?;
         say(&format!("setup: {}", Self::by_hand(names)));
         let mut install = privilege::command("sh")?;
         install.args(["-c", INSTALL, "install.sh"]).args(OPTIONS);
         install.args(["install", "--yes", "--no-install-recommends"]).args(names);
         let installed = watch("apt-get install", install, LIMIT)?;
         ensure!(installed.success, "{}\n{}", installed.how, installed.tail());
+        Ok(())
+    }
+
+    /// Reads what packages there are, unless it has done so.
+    ///
+    /// # Errors
+    ///
+    /// Fails if this process may not.
+    pub(crate) fn update(&mut self) -> Result<()> {
+        if self.updated {
+            return Ok(());
+        }
+        say("setup: apt-get update");
+        let mut update = privilege::command("apt-get")?;
+        update.args(OPTIONS).arg("update");
+        // One source of several that is broken must not keep the packages of the others away.
+        let updated = watch("apt-get update", update, LIMIT)?;
+        if !updated.success {
+            let tail = updated.tail();
+            say(&format!("setup: apt-get update failed, going on without it\n{tail}"));
+        }
+        self.updated = true;
         Ok(())
     }
 

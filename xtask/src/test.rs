@@ -5,7 +5,7 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -128,6 +128,10 @@ impl E2e {
 impl Tally {
     /// Builds everything and runs the test binaries that `wanted` picks.
     fn binaries(&mut self, options: &E2e, wanted: impl Fn(&Executable) -> bool) {
+        let _alone = match alone() {
+            Ok(alone) => alone,
+            Err(error) => return self.fail("another run", &format!("{error:#}")),
+        };
         if let Err(error) = empty_logs() {
             return self.fail("logs", &format!("{error:#}"));
         }
@@ -360,6 +364,20 @@ fn run_binary(
 /// Where the agents' logs of every end-to-end test are kept until all of them pass.
 fn logs() -> Result<PathBuf> {
     Ok(crate::root()?.join("target/e2e-logs"))
+}
+
+/// Waits until no other run of this checkout's tests is there: both would use the same clusters and logs.
+fn alone() -> Result<File> {
+    let path = crate::root()?.join("target/e2e.lock");
+    let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => return Ok(file),
+        Err(TryLockError::WouldBlock) => {}
+        Err(TryLockError::Error(error)) => Err(error).context("lock target/e2e.lock")?,
+    }
+    say("another run of this checkout's tests is there: waiting for its end");
+    file.lock().context("lock target/e2e.lock")?;
+    Ok(file)
 }
 
 /// Makes the directory of logs anew. Before the tests do, for they may be root, and whoever calls this

@@ -146,6 +146,10 @@ pub struct ServiceView {
     /// Those of them that clients of this node may use, each address once.
     #[serde(default)]
     pub in_reach: usize,
+    /// Those of which nobody has connected to the service lately, so that it is not known what is there: addresses, each
+    /// once. They are read when somebody does.
+    #[serde(default)]
+    pub unread: usize,
     /// By which rule: `all`, `same-zone`, `same-node`, `local`; more than one if ports or families
     /// differ.
     #[serde(default)]
@@ -285,12 +289,15 @@ fn workload(snapshot: &Snapshot, pod: &Workload, failing: Option<String>) -> Wor
 
 /// Every service, by namespace and name.
 pub fn services(snapshot: &Snapshot) -> Vec<ServiceView> {
-    let mut views: Vec<_> = snapshot.services().map(|known| service(known)).collect();
+    let mut views: Vec<_> = snapshot.services().map(|known| service(snapshot, known)).collect();
     views.sort_by(|a, b| (&a.namespace, &a.service).cmp(&(&b.namespace, &b.service)));
     views
 }
 
-fn service(service: &Service) -> ServiceView {
+fn service(snapshot: &Snapshot, service: &Service) -> ServiceView {
+    let all = service.ports.iter().flat_map(|port| port.endpoints.iter());
+    let all = all.map(|endpoint| endpoint.addr.0.ip());
+    let unread: BTreeSet<_> = all.filter(|ip| snapshot.is_unread(*ip)).collect();
     // An endpoint stands behind each port of its service and counts once.
     let addresses = |of: fn(&ServicePort) -> &[Endpoint], keep: fn(&Endpoint) -> bool| {
         let endpoints = service.ports.iter().flat_map(of).filter(|endpoint| keep(endpoint));
@@ -316,6 +323,7 @@ fn service(service: &Service) -> ServiceView {
             |e| e.workload.as_ref().is_some_and(|pod| pod.is_enrolled()),
         ),
         in_reach: addresses(|port| &port.in_reach, |_| true),
+        unread: unread.len(),
         reach: scopes.into_iter().map(ToString::to_string).collect(),
         distribution: service.distribution.map(|distribution| match distribution {
             Distribution::SameZone => "PreferSameZone".into(),

@@ -209,9 +209,11 @@ impl Tabular for StatusView {
 /// `2/3 (same-zone)`.
 fn in_reach(view: &ServiceView) -> String {
     let count = format!("{}/{}", view.in_reach, view.endpoints);
-    match view.reach.as_slice() {
+    let unread = (view.unread > 0).then(|| format!("{} not read", view.unread));
+    let notes: Vec<String> = view.reach.iter().cloned().chain(unread).collect();
+    match notes.as_slice() {
         [] => count,
-        rules => format!("{count} ({})", rules.join(",")),
+        notes => format!("{count} ({})", notes.join(",")),
     }
 }
 
@@ -332,6 +334,7 @@ default     db-0           -                  node-1   no (host network)   permi
             endpoints: 2,
             enrolled: 1,
             in_reach: 1,
+            unread: 0,
             reach: vec!["same-zone".into()],
             distribution: Some("PreferSameZone".into()),
             affinity_s: Some(10_800),
@@ -340,15 +343,16 @@ default     db-0           -                  node-1   no (host network)   permi
         let headless = ServiceView {
             vips: Vec::new(),
             ports: Vec::new(),
+            unread: 2,
             reach: Vec::new(),
             affinity_s: None,
             protocols: Vec::new(),
             ..view.clone()
         };
         let expected = "\
-NAMESPACE   SERVICE NAME   SERVICE VIP   PORTS            ENDPOINTS   ENROLLED   IN REACH          AFFINITY        PROTOCOLS
-default     ratings        10.96.0.7     9080/http,9090   2           1/2        1/2 (same-zone)   ClientIP 3h0m   9080/http,9090/opaque
-default     ratings        None          -                2           1/2        1/2               -               -
+NAMESPACE   SERVICE NAME   SERVICE VIP   PORTS            ENDPOINTS   ENROLLED   IN REACH           AFFINITY        PROTOCOLS
+default     ratings        10.96.0.7     9080/http,9090   2           1/2        1/2 (same-zone)    ClientIP 3h0m   9080/http,9090/opaque
+default     ratings        None          -                2           1/2        1/2 (2 not read)   -               -
 ";
         assert_eq!(text(&vec![view, headless], Format::Table), expected);
     }

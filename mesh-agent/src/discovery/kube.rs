@@ -45,10 +45,10 @@ pub struct ObjectMeta {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 pub struct OwnerReference {
     /// Such as `ReplicaSet`.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "name_or_default")]
     pub kind: String,
     /// Its name.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "name_or_default")]
     pub name: String,
     /// Whether it manages the object.
     pub controller: Option<bool>,
@@ -370,6 +370,16 @@ where
     T: Deserialize<'de> + Default,
 {
     Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+/// The longest name of an object, in bytes
+/// (<https://kubernetes.io/docs/concepts/overview/working-with-objects/names/>).
+const LONGEST_NAME: usize = 253;
+
+/// What may be a name, and nothing else: the API does not look at how long those are that an object gives to its owners.
+fn name_or_default<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let name: String = or_default(deserializer)?;
+    Ok(if name.len() <= LONGEST_NAME { name } else { String::new() })
 }
 
 /// The first of a list.

@@ -88,6 +88,11 @@ pub enum Demand {
         /// What the kernel has left alone.
         addresses: Vec<IpAddr>,
     },
+    /// The agent of this pod's node says that it is not there, or is another one.
+    Doubt {
+        /// By UID.
+        pod: WorkloadUid,
+    },
     /// A pod of this node has these addresses. They count until the source tells some.
     Seen {
         /// Which.

@@ -293,7 +293,9 @@ fn names(key: &ObjectKey, pod: &Pod) -> WorkloadNames {
 fn owner(key: &ObjectKey, pod: &Pod) -> String {
     let owners = || pod.metadata.owner_references.iter().flatten();
     let controller = owners().find(|owner| owner.controller == Some(true));
-    let Some(owner) = controller else { return key.name.clone() };
+    let Some(owner) = controller.filter(|owner| !owner.name.is_empty()) else {
+        return key.name.clone();
+    };
     let hash = pod.metadata.labels.as_ref().and_then(|labels| labels.get("pod-template-hash"));
     let stripped = match owner.kind.as_str() {
         "ReplicaSet" => hash.and_then(|hash| owner.name.strip_suffix(hash)?.strip_suffix('-')),

@@ -13,7 +13,7 @@ use mesh_core::protocol::Protocol;
 use mesh_core::snapshot::{Endpoint, Service, ServicePort, Workload};
 
 use self::slices::{Candidate, Ports, Reader};
-pub(super) use self::slices::{absent_at, absent_pod};
+pub(super) use self::slices::{absent_at, absent_pod, pod_of};
 use super::enrol::Wishes;
 use super::kube::{EndpointSlice, Service as KubeService, ServiceSpec};
 use super::objects::{NodeIps, ObjectKey};
@@ -80,6 +80,9 @@ pub(super) fn translate<'a>(
         let of = label.and_then(|name| with_slices.get_mut(&(&*key.namespace, name)));
         match of {
             Some((_, _, its)) => its.push((key, slice)),
+            // Those of other controllers' services (Multi-Cluster Services) are right as they are, and of a Service that
+            // is deleted they are there for a moment.
+            None if unread.absent.is_some() => {}
             None => Report::of(key, problems).say(
                 format_args!("metadata.labels[\"{SERVICE_NAME}\"]"),
                 match label {
@@ -104,6 +107,7 @@ pub(super) fn translate<'a>(
                 namespace: &key.namespace,
                 hints: policies.distribution.filter(|_| around.writes_hints),
                 around,
+                is_api_server: (&*key.namespace, &*key.name) == ("default", "kubernetes"),
                 pods: (pods, unread),
                 ports: &mut ports_of_slices,
             };

@@ -285,6 +285,11 @@ impl Connection<'_> {
                     if error.blames_endpoint() {
                         picked.failed();
                     }
+                    if error.may_settle()
+                        && let Some(workload) = &endpoint.workload
+                    {
+                        node.known.doubt(&workload.uid);
+                    }
                     tried.push(endpoint.addr);
                     let is_last = tried.len() >= node.limits.attempts.min(targets.as_slice().len());
                     if is_last || !error.may_retry() {

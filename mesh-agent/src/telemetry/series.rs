@@ -25,7 +25,7 @@ use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 
 use super::connection::{ConnectionFacts, Direction, ResponseFlags, SecurityPolicy};
-use super::labels::{Encoded, Labels, Scheme, ServiceLabels};
+use super::labels::{Encoded, Labels, PartyLabels, Scheme, ServiceLabels};
 
 /// How long the series of a deleted workload wait for a scrape to show their last value. Several
 /// times the usual scrape interval of 15 s to 60 s.
@@ -169,8 +169,9 @@ impl SeriesTable {
         series
     }
 
-    /// Marks the series of workloads and services that `snapshot` does not have, and those of somebody unknown
-    /// that have not been used for an hour. They are shown once more, and removed by [`Self::sweep`].
+    /// Marks the series of services and of this node's own workloads that `snapshot` does not have; and those with
+    /// somebody at the other end who is not in it and that have not been used for an hour: pods of other nodes are
+    /// there for as long as somebody talks to them. What is marked is shown once more, and removed by [`Self::sweep`].
     pub(super) fn retain(&self, snapshot: &Snapshot, now: Instant) {
         let names: HashSet<_> =
             snapshot.workloads().map(|workload| self.scheme.names(workload)).collect();
@@ -179,12 +180,21 @@ impl SeriesTable {
         let mut inner = self.lock();
         inner.routes.clear();
         for (labels, entry) in &mut inner.series {
-            let parties = [&labels.source, &labels.destination];
-            let is_forgotten = parties.iter().any(|party| !party.known) && entry.is_forgotten(now);
+            let (own, other) = match labels.reporter {
+                Direction::Outbound => (&labels.source, &labels.destination),
+                Direction::Inbound => (&labels.destination, &labels.source),
+            };
+            let is_missing = |party: &PartyLabels| !party.known || !names.contains(&party.names);
+            let is_forgotten = (is_missing(own) || is_missing(other)) && entry.is_forgotten(now);
             let is_there = !is_forgotten
-                && parties.iter().all(|party| !party.known || names.contains(&party.names))
+                && (!own.known || !is_missing(own))
                 && labels.service.as_ref().is_none_or(|service| services.contains(service));
-            entry.gone = if is_there { None } else { entry.gone.or(Some(now)) };
+            entry.gone = match (is_there, entry.series.is_idle()) {
+                (true, _) => None,
+                (false, true) => entry.gone.or(Some(now)),
+                // Its last value is still to come.
+                (false, false) => Some(now),
+            };
         }
         inner.series.retain(|_, entry| {
             let waited = entry.gone.map(|gone| now.saturating_duration_since(gone));
@@ -388,6 +398,47 @@ mod tests {
             table.retain(&there, began + FORGOTTEN * hours + GRACE);
             assert_eq!(count(&table), left, "after {hours} h");
         }
+    }
+
+    #[test]
+    fn series_of_a_workload_that_was_not_read_lately_goes_on_counting() {
+        let table = table(10);
+        let facts = Shop::new().facts(Direction::Outbound);
+        let began = Instant::now();
+        table.open(&facts).closed(ResponseFlags::None, false);
+        // Of the two only this node's own is there: of the other one nobody has had a connection for a while.
+        let shop = Shop::new();
+        let alone = snapshot(vec![Arc::clone(&shop.web)], vec![Arc::clone(&shop.service)]);
+        for minutes in [0, 11, 22] {
+            let now = began + Duration::from_secs(minutes * 60);
+            table.retain(&alone, now);
+            table.sweep(now);
+            assert_eq!(count(&table), 1, "after {minutes} min");
+        }
+        let series = table.open(&facts);
+        assert_eq!(series.opened.load(Ordering::Relaxed), 2);
+        series.closed(ResponseFlags::None, false);
+        for (hours, left) in [(1, 1), (2, 1), (3, 0)] {
+            let now = began + FORGOTTEN * hours;
+            table.retain(&alone, now);
+            table.sweep(now);
+            assert_eq!(count(&table), left, "after {hours} h");
+        }
+    }
+
+    #[test]
+    fn last_value_of_what_ends_after_its_workload_is_shown() {
+        let table = table(10);
+        let series = table.open(&Shop::new().facts(Direction::Outbound));
+        let (nothing, deleted) = (snapshot(Vec::new(), Vec::new()), Instant::now());
+        table.retain(&nothing, deleted);
+        table.retain(&nothing, deleted + GRACE * 2);
+        series.closed(ResponseFlags::None, false);
+        let closed = deleted + GRACE * 2 + GRACE / 2;
+        table.retain(&nothing, closed);
+        assert_eq!(count(&table), 1, "before a scrape");
+        table.sweep(closed);
+        assert_eq!(count(&table), 0);
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 
 use mesh_agent::capture::probe::{self, Feature, FeatureState};
 use mesh_agent::capture::{Capture, CaptureConfig};
@@ -36,6 +38,39 @@ fn enrol_by_another_layout(world: &mut World, settings: &Settings) {
     world.config.max_flows *= 2;
 }
 
+/// Has the pod dial a destination of the mesh all the while: it is carried or refused, and nothing of it leaves.
+fn without_a_gap<T>(world: &World, work: impl FnOnce() -> T) -> T {
+    /// Set however the work ends, or its panic would wait for the other thread.
+    struct Ended<'a>(&'a AtomicBool);
+    impl Drop for Ended<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let destination = addr(SERVICE4);
+    run(&format!("ip -n {} addr add {}/32 dev lo", world.names[1], destination.ip()));
+    let outside = world.listen_outside(SERVICE4);
+    let (ended, dialled) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let done = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                if let Err(error) = world.dial(SERVICE4) {
+                    assert_ne!(error.kind(), io::ErrorKind::TimedOut, "neither");
+                }
+                dialled.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let _ended = Ended(&ended);
+        until("the first connection", || dialled.load(Ordering::Relaxed) > 0);
+        let done = work();
+        let before = dialled.load(Ordering::Relaxed);
+        until("one more", || dialled.load(Ordering::Relaxed) > before + 1);
+        done
+    });
+    assert!(nobody(&outside), "plain text");
+    done
+}
+
 #[test]
 fn restart_moves_the_links_to_the_new_programs() {
     if !root() {
@@ -46,11 +81,15 @@ fn restart_moves_the_links_to_the_new_programs() {
     drop(world.enrol(&capture, &Settings::default()));
     let before = link_ids(&world);
     assert_eq!(before.len(), 6, "{before:?}");
-    drop(capture);
 
-    let capture = world.start();
-    assert_eq!(world.dial(SERVICE4).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-    let listeners = world.enrol(&capture, &Settings::default());
+    let (capture, listeners) = without_a_gap(&world, || {
+        drop(capture);
+        let capture = world.start();
+        assert_eq!(world.dial(SERVICE4).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        let listeners = world.enrol(&capture, &Settings::default());
+        (capture, listeners)
+    });
+    while !nobody(&listeners.outbound) {}
     let after = link_ids(&world);
     for ((name, before), (_, after)) in before.iter().zip(&after) {
         let (link, program) = before.split_once(" program ").unwrap();
@@ -71,10 +110,15 @@ fn another_layout_is_taken_over_without_a_gap() {
     enrol_by_another_layout(&mut world, &Settings::default());
     let before = link_ids(&world);
 
-    let capture = world.start();
-    assert_eq!(link_ids(&world), before, "the old programs stay until the new maps know the pods");
-    assert_eq!(world.dial(SERVICE4).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-    let listeners = world.enrol(&capture, &Settings::default());
+    let (capture, listeners) = without_a_gap(&world, || {
+        let capture = world.start();
+        let now = link_ids(&world);
+        assert_eq!(now, before, "the old programs stay until the new maps know the pods");
+        assert_eq!(world.dial(SERVICE4).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        let listeners = world.enrol(&capture, &Settings::default());
+        (capture, listeners)
+    });
+    while !nobody(&listeners.outbound) {}
     let after = link_ids(&world);
     for ((name, before), (_, after)) in before.iter().zip(&after) {
         let link = |text: &str| text.split_once(" program ").unwrap().0.to_owned();

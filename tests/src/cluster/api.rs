@@ -60,7 +60,13 @@ impl Proxy {
         shell.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         sys::unblock_interrupts(&mut shell);
         let child = shell.spawn().context("start kubectl proxy")?;
-        wait::until(wait::SOON, "kubectl proxy", || UnixStream::connect(&socket).is_ok())?;
+        let waited =
+            wait::until(wait::SOON, "kubectl proxy", || UnixStream::connect(&socket).is_ok());
+        if waited.is_err() {
+            // Or whoever tries again finds it in the way. The program ends with its input.
+            fs::remove_dir_all(&dir).ok();
+        }
+        waited?;
         sys::at_exit(remove);
         Ok(Self { socket, _child: child })
     }

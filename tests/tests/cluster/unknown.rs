@@ -66,7 +66,7 @@ impl<A: Deref<Target = Agents>> Rush<A> {
     /// Runs pods until one has connected before it was captured, and returns how often that one was not
     /// answered: on a busy machine the agent may be quicker than the pod's program.
     fn run_one_that_is_early(&self, name: &str, first: usize) -> Result<(Run, usize)> {
-        const PODS: usize = 8;
+        const PODS: usize = 24;
         for nth in 0..PODS {
             let run = self.run(&format!("{name}-{first}-{nth}"), first)?;
             let answers = &run.answers;

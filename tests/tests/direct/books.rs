@@ -18,10 +18,10 @@ fn servers(mesh: &Mesh) -> Result<[Server; 2]> {
     let brief = mesh.pod("a2").serve(8080, Serve::custom(|_closed_at_once| Ok(())))?;
     let echo = mesh.pod("a2").serve(8081, Serve::Echo)?;
     wait::until(wait::SOON, "a direct connection", || {
-        let to = mesh.pod("a2").v4(8080);
+        let (to, before) = (mesh.pod("a2").v4(8080), brief.clients().len());
         let Ok(mut stream) = mesh.pod("a1").connect(to) else { return false };
         stream.read_to_end(&mut Vec::new()).is_ok()
-            && super::is_direct(&brief, &stream).unwrap_or(false)
+            && super::is_direct(&brief, before, &stream).unwrap_or(false)
     })?;
     until_direct(mesh.pod("a1"), mesh.pod("a2").v4(8081), &echo)?;
     Ok([brief, echo])

@@ -6,7 +6,7 @@ use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::{Family, Mesh, Pod, PodSpec, Serve, Server, ServiceSpec, exchange, wait};
@@ -282,7 +282,8 @@ fn pod_that_leaves_is_let_in_no_longer_whatever_port_it_comes_from() -> Result<(
     let a1 = mesh.pod("a1");
     let strict = [("event", "lookup_strict")];
     let refused_there = || mesh.agent("b").metric("mesh_capture_total", &strict);
-    for family in Family::BOTH {
+    // Where the change takes longer than that second, on a busy machine, nothing is shown.
+    let tried = |family: Family, port: u16| -> Result<bool> {
         let [to, far] = ["a2", "b1"].map(|pod| mesh.pod(pod).addr(family, 8080));
         mesh.enrol("a1", true)?;
         call(a1, 0, to)?; // Delivered by the agent, the first time.
@@ -291,16 +292,18 @@ fn pod_that_leaves_is_let_in_no_longer_whatever_port_it_comes_from() -> Result<(
         wait::until(wait::SOON, "the direct way", || {
             call(a1, 0, to).is_ok() && kernel(&mesh, "direct_taken").is_ok_and(|now| now > taken)
         })?;
-        call(a1, 20_000, to)?;
+        let before = refused_there()?;
+        let began = Instant::now();
         call(a1, 0, far)?;
         let delivered_there = last_port(&other)?;
-        let before = refused_there()?;
+        call(a1, port, to)?;
         mesh.enrol("a1", false)?;
         let refused = kernel(&mesh, "lookup_strict")?;
+        let is_in_time = began.elapsed() < Duration::from_millis(900);
         // All within the second in which the last ACK of the handshake from there would pass. At once: a
         // server that ended a connection from there takes its time (TIME_WAIT) to refuse another.
         let there = (delivered_there, far);
-        let calls = [there, (delivered, to), (20_000, to), (0, to), (0, to), (0, to)];
+        let calls = [there, (delivered, to), (port, to), (0, to), (0, to), (0, to)];
         thread::scope(|scope| {
             let calls = calls.map(|(port, to)| scope.spawn(move || (call(a1, port, to), port, to)));
             calls.into_iter().try_for_each(|call| {
@@ -311,6 +314,11 @@ fn pod_that_leaves_is_let_in_no_longer_whatever_port_it_comes_from() -> Result<(
         })?;
         ensure!(kernel(&mesh, "lookup_strict")? >= refused + 5.0, "refused by somebody else");
         ensure!(refused_there()? >= before + 1.0, "refused by somebody else");
+        Ok(is_in_time)
+    };
+    for family in Family::BOTH {
+        let mut ports = 20_000..20_020;
+        while !tried(family, ports.next().context("never in time")?)? {}
     }
     Ok(())
 }

@@ -64,12 +64,13 @@ fn metrics_and_records_are_those_of_a_carried_connection() -> Result<()> {
     let mut sent = 1000;
     let mut ask = || -> Result<(SocketAddr, usize, bool)> {
         sent += 1;
+        let before = server.clients().len();
         let mut stream = mesh.pod("a1").connect(mesh.service("a").v4(80))?;
         let client = stream.local_addr()?;
         stream.write_all(&vec![0; sent])?;
         stream.shutdown(std::net::Shutdown::Write)?;
         ensure!(stream.read_to_end(&mut Vec::new())? == 2 * sent);
-        Ok((client, sent, is_direct(&server, &stream)?))
+        Ok((client, sent, is_direct(&server, before, &stream)?))
     };
     let carried = ask()?;
     ensure!(!carried.2, "direct before the agent had decided");
@@ -251,10 +252,11 @@ fn bulk_is_to_the_byte_and_so_is_what_is_told_of_it() -> Result<()> {
     for family in Family::BOTH {
         let to = mesh.service("a").addr(family, 80);
         let direct = || {
+            let before = server.clients().len();
             let stream = mesh.pod("a1").connect(to).ok()?;
             // It has been accepted when it gets something.
             stream.peek(&mut [0]).ok()?;
-            is_direct(&server, &stream).ok()?.then_some(stream)
+            is_direct(&server, before, &stream).ok()?.then_some(stream)
         };
         let stream = wait::until_some(wait::SOON, "a direct connection", direct)?;
         let began = Instant::now();
@@ -276,6 +278,7 @@ fn socket_bound_to_another_address_is_carried() -> Result<()> {
     let server = mesh.pod("a2").serve(8080, Serve::Echo)?;
     let to = mesh.service("a").v4(80);
     let bound_to = |from: Ipv4Addr| -> Result<bool> {
+        let before = server.clients().len();
         let mut stream = mesh.pod("a1").run(|| {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
             socket.bind(&SocketAddr::from((from, 0)).into())?;
@@ -283,7 +286,7 @@ fn socket_bound_to_another_address_is_carried() -> Result<()> {
             Ok(TcpStream::from(socket))
         })?;
         exchange(&mut stream, b"hello")?;
-        is_direct(&server, &stream)
+        is_direct(&server, before, &stream)
     };
     until_direct(mesh.pod("a1"), to, &server)?;
     ensure!(bound_to(mesh.pod("a1").v4_ip())?, "its own address is no other");

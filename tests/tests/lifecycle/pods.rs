@@ -109,7 +109,7 @@ fn pod_whose_own_agent_hears_of_it_last_is_reached_all_the_same() -> Result<()> 
     };
     let refused = [("side", "server"), ("reason", "unknown_workload")];
     // Which of the two agent b looks at first is the kernel's choice: where it is the enrolment, nothing is shown.
-    for _ in 0..10 {
+    for _ in 0..40 {
         thread::scope(|scope| {
             signal("-STOP")?;
             let enrolling = scope.spawn(|| mesh.enrol("late", true));

@@ -1,6 +1,7 @@
 //! Long-lived connections that bytes cross in both directions: iperf3, a WebSocket, SSH.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
@@ -92,6 +93,29 @@ fn websocket_pair_talks_as_without_a_mesh() -> Result<()> {
     })
 }
 
+/// sshd's own place for what has no privileges, which systemd makes for the service.
+struct Place {
+    is_ours: bool,
+}
+
+impl Place {
+    const PATH: &str = "/run/sshd";
+
+    fn make() -> Result<Self> {
+        let is_ours = !Path::new(Self::PATH).exists();
+        fs::create_dir_all(Self::PATH)?;
+        Ok(Self { is_ours })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.is_ours {
+            fs::remove_dir(Self::PATH).ok();
+        }
+    }
+}
+
 #[test]
 fn ssh_runs_commands_and_forwards_ports() -> Result<()> {
     harness::require!("sshd", "ssh", "ssh-keygen", "nft");
@@ -103,8 +127,7 @@ fn ssh_runs_commands_and_forwards_ports() -> Result<()> {
                 .client()
                 .succeed("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", &file])?;
         }
-        // sshd's own place for what has no privileges, which systemd makes for the service.
-        fs::create_dir_all("/run/sshd")?;
+        let _place = Place::make()?;
         let config = format!(
             "Port 2222\nHostKey {dir}/host\nAuthorizedKeysFile {dir}/user.pub\nStrictModes no\n\
              UsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\nPidFile none\n",

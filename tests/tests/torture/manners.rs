@@ -3,10 +3,10 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use harness::{Carrier, Family, Mesh, Serve, linger_zero, wait};
+use harness::{Carrier, Family, Mesh, Serve, has_failed, linger_zero, wait};
 
 use crate::{carriers, joined, mesh, wait_until_idle};
 
@@ -44,6 +44,10 @@ impl Manner {
     fn behave(self, mut stream: TcpStream) -> Result<String> {
         stream.set_read_timeout(Some(Self::SETTLE * 8))?;
         stream.write_all(&[1; 1000])?;
+        // What the other one has sent is there, and read or not.
+        wait::until(wait::SOON, "what the other one has sent", || {
+            stream.peek(&mut [0; 1000]).is_ok_and(|there| there == 1000)
+        })?;
         thread::sleep(Self::SETTLE);
         let mut seen = String::new();
         match self {
@@ -66,7 +70,7 @@ impl Manner {
                 for _ in 0..2 {
                     let written = stream.write(&[1]).map_err(|error| error.kind());
                     seen = format!("{seen}, {written:?}");
-                    thread::sleep(Self::SETTLE);
+                    wait_for_error(&stream, Self::SETTLE * 4)?;
                 }
             }
         }
@@ -75,6 +79,15 @@ impl Manner {
         }
         Ok(seen)
     }
+}
+
+/// Waits until the kernel has an error for who writes, or as long as one may take to come.
+fn wait_for_error(stream: &TcpStream, limit: Duration) -> Result<()> {
+    let until = Instant::now() + limit;
+    while !has_failed(stream)? && Instant::now() < until {
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
 }
 
 /// How much comes, and how it ends.

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::packages::Packages;
 use crate::process::{answer, installed, must};
-use crate::{image, root, say, setup};
+use crate::{image, privilege, root, say, setup};
 
 /// The oldest release of Go that the modules accept.
 const GO: (u32, u32) = (1, 26);
@@ -103,8 +103,14 @@ pub(crate) const COREDNS: Module = Module {
 
 const MODULES: [&Module; 5] = [&KUBERNETES, &CONTAINERD, &RUNC, &CNI, &COREDNS];
 
-/// Why no cluster can be made here, if that is so.
+/// Why no cluster can be made here, if that is so: asked before anything is built for one.
 pub(crate) fn missing() -> Option<String> {
+    if !privilege::available() {
+        return Some("needs root: the cluster's nodes are namespaces and cgroups".into());
+    }
+    if let Some(absent) = ["apt-get", "dpkg-deb"].iter().find(|program| !installed(program)) {
+        return Some(format!("needs {absent}: what the pods run comes from Debian's packages"));
+    }
     let said = answer("go", &["version"]);
     match said.as_deref().map(release) {
         None => {

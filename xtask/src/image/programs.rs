@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::cluster::tools;
 use crate::image::{architecture, oci};
+use crate::packages::Packages;
 use crate::process::{answer, cargo, must};
 use crate::{root, say, setup};
 
@@ -249,14 +250,23 @@ fn download(names: &[&str], dir: &Path) -> Result<()> {
     let nothing = dir.join("status");
     fs::write(&nothing, "").context("write an empty list of packages")?;
     fs::create_dir_all(dir.join("partial")).context("create a directory for packages")?;
-    let mut get = Command::new("apt-get");
-    get.args(["install", "--download-only", "--yes", "--no-install-recommends"]);
-    get.arg("-o").arg(format!("Dir::State::status={}", nothing.display()));
-    get.arg("-o").arg(format!("Dir::Cache::archives={}", dir.display()));
-    // Not as a user of apt's, who may not write there.
-    get.args(["-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=root"]);
-    get.args(names);
-    must("getting packages", get, LIMIT).map(drop)
+    let get = || {
+        let mut get = Command::new("apt-get");
+        get.args(["install", "--download-only", "--yes", "--no-install-recommends"]);
+        get.arg("-o").arg(format!("Dir::State::status={}", nothing.display()));
+        get.arg("-o").arg(format!("Dir::Cache::archives={}", dir.display()));
+        // Not as a user of apt's, who may not write there.
+        get.args(["-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=root"]);
+        get.args(names);
+        must("getting packages", get, LIMIT)
+    };
+    if get().is_ok() {
+        return Ok(());
+    }
+    // Nothing had to be installed here, so nobody has read the lists yet, or they are those of packages that have
+    // been replaced since.
+    Packages::default().update()?;
+    get().map(drop)
 }
 
 fn unpack(packages: &Path, files: &Path) -> Result<()> {

@@ -134,8 +134,7 @@ pub(super) fn service_of(slice: &EndpointSlice) -> Option<&str> {
 }
 
 pub(super) fn pod_key(endpoint: &Endpoint, namespace: &str) -> Option<ObjectKey> {
-    let target = endpoint.target_ref.as_ref()?;
-    let name = target.name.as_deref().filter(|_| target.kind.as_deref() == Some("Pod"))?;
+    let (name, target) = services::pod_of(endpoint)?;
     let namespace = target.namespace.as_deref().unwrap_or(namespace);
     Some(ObjectKey { kind: Kind::Pod, namespace: namespace.to_owned(), name: name.to_owned() })
 }

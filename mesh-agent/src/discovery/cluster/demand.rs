@@ -28,7 +28,8 @@ use crate::discovery::services::{absent_at, absent_pod};
 const UNUSED: Duration = Duration::from_secs(600);
 /// One that is used is read again: nobody tells when its annotations change.
 const REFRESH: Duration = Duration::from_secs(300);
-/// What was not there may come, or its address be another pod's.
+/// What was not there may come, or its address be another pod's. Of an address that an endpoint has: for so long at
+/// first, and twice as long each time, up to [`REFRESH`].
 const ABSENT: Duration = Duration::from_secs(60);
 /// The same of an address from which somebody has called, who is there and whom the API is about to tell of:
 /// for so long at first, and twice as long each time, since a peer may make addresses up.
@@ -325,6 +326,7 @@ impl Remote {
     /// It was looked for in vain. Says whether that is news.
     fn missed(&mut self, objects: &mut Objects, wanted: Wanted, now: Instant) -> bool {
         let lasts = match self.absent.get(&wanted) {
+            Some(before) if is_outside(objects, &wanted) => (before.lasts * 2).min(REFRESH),
             _ if !wanted.is_callers() => ABSENT,
             Some(before) => (before.lasts * 2).min(ABSENT),
             None => CALLER_ABSENT,
@@ -405,7 +407,9 @@ impl Remote {
         }
     }
 
-    /// Drops what is not used any more, and says whether that changes anything.
+    /// Drops what is not used any more, and says whether that changes anything. That nobody is at an address which an
+    /// endpoint has is not forgotten, but looked at again ([`Self::refresh`]): a database outside of the cluster must
+    /// not have to be captured, or refused where the API is away, now and then.
     pub(super) fn expire(&mut self, objects: &mut Objects, node: &str, now: Instant) -> bool {
         let unused = |_: &ObjectKey, kept: &mut Kept| now.duration_since(kept.used) >= UNUSED;
         let mut changed = false;
@@ -413,17 +417,39 @@ impl Remote {
             changed |= remove(objects, &key, node);
         }
         self.failed.retain(|_, since| !is_forgiven(*since, now));
-        if self.absent.retain(|absent| now.duration_since(absent.since) < ABSENT) {
+        let is_kept = |wanted: &Wanted, absent: &Absent| {
+            is_outside(objects, wanted) || now.duration_since(absent.since) < ABSENT
+        };
+        if self.absent.retain(is_kept) {
             changed |= self.tell_absent(objects);
         }
         changed
     }
 
     /// What is used, and to be read again.
-    pub(super) fn refresh(&mut self, now: Instant) -> Vec<Wanted> {
+    pub(super) fn refresh(&mut self, objects: &Objects, now: Instant) -> Vec<Wanted> {
         let old = self.kept.values().filter(|kept| now.duration_since(kept.read) >= REFRESH);
-        let old: Vec<Wanted> = old.map(|kept| kept.wanted.clone()).collect();
-        self.begin(old.into_iter(), now)
+        let old = old.map(|kept| kept.wanted.clone());
+        let outside = self.absent.iter().filter(|(_, absent)| absent.is_over(now));
+        let outside = outside.map(|(wanted, _)| wanted).filter(|one| is_outside(objects, one));
+        let again: Vec<Wanted> = old.chain(outside.cloned()).collect();
+        self.begin(again.into_iter(), now)
+    }
+
+    /// A peer says that this pod is not where it was: it is read again now, and not when its time has come. Not more
+    /// often than every few seconds: what is told may be an agent's that has not heard of the pod yet.
+    pub(super) fn doubt(&mut self, objects: &Objects, uid: &str, now: Instant) -> Vec<Wanted> {
+        let is_it = |key: &ObjectKey| match objects.get(key) {
+            Some(Object::Pod(pod)) => pod.metadata.uid.as_deref() == Some(uid),
+            _ => false,
+        };
+        let found = self.kept.iter_mut().find(|(key, _)| is_it(key));
+        let Some((_, kept)) = found.filter(|(_, kept)| now.duration_since(kept.read) >= FAILED)
+        else {
+            return Vec::new();
+        };
+        let wanted = kept.wanted.clone();
+        self.begin([wanted].into_iter(), now)
     }
 
     /// What is to be read before anybody needs it: what has come to a service of which something is used.
@@ -471,6 +497,11 @@ impl Remote {
             remove(objects, &key, node);
         }
     }
+}
+
+/// Whether it is the address of something that is named and is no pod, as far as was looked.
+fn is_outside(objects: &Objects, wanted: &Wanted) -> bool {
+    matches!(wanted, Wanted::Address { ip, account: None, .. } if objects.names(*ip))
 }
 
 /// Whether what has failed then may be asked for again.

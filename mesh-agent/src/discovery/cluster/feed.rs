@@ -9,7 +9,10 @@
 //! - Whatever the API server does, the last state stays with the reader: a failure is a wait, never an
 //!   empty list.
 //! - A watch that falls silent for longer than bookmarks take is given up: a connection may be dead
-//!   without either end knowing.
+//!   without either end knowing. Where the next one is answered and silent too, everything is listed again: a server
+//!   whose state was set back (etcd restored from a backup) tells nothing until it is past the version that it is
+//!   asked from, which may take hours (<https://github.com/kubernetes/kubernetes/issues/107457>).
+//! - A version that a server refuses [`REFUSED`] times in a row is not asked from again.
 //! - Waits double and differ between agents, so that a server that comes back is not hit by all at once. What
 //!   ends a watch that has worked for a while is no failure in a row, however often it does.
 //! - A server that says when to ask again is not asked before, within [`LONGEST_WAIT`].
@@ -47,6 +50,8 @@ const SILENCE: Duration = Duration::from_secs(180);
 const LIST_LIMIT: Duration = Duration::from_secs(60);
 /// One object that a connection waits for, or a page of a search for it.
 const READ_LIMIT: Duration = Duration::from_secs(3);
+/// So often in a row may a server refuse, but for being overloaded or broken, to go on from a version.
+const REFUSED: u32 = 3;
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// Also of what a server asks for: whatever it says, its return is noticed.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -155,7 +160,8 @@ pub(super) async fn follow<T: Followed>(
     selector: String,
     news: mpsc::Sender<News>,
 ) {
-    let mut feed = Feed { client, selector, news, version: None, watching: None };
+    let mut feed =
+        Feed { client, selector, news, version: None, watching: None, silences: 0, refusals: 0 };
     let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
     loop {
         let began = Instant::now();
@@ -163,7 +169,7 @@ pub(super) async fn follow<T: Followed>(
             Ended::Unread => return,
             Ended::InTime => {}
             Ended::Expired => {
-                debug!(kind = ?T::KIND, "the API server has forgotten our version: listing again");
+                debug!(kind = ?T::KIND, "the API server knows our version no more: listing again");
                 feed.version = None;
                 sleep(EXPIRED_WAIT.mul_f32(fastrand::f32())).await;
             }
@@ -201,6 +207,10 @@ struct Feed {
     version: Option<String>,
     /// When the last watch was answered; `None` if the server was not asked for one, or refused it.
     watching: Option<Instant>,
+    /// How many watches in a row were answered, and told nothing until they were given up.
+    silences: u32,
+    /// How many in a row were refused.
+    refusals: u32,
 }
 
 impl Feed {
@@ -213,6 +223,7 @@ impl Feed {
                     if self.tell::<T>(What::All(objects)).await.is_err() {
                         return Ended::Unread;
                     }
+                    (self.silences, self.refusals) = (0, 0);
                     version
                 }
                 Err(ended) => return ended,
@@ -243,9 +254,16 @@ impl Feed {
         let asked = timeout(SILENCE, self.client.request_events::<T>(request)).await;
         let events = match asked {
             Err(_elapsed) => return Ended::silent("the watch was not answered"),
-            Ok(Err(error)) => return ended(error),
+            Ok(Err(error)) => {
+                self.refusals += u32::from(is_refusal(&error));
+                if self.refusals >= REFUSED {
+                    self.version = None;
+                }
+                return ended(error);
+            }
             Ok(Ok(events)) => events,
         };
+        self.refusals = 0;
         self.watching = Some(Instant::now());
         if self.tell::<T>(What::Answered).await.is_err() {
             return Ended::Unread;
@@ -253,11 +271,18 @@ impl Feed {
         let mut events = std::pin::pin!(events);
         loop {
             let event = match timeout(SILENCE, events.next()).await {
-                Err(_elapsed) => return Ended::silent("the watch has fallen silent"),
+                Err(_elapsed) => {
+                    self.silences += 1;
+                    return match self.silences {
+                        1 => Ended::silent("the watch has fallen silent"),
+                        _ => Ended::Expired,
+                    };
+                }
                 Ok(None) => return Ended::InTime,
                 Ok(Some(Err(error))) => return ended(error),
                 Ok(Some(Ok(event))) => event,
             };
+            self.silences = 0;
             let (version, what) = match happened(event) {
                 Ok(happened) => happened,
                 Err(ended) => return ended,
@@ -425,6 +450,13 @@ fn ended(error: kube::Error) -> Ended {
             Ended::Failed(crate::telemetry::chain(&error), asked)
         }
     }
+}
+
+/// Whether the server says that it will not, and not that it cannot now or that nobody may: a list would be refused
+/// as well then.
+fn is_refusal(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else { return false };
+    (400..500).contains(&status.code) && ![401, 403, 408, 429].contains(&status.code)
 }
 
 /// How long the server asks not to be asked again. `discovery::client` has put its header there too.

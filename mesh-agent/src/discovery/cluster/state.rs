@@ -188,6 +188,8 @@ impl State {
                 self.remote.used(&self.objects, &pods, &addresses, now);
                 Vec::new()
             }
+            Demand::Doubt { .. } if self.cannot_read() => Vec::new(),
+            Demand::Doubt { pod } => self.remote.doubt(&self.objects, &pod, now),
             Demand::Seen { uid, ips } => {
                 let is_news = self.objects.see(uid, ips);
                 self.note(is_news, true);
@@ -228,7 +230,7 @@ impl State {
 
     /// Not while pods cannot be read, either: each would be a failure to tell of.
     pub(super) fn refresh(&mut self, now: Instant) -> Vec<Wanted> {
-        if self.cannot_read() { Vec::new() } else { self.remote.refresh(now) }
+        if self.cannot_read() { Vec::new() } else { self.remote.refresh(&self.objects, now) }
     }
 
     /// Why this is read that somebody needs.

@@ -11,7 +11,7 @@ use mesh_core::snapshot::{Distribution, Enrolment, Workload};
 
 use super::{Around, Unread, is_tcp, port_number};
 use crate::discovery::enrol::left_alone;
-use crate::discovery::kube::{Endpoint as KubeEndpoint, EndpointSlice, Hint};
+use crate::discovery::kube::{Endpoint as KubeEndpoint, EndpointSlice, Hint, ObjectReference};
 use crate::discovery::pods::{Found, Pods};
 use crate::discovery::{Report, shown};
 
@@ -65,6 +65,8 @@ pub(super) struct Reader<'a, 'b> {
     /// What hints are made from that a slice does not have.
     pub(super) hints: Option<Distribution>,
     pub(super) around: &'a Around<'a>,
+    /// It is the API server's own service: who is behind it is never read from it first.
+    pub(super) is_api_server: bool,
     pub(super) pods: (&'b Pods, &'b Unread<'b>),
     pub(super) ports: &'b mut Ports<'a>,
 }
@@ -100,7 +102,7 @@ impl<'a> Reader<'a, '_> {
             let (workload, is_unread) = match found {
                 Behind::Pod(workload) => (Some(workload), false),
                 Behind::Outside => (None, false),
-                Behind::Unread => (None, true),
+                Behind::Unread => (None, !self.is_api_server),
                 Behind::Gone => continue,
             };
             if is_unread {
@@ -160,6 +162,13 @@ fn state(endpoint: &KubeEndpoint) -> State {
     }
 }
 
+/// The pod that an endpoint names. One without a name is none: nobody could read it.
+pub(in crate::discovery) fn pod_of(endpoint: &KubeEndpoint) -> Option<(&str, &ObjectReference)> {
+    let target = endpoint.target_ref.as_ref()?;
+    let name = target.name.as_deref().filter(|name| !name.is_empty())?;
+    (target.kind.as_deref() == Some("Pod")).then_some((name, target))
+}
+
 /// Says that this pod was looked for and is not there: by its UID, or where an endpoint does not say that, by its name.
 pub(in crate::discovery) fn absent_pod<'a>(
     uid: Option<&'a str>,
@@ -185,8 +194,7 @@ fn behind(
     report: &mut Report<'_>,
 ) -> Behind {
     let absent = not_read.absent;
-    let target =
-        endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
+    let target = pod_of(endpoint);
     // What shares its node's network is never in the mesh.
     let is_nodes = match target {
         Some(_) => endpoint.node_name.as_deref().is_some_and(|node| not_read.nodes.is_of(node, ip)),
@@ -198,7 +206,7 @@ fn behind(
         Some(absent) if absent.contains(what) => Behind::Gone,
         Some(_) => Behind::Unread,
     };
-    let Some(target) = target else {
+    let Some((target_name, target)) = target else {
         return match (pods.at(ip), unless_absent(&ip.to_string())) {
             (Some(found), _) => Behind::of(found),
             // Nothing says that it is a pod, and it is none.
@@ -207,7 +215,6 @@ fn behind(
         };
     };
     let target_namespace = target.namespace.as_deref().unwrap_or(namespace);
-    let target_name = target.name.as_deref().unwrap_or_default();
     let uid = target.uid.as_deref().filter(|uid| !uid.is_empty());
     let meant = absent_pod(uid, target_namespace, target_name);
     let Some(found) = pods.named(target_namespace, target_name) else {

@@ -333,6 +333,10 @@ fn workload_is_named_after_what_people_deploy() {
     assert_eq!(name("StatefulSet", "db-0", ""), "db-0");
     assert_eq!(name("Job", "nightly-29301234", ""), "nightly");
     assert_eq!(name("Job", "import-1", ""), "import-1");
+    // The API takes owners' names of a megabyte, and each would be in every line of its metrics.
+    let long = "n".repeat(253);
+    assert_eq!(name("StatefulSet", &long, ""), long);
+    assert_eq!(name("StatefulSet", &format!("{long}n"), ""), "p");
 
     let bare = owned("StatefulSet", "db", "");
     assert_eq!((&*bare.app, &*bare.version), ("unknown", "unknown"));

@@ -147,6 +147,7 @@ impl Keeper {
         entry.is_asked = false;
         let is_denied = matches!(answer, Err(CaError::Denied { .. }));
         let answer = answer.and_then(|issued| Ok((issued.certified()?, issued)));
+        let mut begins = None;
         let failure = match answer {
             Ok((certified, issued)) => match untrusted(trust, &certified.cert, now) {
                 None => {
@@ -156,6 +157,11 @@ impl Keeper {
                     let cert = Some(HeldCert::new(certified, &issued));
                     entry.slot = Slot { cert, error: None, is_denied: false };
                     return;
+                }
+                Some(PeerRefused::NotYetValid) => {
+                    begins = Some(issued.not_before);
+                    "the new certificate is not valid yet: this node's clock is behind the signer's; set it right"
+                        .to_owned()
                 }
                 Some(refused) => format!(
                     "peers would refuse the new certificate ({}): add the root that signs to the trust bundle",
@@ -170,7 +176,9 @@ impl Keeper {
             true => jittered(DENIED_RETRY, lifetime, draw),
             false => retry_after(entry.failures, lifetime, draw),
         };
-        entry.due = now + wait;
+        // Another one that begins no sooner helps nobody. A clock that is set right is noticed by the next one's turn.
+        let begins = begins.map_or(now, |begins| begins.min(now + DENIED_RETRY));
+        entry.due = (now + wait).max(begins);
         entry.failures = entry.failures.saturating_add(1);
         if entry.slot.error.as_deref() == Some(failure.as_str()) {
             debug!(identity = %id, error = failure, "certificate not issued");

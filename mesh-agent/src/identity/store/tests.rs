@@ -359,6 +359,25 @@ fn identity_that_is_denied_again_and_again_is_asked_for_seldom_until_something_c
     assert_eq!(keeper.due(later), [id("a")]);
 }
 
+/// Of a clock that is behind.
+#[test]
+fn certificate_that_has_yet_to_begin_is_asked_for_again_when_it_does() {
+    let dir = TempDir::new();
+    let now = SystemTime::now();
+    ca::init(dir.path(), &cluster_local(), now - DAY).unwrap();
+    let ca = DirectoryCa::open(dir.path()).unwrap();
+    let issue = || ca.issue(&id("a"), LIFE, now).map_err(Into::into);
+    let behind = now - Duration::from_secs(180);
+    let mut keeper = Keeper::new(Lifetimes::default());
+    keeper.follow(&HashSet::from([id("a")]), behind);
+    keeper.issued(&id("a"), issue(), &load(dir.path()), behind, 0.0);
+    let error = keeper.publish().by_id[&id("a")].error.clone().unwrap();
+    assert!(error.contains("this node's clock is behind"), "{error}");
+    let begins = behind + Duration::from_secs(60);
+    assert_eq!(keeper.due(begins - Duration::from_secs(2)), [], "no other one before");
+    assert_eq!(keeper.due(begins + Duration::from_secs(1)), [id("a")]);
+}
+
 const DAY: Duration = Duration::from_secs(86_400);
 
 /// The clock is looked at, and what is due is made.

@@ -31,6 +31,10 @@ impl<T> Counted<T> {
         self.all.keys()
     }
 
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&Wanted, &T)> {
+        self.all.iter()
+    }
+
     pub(super) fn insert(&mut self, wanted: Wanted, value: T) {
         let is_callers = wanted.is_callers();
         if self.all.insert(wanted, value).is_none() {
@@ -45,9 +49,9 @@ impl<T> Counted<T> {
     }
 
     /// Says whether any was not kept.
-    pub(super) fn retain(&mut self, mut is_kept: impl FnMut(&T) -> bool) -> bool {
+    pub(super) fn retain(&mut self, mut is_kept: impl FnMut(&Wanted, &T) -> bool) -> bool {
         let before = self.all.len();
-        self.all.retain(|_, value| is_kept(value));
+        self.all.retain(|wanted, value| is_kept(wanted, value));
         self.callers = self.all.keys().filter(|wanted| wanted.is_callers()).count();
         self.all.len() != before
     }

@@ -99,7 +99,11 @@ impl World {
     }
 
     fn refresh(&mut self) -> Vec<Wanted> {
-        self.remote.refresh(self.now)
+        self.remote.refresh(&self.objects, self.now)
+    }
+
+    fn doubt(&mut self, name: &str) -> Vec<Wanted> {
+        self.remote.doubt(&self.objects, &format!("uid-{name}"), self.now)
     }
 
     fn expire(&mut self) -> bool {
@@ -313,6 +317,65 @@ async fn pod_that_is_left_alone_is_kept_while_somebody_connects_to_it() {
     world.now += UNUSED;
     assert!(world.expire());
     assert!(!world.has("two"));
+}
+
+/// A database outside of the cluster, say.
+#[tokio::test]
+async fn that_an_endpoint_is_no_pods_is_known_for_as_long_as_it_is_one() {
+    let mut world = World::with(&[]);
+    let endpoints = json!([{"addresses": ["192.0.2.5"]}]);
+    let slice = |endpoints: &Value| {
+        let meta = json!({"name": "db-1", "labels": {SERVICE_NAME: "db"}});
+        let slice = json!({"metadata": meta, "endpoints": endpoints});
+        Object::EndpointSlice(Arc::new(serde_json::from_value(slice).unwrap()))
+    };
+    world.objects.insert(slice(&endpoints));
+    assert_eq!(world.need("192.0.2.5").0, [at("192.0.2.5")]);
+    assert!(world.take(&at("192.0.2.5"), Found::None));
+    let (mut asked, began) = (Vec::new(), world.now);
+    while world.now < began + REFRESH * 4 {
+        world.now += ABSENT / 2;
+        assert!(!world.expire());
+        assert!(
+            world.objects.absent().unwrap().contains("192.0.2.5"),
+            "it would be captured again"
+        );
+        for wanted in world.refresh() {
+            asked.push(world.now - began);
+            // The API is away, now and then.
+            let found = if asked.len() == 2 { Found::Failed("gone".into()) } else { Found::None };
+            assert!(!world.take(&wanted, found));
+        }
+    }
+    assert_eq!(asked[0], ABSENT, "soon at first");
+    assert!(asked.len() <= 7, "and then seldom: {asked:?}");
+    assert!(world.objects.absent().unwrap().contains("192.0.2.5"));
+    // A pod has it.
+    world.now += REFRESH;
+    assert_eq!(world.refresh(), [at("192.0.2.5")]);
+    assert!(world.take(&at("192.0.2.5"), Found::Pods(vec![pod_at("one", "192.0.2.5")])));
+    assert!(world.objects.absent().unwrap().is_empty() && world.has("one"));
+    // It is no endpoint any more.
+    let mut world = World::with(&[]);
+    world.objects.insert(slice(&endpoints));
+    world.take(&at("192.0.2.5"), Found::None);
+    world.objects.insert(slice(&json!([])));
+    world.now += ABSENT;
+    assert!(world.expire() && world.objects.absent().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn pod_that_is_not_where_it_was_is_read_again_when_its_agent_says_so() {
+    let mut world = World::with(&[]);
+    world.take(&at("10.0.1.1"), Found::Pods(vec![pod("one")]));
+    world.now += FAILED / 2;
+    assert_eq!(world.doubt("one"), [], "it was read a moment ago");
+    world.now += FAILED / 2;
+    assert_eq!(world.doubt("one"), [at("10.0.1.1")]);
+    assert_eq!(world.doubt("one"), [], "it is being read");
+    assert!(world.take(&at("10.0.1.1"), Found::Pods(vec![pod("two")])));
+    assert!(world.has("two") && !world.has("one"));
+    assert_eq!(world.doubt("one"), [], "nobody has heard of it");
 }
 
 #[tokio::test]

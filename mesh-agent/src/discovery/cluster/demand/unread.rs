@@ -62,19 +62,23 @@ fn found(there: Option<&Object>, wanted: &Wanted) -> Found {
     there.filter(is_meant).map_or(Found::None, |pod| Found::Pods(vec![pod.clone()]))
 }
 
+fn context(pod_cidrs: &[Cidr]) -> Context {
+    Context {
+        node: OWN.into(),
+        trust_domain: TrustDomain::new("cluster.local").unwrap(),
+        tunnel_port: 15019,
+        netns: NetnsFrom::Processes,
+        pod_cidrs: pod_cidrs.to_vec(),
+    }
+}
+
 /// Connects to the service until nothing of it is unread, and says what was read meanwhile.
 fn connect(
     mut objects: Objects,
     there: Option<&Object>,
     pod_cidrs: &[Cidr],
 ) -> Result<Vec<Wanted>, String> {
-    let context = Context {
-        node: OWN.into(),
-        trust_domain: TrustDomain::new("cluster.local").unwrap(),
-        tunnel_port: 15019,
-        netns: NetnsFrom::Processes,
-        pod_cidrs: pod_cidrs.to_vec(),
-    };
+    let context = context(pod_cidrs);
     let (here, vip) = (Here { node: OWN, pod_cidrs }, VIP.parse().unwrap());
     let (mut remote, now, mut all) = (Remote::default(), Instant::now(), Vec::new());
     for changes in 0..3 {
@@ -95,10 +99,34 @@ fn connect(
     Err(format!("it is unread for ever, after {all:?}"))
 }
 
+/// Such as an imported one of the Multi-Cluster Services API.
+#[test]
+fn slice_of_another_controllers_service_is_no_problem() {
+    let mut objects = cluster(&json!({"addresses": ["10.0.9.9"]}));
+    let labels = json!({"multicluster.kubernetes.io/service-name": "web"});
+    let slice = json!({
+        "metadata": {"namespace": "default", "name": "web-imported", "labels": labels},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": ["10.9.0.1"]}],
+    });
+    objects.insert(Object::EndpointSlice(Arc::new(serde_json::from_value(slice).unwrap())));
+    let (snapshot, problems) = translate(&objects, &context(&[]), 1);
+    assert!(problems.is_empty(), "{problems:?}");
+    assert!(!snapshot.is_unread("10.9.0.1".parse().unwrap()));
+}
+
 #[test]
 fn every_endpoint_that_is_unread_is_read_by_whoever_connects() {
     let pod_cidrs: [&[Cidr]; 2] = [&[], &["10.0.0.0/16".parse().unwrap()]];
-    let targets = [None, Some(json!({})), Some(json!({"uid": ""})), Some(json!({"uid": "uid-x"}))];
+    let targets = [
+        None,
+        Some(json!({"name": "x"})),
+        Some(json!({"name": "x", "uid": ""})),
+        Some(json!({"name": "x", "uid": "uid-x"})),
+        // As good as none: nobody could read it.
+        Some(json!({"uid": "uid-x"})),
+        Some(json!({"name": "", "uid": "uid-x"})),
+    ];
     let (mut tried, mut reads) = (0, 0);
     // A node's in the pods' network and beside it, one that nobody has, and a pod's.
     for ip in ["10.0.3.7", "192.168.0.7", "10.0.9.9", "10.0.1.1"] {
@@ -118,7 +146,6 @@ fn every_endpoint_that_is_unread_is_read_by_whoever_connects() {
             if let Some(target) = target {
                 endpoint["targetRef"] = target.clone();
                 endpoint["targetRef"]["kind"] = json!("Pod");
-                endpoint["targetRef"]["name"] = json!("x");
             }
             for (there, is_known, pod_cidrs) in there.iter().flat_map(|there| {
                 [false, true].into_iter().flat_map(move |is_known| {

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{StreamExt as _, stream};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
@@ -126,4 +127,72 @@ async fn watch_that_has_worked_for_a_while_is_asked_for_again_soon_however_often
 async fn waits_grow_for_watches_that_fail_at_once() {
     let waits = waits_after_watches(Duration::from_secs(1)).await;
     assert!(waits[5] >= Duration::from_secs(8), "{waits:?}");
+}
+
+/// How often an agent lists within so long, where each of its watches is answered like this.
+async fn lists_within(
+    time: Duration,
+    watch: impl Fn() -> Response<BoxBody<Bytes, Infallible>> + Clone + Send + 'static,
+) -> usize {
+    let lists = Arc::new(AtomicUsize::new(0));
+    let listing = Arc::clone(&lists);
+    let serving = tower::service_fn(move |request: Request<kube::client::Body>| {
+        let is_watch = request.uri().query().unwrap_or_default().contains("watch=1");
+        let answer = if is_watch {
+            watch()
+        } else {
+            listing.fetch_add(1, Ordering::Relaxed);
+            page(&[], &HashMap::new(), 1)
+        };
+        std::future::ready(Ok::<_, Infallible>(answer))
+    });
+    let (news, mut told) = mpsc::channel(1);
+    let following = follow::<Node>(Client::new(serving, "default"), String::new(), news);
+    let reading = async { while told.recv().await.is_some() {} };
+    tokio::select! {
+        () = following => {}
+        () = reading => {}
+        () = sleep(time) => {}
+    }
+    lists.load(Ordering::Relaxed)
+}
+
+/// What a watch tells, at these times, and goes on.
+fn telling(at: &'static [u64]) -> Response<BoxBody<Bytes, Infallible>> {
+    let bookmark = json!({
+        "type": "BOOKMARK",
+        "object": {"kind": "Node", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}},
+    });
+    let line = Bytes::from(bookmark.to_string() + "\n");
+    let told = stream::iter(at).then(move |at| {
+        let line = line.clone();
+        async move {
+            sleep(Duration::from_secs(*at)).await;
+            Ok::<_, Infallible>(Frame::data(line))
+        }
+    });
+    Response::new(BodyExt::boxed(StreamBody::new(told.chain(stream::pending()))))
+}
+
+/// As by a server whose state was set back: of what is older than the version it tells nothing.
+#[tokio::test(start_paused = true)]
+async fn version_of_which_nothing_is_told_is_given_up() {
+    let lists = lists_within(Duration::from_secs(400), || telling(&[])).await;
+    assert_eq!(lists, 2, "after the second silence, of three minutes each");
+    let lists = lists_within(Duration::from_secs(1000), || telling(&[60, 60])).await;
+    assert_eq!(lists, 1, "connections that die and worked before");
+}
+
+#[tokio::test(start_paused = true)]
+async fn version_that_is_refused_again_and_again_is_given_up() {
+    for (status, gives_up) in [
+        (StatusCode::BAD_REQUEST, true),
+        (StatusCode::TOO_MANY_REQUESTS, false),
+        (StatusCode::FORBIDDEN, false),
+        (StatusCode::SERVICE_UNAVAILABLE, false),
+    ] {
+        let lists = lists_within(Duration::from_secs(120), move || refuse(status)).await;
+        assert_eq!(lists > 1, gives_up, "{status}");
+        assert!(lists < 20, "{status}: {lists}");
+    }
 }
