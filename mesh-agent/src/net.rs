@@ -42,7 +42,9 @@ pub use cable::{Cable, NoCable, cable};
 use clients::Clients;
 pub use deliver::deliver;
 pub use nsid::namespace_id;
-pub use own::{any_address, give_back_memory, listen_shared, may_share, raise_file_limit};
+pub use own::{
+    any_address, bind_shared, give_back_memory, listen_on, listen_shared, raise_file_limit,
+};
 pub use routes::{
     add_client_address_routes, raise_loopback, remove_client_address_routes,
     retire_client_address_routes,
@@ -351,6 +353,21 @@ pub fn silence(fd: RawFd) -> io::Result<Option<Duration>> {
     // One probe may be on its way; of two the first has not been answered.
     let owes = (info.tcpi_unacked > 0 && info.tcpi_retransmits > 0) || info.tcpi_probes > 1;
     Ok(owes.then(|| Duration::from_millis(info.tcpi_last_ack_recv.into())))
+}
+
+/// Bytes that a TCP socket has taken and the other side has not acknowledged (`SIOCOUTQ`, tcp(7)).
+///
+/// # Errors
+///
+/// `fd` is no TCP socket.
+pub fn unacknowledged(fd: RawFd) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the kernel writes one `int`, which outlives the call.
+    let got = unsafe { libc::ioctl(fd, libc::TIOCOUTQ, &raw mut bytes) };
+    if got == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(usize::try_from(bytes).unwrap_or_default())
 }
 
 /// Whether the connection was made, and has not been reset: it may have ended in either direction, or both.

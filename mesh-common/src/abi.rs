@@ -6,8 +6,8 @@ use crate::maps;
 /// Raise when a field's *meaning* changes while its layout does not.
 pub const VERSION: usize = 1;
 
-/// Names, types, offsets and sizes of all that is shared, hashed.
-pub const HASH: u64 = maps::layout_hash(number(SEED, VERSION));
+/// Names, types, offsets and sizes of all that is shared, and what its numbers mean, hashed.
+pub const HASH: u64 = meanings(maps::layout_hash(number(SEED, VERSION)), &maps::MEANINGS);
 
 /// A struct whose layout is part of [`HASH`].
 pub trait Layout {
@@ -37,6 +37,16 @@ pub const fn text(hash: u64, text: &str) -> u64 {
 /// Adds a number.
 pub const fn number(hash: u64, number: usize) -> u64 {
     bytes(hash, &(number as u64).to_le_bytes())
+}
+
+/// Adds numbers and what they are called.
+pub const fn meanings(mut hash: u64, meanings: &[(&str, u32)]) -> u64 {
+    let mut i = 0;
+    while i < meanings.len() {
+        hash = number(text(hash, meanings[i].0), meanings[i].1 as usize);
+        i += 1;
+    }
+    hash
 }
 
 #[cfg(test)]
@@ -89,6 +99,23 @@ mod tests {
                 b: [u8; 4],
             }
         }
+    }
+
+    /// An agent of another version that stands by takes programs over whose numbers it would misread.
+    #[test]
+    fn any_number_with_a_meaning_is_part_of_the_hash() {
+        let (source, names) = (include_str!("maps.rs"), maps::MEANINGS.map(|(name, _)| name));
+        let constants = source.lines().filter_map(|line| line.strip_prefix("pub const "));
+        let names_of = |kind: &'static str| {
+            constants.clone().filter_map(move |rest| rest.split_once(kind).map(|(name, _)| name))
+        };
+        let numbers: Vec<_> = names_of(": u8 = ").chain(names_of(": u32 = ")).collect();
+        assert!(numbers.len() > 10, "{numbers:?}");
+        for name in numbers {
+            assert!(names.contains(&name), "{name} is missing in MEANINGS");
+        }
+        assert_ne!(meanings(SEED, &[("ROLE", 1)]), meanings(SEED, &[("ROLE", 2)]));
+        assert_ne!(meanings(SEED, &[("ROLE", 1)]), meanings(SEED, &[("ROLE", 1), ("FLAG", 1)]));
     }
 
     #[test]

@@ -82,6 +82,24 @@ pub const ROLE_PLAIN: u8 = 4;
 /// [`SockMeta::role`]: a listener of the agent for what is captured. No program can give that to its own.
 pub const ROLE_LISTENER: u8 = 5;
 
+/// All of these: part of [`crate::abi::HASH`].
+pub const MEANINGS: [(&str, u32); 14] = [
+    ("OUTBOUND_ALL", OUTBOUND_ALL),
+    ("FAIL_OPEN", FAIL_OPEN),
+    ("HAS_SKIP_CIDRS", HAS_SKIP_CIDRS),
+    ("STRICT", STRICT),
+    ("UNKNOWN", UNKNOWN),
+    ("BLOCK_UNREAD", BLOCK_UNREAD),
+    ("BLOCK_LEFT_ALONE", BLOCK_LEFT_ALONE),
+    ("BLOCK_USED", BLOCK_USED),
+    ("ROLE_APP", ROLE_APP as u32),
+    ("ROLE_AGENT", ROLE_AGENT as u32),
+    ("ROLE_DELIVER", ROLE_DELIVER as u32),
+    ("ROLE_DIRECT", ROLE_DIRECT as u32),
+    ("ROLE_PLAIN", ROLE_PLAIN as u32),
+    ("ROLE_LISTENER", ROLE_LISTENER as u32),
+];
+
 map_struct! {
     /// Ports from `first` to `last`, both included, in host order.
     pub struct PortRange {

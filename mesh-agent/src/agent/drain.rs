@@ -52,6 +52,7 @@ impl Agent {
             self.hand_over(turn).await;
         }
         // Peers whose flows it would deliver by what it knew have somebody else to go to.
+        self.doors.shut();
         self.dismiss.send_replace(true);
         let limit = self.options.max_connections.get();
         let open = || limit.saturating_sub(self.node.connections.available_permits());
@@ -59,6 +60,7 @@ impl Agent {
         info!(open = open(), within_s = within.as_secs(), is_last, "draining");
         // Whoever has been accepted has seen its connection succeed: nothing is refused for the drain until it is
         // established.
+        self.node.capture.carries(false);
         let mut pods = Box::pin(self.pods.close());
         let have_ended = tokio::select! {
             () = &mut pods => true,
@@ -66,7 +68,7 @@ impl Agent {
             () = keep_knowing(&self.node, &mut self.snapshots) => false,
         };
         self.drain.send_replace(true);
-        let tunnels = ended(self.contexts, self.tunnels);
+        let tunnels = ended(self.contexts.clone(), self.tunnels);
         let all = async move {
             if have_ended {
                 tunnels.await;
@@ -76,6 +78,9 @@ impl Agent {
         };
         if timeout(within, all).await.is_err() {
             warn!(cut = open(), "the time to drain is over");
+            for context in &self.contexts {
+                context.tunnels.cut().await;
+            }
         }
         if let Some(taken_back) = self.taken_back.as_mut().filter(|_| is_last)
             && timeout_at(told + TAKE_BACK, taken_back.wait_for(|is_done| *is_done)).await.is_err()
@@ -113,7 +118,7 @@ impl Agent {
         if let Some(connections) = self.connections.take() {
             connections.let_go();
         }
-        if let Err(error) = self.steering.make_room() {
+        if let Err(error) = self.doors.steering.make_room() {
             warn!(%error, stage = "tunnel", "QUIC connections may be reset by the next agent");
         }
         tokio::select! {

@@ -14,8 +14,13 @@ use crate::identity::ca::DirectoryCa;
 use crate::identity::kubernetes::requests::SigningRequests;
 use crate::identity::store::{Identities, Issuer, Lifetimes};
 
-/// Starts to follow the bundle, and to issue what is wanted.
-pub(super) async fn start(options: &Run, control: &mut JoinSet<()>) -> Result<Arc<Identities>> {
+/// Starts to follow the bundle, and to issue what is wanted: at once if another agent of the node waits for this one
+/// (`is_awaited`), of which there are few in a cluster at a time.
+pub(super) async fn start(
+    options: &Run,
+    is_awaited: bool,
+    control: &mut JoinSet<()>,
+) -> Result<Arc<Identities>> {
     let issuer = match &options.ca_dir {
         Some(dir) => {
             let root = DirectoryCa::open(dir)?;
@@ -34,6 +39,7 @@ pub(super) async fn start(options: &Run, control: &mut JoinSet<()>) -> Result<Ar
             let client =
                 client.context("without --ca-dir certificates are asked for in a cluster")?;
             let draw = f64::from(fastrand::u32(..)) / f64::from(u32::MAX);
+            let draw = if is_awaited { 0.0 } else { draw };
             Issuer::Kubernetes(Box::new(SigningRequests::new(client, &options.signer, draw)))
         }
     };

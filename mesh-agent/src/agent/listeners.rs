@@ -8,8 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use socket2::Socket;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tracing::{error, warn};
 
@@ -22,23 +23,58 @@ use crate::tunnel::{ResetKey, Steering};
 use crate::workers::Workers;
 use crate::{inbound, net};
 
-/// Listens for tunnels: a TCP listener on every worker (the kernel spreads connections over them)
-/// and the QUIC endpoint on the first, since one socket must see all packets of a connection. Returns what
-/// chooses between that socket and those of the agents before and after this one.
+/// Where tunnels arrive. Of two agents that share the ports the later one gets new lanes and QUIC connections from
+/// [`Self::open`] and [`Steering::take_over`] on: before it has certificates it could but refuse them.
+#[derive(Debug)]
+pub(super) struct Doors {
+    /// Of lanes, until they are open: for each worker.
+    lanes: Vec<(Socket, oneshot::Sender<std::net::TcpListener>)>,
+    /// Chooses between the QUIC socket and those of the agents before and after this one.
+    pub(super) steering: Steering,
+}
+
+impl Doors {
+    /// Takes new lanes, once.
+    ///
+    /// # Errors
+    ///
+    /// Of the first that cannot be listened on; the others are.
+    pub(super) fn open(&mut self) -> io::Result<()> {
+        let opened = self.lanes.drain(..).map(|(socket, open)| {
+            // Whose worker is gone needs none.
+            open.send(net::listen_on(&socket)?).ok();
+            Ok(())
+        });
+        opened.collect::<Vec<io::Result<()>>>().into_iter().collect()
+    }
+
+    /// Lets go of what was never opened.
+    pub(super) fn shut(&mut self) {
+        self.lanes.clear();
+    }
+}
+
+/// Prepares to take tunnels: a TCP listener on every worker (the kernel spreads connections over them)
+/// and the QUIC endpoint on the first, since one socket must see all packets of a connection.
 pub(super) fn serve_tunnels(
     options: &Run,
     workers: &Workers,
     contexts: &[Arc<Worker>],
     dismissed: &watch::Receiver<bool>,
     tunnels: &mut JoinSet<()>,
-) -> Result<Steering> {
+) -> Result<Doors> {
     let port = options.tunnel_port.get();
     let any = net::any_address();
+    let mut lanes = Vec::new();
     for (index, context) in contexts.iter().enumerate() {
-        let listener = net::listen_shared(SocketAddr::new(any, port))
+        let socket = net::bind_shared(SocketAddr::new(any, port))
             .with_context(|| format!("listen for tunnels on TCP port {port}"))?;
+        let (open, opened) = oneshot::channel();
+        lanes.push((socket, open));
         let (context, drain) = (Arc::clone(context), dismissed.clone());
         let serving = workers.spawn(index, async move {
+            // An agent that ends before it is its turn.
+            let Ok(listener) = opened.await else { return };
             let listener = match TcpListener::from_std(listener) {
                 Ok(listener) => listener,
                 Err(error) => return error!(%error, stage = "tunnel", "lanes are not served"),
@@ -65,7 +101,7 @@ pub(super) fn serve_tunnels(
         }
     });
     tunnels.spawn(joined(serving));
-    Ok(steering)
+    Ok(Doors { lanes, steering })
 }
 
 /// The key that the agent before this one had. Without it peers take longer to learn of a restart.
@@ -182,7 +218,7 @@ impl Port {
     /// ([`Steering`]).
     pub(crate) fn rehearse(&self) -> io::Result<()> {
         match self.transport {
-            Transport::Tcp => net::may_share(self.addr),
+            Transport::Tcp => net::bind_shared(self.addr).map(drop),
             Transport::Udp => net::udp_socket(self.addr).map(drop),
         }
     }

@@ -52,7 +52,7 @@ use self::connections::Connections;
 use self::direct::{Verdicts, WISHES};
 use self::heart::Heart;
 pub(crate) use self::listeners::Port;
-use self::listeners::{serve_http, serve_tunnels};
+use self::listeners::{Doors, serve_http, serve_tunnels};
 use self::pods::Pods;
 pub use self::signer::run_ca;
 use self::source::Source;
@@ -69,9 +69,7 @@ use crate::known::Known;
 use crate::net;
 use crate::node::{Limits, Node, Wish, Worker};
 use crate::telemetry::{self, LogLevel, Telemetry};
-use crate::tunnel::{
-    Credentials, Credit, Steering, TicketKeys, TunnelConfig, TunnelStats, Tunnels,
-};
+use crate::tunnel::{Credentials, Credit, TicketKeys, TunnelConfig, TunnelStats, Tunnels};
 use crate::workers::Workers;
 
 /// Runs the agent until SIGTERM or SIGINT, then drains.
@@ -118,7 +116,7 @@ struct Agent {
     /// Only where a successor may wait for it.
     turn: Option<Turn>,
     /// Whose QUIC connections' packets come here.
-    steering: Steering,
+    doors: Doors,
     /// Whether new ones do.
     leads: bool,
     /// Tunnel listeners, one a worker and carrier.
@@ -133,6 +131,8 @@ struct Agent {
 impl Agent {
     async fn start(options: Run, log: LogLevel) -> Result<Self> {
         let turn = if options.standby.is_on() { Some(Turn::wait(&options).await?) } else { None };
+        // Until when somebody else carries: then nothing is taken over without certificates.
+        let covered = turn.as_ref().and_then(Turn::covered);
         let started = Instant::now();
         if let Err(error) = net::raise_file_limit() {
             warn!(%error, "the limit of open files stays as it is");
@@ -145,7 +145,7 @@ impl Agent {
         })?;
         let (mut control, mut shared) = (JoinSet::new(), JoinSet::new());
 
-        let identities = identities::start(&options, &mut control).await?;
+        let identities = identities::start(&options, covered.is_some(), &mut control).await?;
         let (source, snapshots) = Source::open(&options).await?;
         let namespaces = source.namespaces(&options)?;
         let owner = source.owner(&options).map(Arc::new);
@@ -161,6 +161,8 @@ impl Agent {
             max_verdicts: options.max_verdicts,
             redirect_peer: options.redirect_peer.is_on(),
         })?);
+        // Nothing is carried before the first snapshot but by an agent before this one.
+        capture.carries(covered.is_some());
         capture.beat();
         if let Some(log) = capture.take_log() {
             shared.spawn(async move {
@@ -197,10 +199,17 @@ impl Agent {
         let stats = Arc::new(TunnelStats::default());
         let contexts = start_tunnels(&options, &workers, &node, &identities, &stats).await?;
         let mut tunnels = JoinSet::new();
-        let steering = serve_tunnels(&options, &workers, &contexts, &dismissed, &mut tunnels)?;
+        let mut doors = serve_tunnels(&options, &workers, &contexts, &dismissed, &mut tunnels)?;
+        if covered.is_none() {
+            doors.open().context("listen for tunnels")?;
+        }
 
-        let pods =
-            Pods::new(Arc::clone(&workers), contexts.clone(), Arc::clone(&identities), namespaces);
+        let pods = Pods::new(
+            (Arc::clone(&workers), contexts.clone()),
+            Arc::clone(&identities),
+            namespaces,
+            covered,
+        );
         let redirects = watch::Sender::default();
         let redirected = redirects.subscribe();
         if options.redirect_peer.is_on() {
@@ -276,7 +285,7 @@ impl Agent {
             owner,
             taken_back,
             turn,
-            steering,
+            doors,
             leads: false,
             tunnels,
             shared,
@@ -340,21 +349,25 @@ impl Agent {
         self.node.loads().retain(is_live);
         let lives = |client: &Client| snapshot.workload(&client.pod).is_some();
         self.node.affinities().retain(Instant::now(), lives);
-        self.node.telemetry.retain(&snapshot);
+        self.node.telemetry.retain(&snapshot, self.node.known.reads_on_demand());
         self.lead();
         self.views.applied(snapshot);
     }
 
-    /// Takes new QUIC connections, once: an agent before this one has taken them until now, and keeps its
-    /// own.
+    /// Takes new lanes and QUIC connections, once: an agent before this one has taken them until now, and keeps
+    /// its own.
     fn lead(&mut self) {
         if std::mem::replace(&mut self.leads, true) {
             return;
         }
-        if let Err(error) = self.steering.take_over() {
+        self.node.capture.carries(true);
+        if let Err(error) = self.doors.open() {
+            error!(%error, stage = "tunnel", "lanes are not served");
+        }
+        if let Err(error) = self.doors.steering.take_over() {
             warn!(%error, stage = "tunnel", "QUIC connections may be reset until the agent before this one has ended");
         }
-        let steering = self.steering.clone();
+        let steering = self.doors.steering.clone();
         self.control.spawn(async move {
             if let Err(error) = steering.settle().await {
                 warn!(%error, stage = "tunnel", "QUIC connections may be reset when the next agent starts");
@@ -421,7 +434,7 @@ async fn forget_series(node: Arc<Node>) {
     let mut every = tokio::time::interval(EVERY);
     loop {
         every.tick().await;
-        node.telemetry.retain(&node.known.load());
+        node.telemetry.retain(&node.known.load(), node.known.reads_on_demand());
     }
 }
 

@@ -102,10 +102,10 @@ fn is_to_take_part(snapshot: &Snapshot, workload: &Workload) -> bool {
 
 impl Pods {
     pub(super) fn new(
-        workers: Arc<Workers>,
-        contexts: Vec<Arc<Worker>>,
+        (workers, contexts): (Arc<Workers>, Vec<Arc<Worker>>),
         identities: Arc<Identities>,
         namespaces: Namespaces,
+        covered: Option<Instant>,
     ) -> Self {
         Self {
             workers,
@@ -114,7 +114,7 @@ impl Pods {
             namespaces,
             enrolled: HashMap::new(),
             failing: HashMap::new(),
-            uncertified: Uncertified::default(),
+            uncertified: Uncertified::new(covered),
             uncaptured: None,
             everything: None,
             leftovers: None,
@@ -217,9 +217,12 @@ impl Pods {
         // Destinations first: a pod enrolled before them would talk in plain text for a moment.
         let (addresses, blocks) = (snapshot.captured_destinations(), snapshot.captured_blocks());
         self.note_destinations(node.capture.set_destinations(&addresses, &blocks));
+        // Nobody waits for certificates of others: what comes to it is sent to it as it is from now on.
+        let alone = self.release_alone(&wanted);
         self.certificates(&wanted, is_superseded).await;
         // Not before: who takes over an address would talk in plain text while its certificate is made.
         let (released, mut predecessors) = self.release(&wanted);
+        let released = released || alone;
         let now = Instant::now();
         for (uid, workload) in &wanted {
             // What has left may have been what was in the way.
@@ -296,6 +299,49 @@ impl Pods {
         });
     }
 
+    /// Lets go of pods that are not wanted and whose address and namespace nobody takes over, and says whether there
+    /// were any.
+    fn release_alone(&mut self, wanted: &HashMap<WorkloadUid, Arc<Workload>>) -> bool {
+        let leaving = |uid: &&WorkloadUid| !wanted.contains_key(*uid);
+        let leaving: Vec<_> = self.enrolled.keys().filter(leaving).map(Arc::clone).collect();
+        if leaving.is_empty() {
+            return false;
+        }
+        let addresses: HashSet<_> = wanted.values().flat_map(|workload| &workload.ips).collect();
+        let inodes = wanted.values().filter_map(|workload| self.namespaces.named_inode(workload));
+        let inodes: HashSet<u64> = inodes.collect();
+        let is_alone = |enrolled: &Enrolled| {
+            !inodes.contains(&enrolled.inode)
+                && !enrolled.ips.iter().any(|ip| addresses.contains(ip))
+        };
+        let leaving =
+            leaving.into_iter().filter(|uid| self.enrolled.get(uid).is_some_and(is_alone));
+        let leaving: Vec<_> = leaving.collect();
+        let mut released = false;
+        for uid in leaving {
+            released |= self.let_go(uid);
+        }
+        released
+    }
+
+    /// Lets go of a pod, and says whether it is gone.
+    fn let_go(&mut self, uid: WorkloadUid) -> bool {
+        let Some(mut enrolled) = self.enrolled.remove(&uid) else { return false };
+        match self.capture().leave(&uid) {
+            Ok(()) | Err(CaptureError::NotEnrolled { .. }) => {
+                self.linger(&uid, &enrolled);
+                true
+            }
+            Err(error) => {
+                warn!(error = %crate::telemetry::chain(&error), pod = %uid, stage = "capture", "not released");
+                // Its listeners stay, or what the kernel still sends there would be refused.
+                enrolled.is_stuck = true;
+                self.enrolled.insert(uid, enrolled);
+                false
+            }
+        }
+    }
+
     /// Lets go of pods that are not wanted, or not as they were enrolled, and says whether there were any.
     ///
     /// Those that get further addresses, and those whose namespace another pod is to have, stay captured until that
@@ -327,25 +373,16 @@ impl Pods {
             .collect();
         let mut released = false;
         for uid in leaving {
-            let Some(mut enrolled) = self.enrolled.remove(&uid) else { continue };
-            let now = wanted.get(&uid).filter(|_| !self.is_replaced(&uid, &enrolled));
+            let Some(enrolled) = self.enrolled.get(&uid) else { continue };
+            let now = wanted.get(&uid).filter(|_| !self.is_replaced(&uid, enrolled));
             if now.is_some_and(|now| enrolled.is_part_of(now))
                 || successors.contains(&enrolled.inode)
             {
-                predecessors.insert(enrolled.inode, (uid, enrolled));
-                continue;
-            }
-            match self.capture().leave(&uid) {
-                Ok(()) | Err(CaptureError::NotEnrolled { .. }) => {
-                    self.linger(&uid, &enrolled);
-                    released = true;
-                }
-                Err(error) => {
-                    warn!(error = %crate::telemetry::chain(&error), pod = %uid, stage = "capture", "not released");
-                    // Its listeners stay, or what the kernel still sends there would be refused.
-                    enrolled.is_stuck = true;
-                    self.enrolled.insert(uid, enrolled);
-                }
+                let inode = enrolled.inode;
+                let enrolled = self.enrolled.remove(&uid);
+                predecessors.extend(enrolled.map(|enrolled| (inode, (uid, enrolled))));
+            } else {
+                released |= self.let_go(uid);
             }
         }
         (released, predecessors)

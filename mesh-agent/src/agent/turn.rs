@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use tokio::net::TcpListener;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use crate::cli::Run;
@@ -30,10 +30,15 @@ const LOOKED: Duration = LOOK.saturating_mul(10);
 /// problem, and the old one is to end.
 const TAKEOVER: Duration = Duration::from_secs(10);
 
+/// So much of that is left for what follows certificates.
+const MARGIN: Duration = Duration::from_secs(2);
+
 /// Held by the agent whose turn it is; the kernel takes it from one that dies (flock(2)).
 #[derive(Debug)]
 pub(super) struct Turn {
     lock: File,
+    /// Since when, if there was somebody before who was told to end.
+    since: Option<Instant>,
 }
 
 impl Turn {
@@ -41,7 +46,7 @@ impl Turn {
     pub(super) async fn wait(options: &Run) -> Result<Self> {
         let path = lock_path(&options.admin.socket);
         if let Some(lock) = take(&path)? {
-            return Ok(Self { lock });
+            return Ok(Self { lock, since: None });
         }
         // The old one ends when this one is ready, so what would fail then fails now.
         let rehearsed = capture::rehearse(options.redirect_peer.is_on());
@@ -63,7 +68,13 @@ impl Turn {
             never = telemetry::serve_probes(probes, Arc::new(|| Ok(()))) => match never {},
         };
         info!("it is this agent's turn");
-        Ok(Self { lock })
+        Ok(Self { lock, since: Some(Instant::now()) })
+    }
+
+    /// Until when the agent before this one goes on carrying, unless this one does. Nothing if there was none. An
+    /// agent that has died cannot be told from one that ends, and is soon over, too.
+    pub(super) fn covered(&self) -> Option<Instant> {
+        self.since.map(|since| since + TAKEOVER - MARGIN)
     }
 
     /// Lets whoever waits take over, and returns when that one carries; soon, if nobody waits. By now

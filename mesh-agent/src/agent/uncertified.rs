@@ -1,7 +1,7 @@
 //! Pods that wait for their certificates before they are enrolled.
 //!
 //! Without one a pod would be refused everywhere. After [`LIMIT`] they are enrolled all the same, which
-//! fails closed. A newer snapshot ends the wait for this time, since there may be pods in it that must not
+//! fails closed; while an agent before this one goes on carrying, not before that ends. A newer snapshot ends the wait for this time, since there may be pods in it that must not
 //! wait; each pod's own time goes on.
 
 use std::collections::HashMap;
@@ -17,9 +17,17 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// Who waits, and until when.
 #[derive(Debug, Default)]
-pub(super) struct Uncertified(HashMap<WorkloadUid, Instant>);
+pub(super) struct Uncertified {
+    waiting: HashMap<WorkloadUid, Instant>,
+    covered: Option<Instant>,
+}
 
 impl Uncertified {
+    /// Of an agent whose predecessor carries until `covered`, if there is one.
+    pub(super) fn new(covered: Option<Instant>) -> Self {
+        Self { waiting: HashMap::new(), covered }
+    }
+
     /// Waits until none of the pods in `new` lacks a certificate, or has waited long enough, or
     /// something newer is there.
     pub(super) async fn wait(
@@ -28,9 +36,10 @@ impl Uncertified {
         lacks_one: impl Fn(&WorkloadUid) -> bool,
         is_superseded: impl Fn() -> bool,
     ) {
-        let begun = std::mem::take(&mut self.0);
-        let limit = Instant::now() + LIMIT;
-        self.0 = new
+        let begun = std::mem::take(&mut self.waiting);
+        let limit = self.covered.into_iter().chain([Instant::now() + LIMIT]).max();
+        let limit = limit.unwrap_or_else(Instant::now);
+        self.waiting = new
             .map(|uid| {
                 let until = begun.get(&uid).copied().unwrap_or(limit);
                 (uid, until)
@@ -38,8 +47,8 @@ impl Uncertified {
             .collect();
         loop {
             let now = Instant::now();
-            self.0.retain(|uid, until| now < *until && lacks_one(uid));
-            if self.0.is_empty() || is_superseded() {
+            self.waiting.retain(|uid, until| now < *until && lacks_one(uid));
+            if self.waiting.is_empty() || is_superseded() {
                 return;
             }
             sleep(LOOK).await;
@@ -48,7 +57,7 @@ impl Uncertified {
 
     /// Whether the pod still waits.
     pub(super) fn has(&self, uid: &WorkloadUid) -> bool {
-        self.0.contains_key(uid)
+        self.waiting.contains_key(uid)
     }
 }
 
@@ -72,6 +81,19 @@ mod tests {
         let began = Instant::now();
         waiting.wait([uid()].into_iter(), |_| true, || false).await;
         assert!(!waiting.has(&uid()), "enrolled without one");
+        assert!((LIMIT..LIMIT + LOOK).contains(&began.elapsed()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_is_taken_over_without_one_while_an_agent_before_carries() {
+        let began = Instant::now();
+        let covered = began + LIMIT * 4;
+        let mut waiting = Uncertified::new(Some(covered));
+        waiting.wait([uid()].into_iter(), |_| true, || false).await;
+        assert!((LIMIT * 4..LIMIT * 4 + LOOK).contains(&began.elapsed()));
+        // Later ones wait as ever.
+        let began = Instant::now();
+        waiting.wait([uid()].into_iter(), |_| true, || false).await;
         assert!((LIMIT..LIMIT + LOOK).contains(&began.elapsed()));
     }
 

@@ -24,6 +24,12 @@ pub enum CaptureError {
         /// The configured directory.
         dir: PathBuf,
     },
+    /// What the agent delivers is not seen where it attaches, and would be captured again.
+    #[error("this agent is in no cgroup below {}: --cgroup must be above its own cgroup, too", cgroup.display())]
+    Outside {
+        /// The configured directory.
+        cgroup: PathBuf,
+    },
     /// Something that is not ours, or not as we would have made it, lies where our pins go.
     #[error("{} is not ours: {why}; remove it, or give the agent another --bpffs", path.display())]
     Foreign {
@@ -141,6 +147,7 @@ impl CaptureError {
         match self {
             Self::NoBpffs { .. } => "no_bpffs",
             Self::NotCgroup2 { .. } => "not_cgroup2",
+            Self::Outside { .. } => "outside_cgroup",
             Self::Foreign { .. } => "foreign_pin",
             Self::Pin { .. } => "pin",
             Self::Load { .. } => "load",

@@ -26,6 +26,7 @@ mod error;
 mod events;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
+mod heartbeat;
 mod inherit;
 mod listeners;
 mod log;
@@ -44,7 +45,7 @@ mod sys;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -53,6 +54,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use mesh_common::Counter;
 use mesh_common::maps::{Control, ROLE_AGENT, ROLE_DELIVER, SPECS, SockMeta};
 use mesh_common::verdict::STALE_NS;
 use mesh_core::addr::Cidr;
@@ -60,6 +62,7 @@ use mesh_core::generation::GenerationKey;
 use mesh_core::networks::Block;
 use mesh_core::settings::{Mode, Settings};
 use serde::Serialize;
+use socket2::{Domain, Socket, Type};
 
 pub use attach::rehearse;
 pub use config::CaptureConfig;
@@ -75,6 +78,7 @@ pub use redirect::NotRedirected;
 use crate::mounted;
 use crate::net::Netns;
 use attach::Programs;
+use heartbeat::Heartbeat;
 use inherit::Nameless;
 use object::{OBJECT, loader, open_map};
 use pending::Pending;
@@ -163,6 +167,7 @@ pub struct Capture {
     told: Mutex<Control>,
     sock_meta: OwnedFd,
     flows: Arc<OwnedFd>,
+    heartbeat: Heartbeat,
     log: Mutex<Option<KernelLog>>,
     events: Mutex<Option<KernelEvents>>,
     generation_key: GenerationKey,
@@ -226,6 +231,7 @@ impl Capture {
                 ..before
             }),
             pending: Mutex::new(pending),
+            heartbeat: Heartbeat::new(),
             sock_meta,
             flows,
             log,
@@ -234,8 +240,25 @@ impl Capture {
         };
         capture.beat();
         capture.programs.attach_hooks(&capture.pins)?;
+        if capture.programs.older().is_empty() && capture.is_heard() == Some(false) {
+            return Err(CaptureError::Outside { cgroup: config.cgroup.clone() });
+        }
         attach::remove_dead_lookups(capture.pins.dir())?;
         Ok(capture)
+    }
+
+    /// Whether the programs see what this process connects: its deliveries would come back to it otherwise. Nothing if
+    /// that cannot be told.
+    fn is_heard(&self) -> Option<bool> {
+        let announced = || lock(&self.pods).maps.counter(Counter::DeliveryAnnounced);
+        let nobody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
+        let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).ok()?;
+        self.exempt(socket.as_fd(), Role::Deliver).ok()?;
+        let before = announced();
+        match socket.connect(&nobody.local_addr().ok()?.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => None,
+            _ => Some(announced() > before),
+        }
     }
 
     /// Makes these the addresses of the mesh, whose connections are captured, and with them those in
@@ -250,7 +273,7 @@ impl Capture {
         wanted: &HashSet<IpAddr>,
         blocks: &HashMap<Cidr, Block>,
     ) -> Result<Destinations, CaptureError> {
-        lock(&self.pods).set_destinations(wanted, blocks)
+        lock(&self.pods).set_destinations(wanted, blocks, || self.hold_back_everything())
     }
 
     /// The addresses that are left alone in blocks that are not, and to which pods have connected since
@@ -401,19 +424,6 @@ impl Capture {
     /// A worker's own handle to the table of original destinations.
     pub fn orig_dst_table(&self) -> OrigDstTable {
         OrigDstTable::new(Arc::clone(&self.flows))
-    }
-
-    /// Tells the programs that the agent lives. Once a second: after 5 s of silence pods that fail open
-    /// bypass it, after a day all do.
-    pub fn beat(&self) {
-        self.tell(&mut lock(&self.told));
-    }
-
-    /// Tells the programs `told`, and that the agent lives.
-    fn tell(&self, told: &mut Control) {
-        told.heartbeat_ns = sys::boot_ns();
-        // Writing the one element of an array cannot fail; were it to, silence is what it means.
-        drop(sys::update(self.control.as_fd(), &0u32, told));
     }
 
     /// From now on connections from the cgroup with this ID, made in the namespace `node`, reach the

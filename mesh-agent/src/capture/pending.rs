@@ -110,11 +110,12 @@ impl Capture {
             HeldBack::Waits(settings) => pending(settings),
             HeldBack::Unknown(limit) => unknown(limit),
         };
-        if self.everything.load(Ordering::Relaxed) {
-            entry.flags |= OUTBOUND_ALL;
-        }
         {
             let mut pending = lock(&self.pending);
+            // Under the lock: what is written here after the other look must know.
+            if self.everything.load(Ordering::Relaxed) {
+                entry.flags |= OUTBOUND_ALL;
+            }
             // Written anew it would be given to the next pod's at once, under a program that reads it.
             if pending.map.get(&cgroup, 0).is_ok_and(|there| there == entry) {
                 return Ok(());
@@ -124,6 +125,25 @@ impl Capture {
             pending.cgroups.insert(cgroup);
         }
         self.tell_pending();
+        Ok(())
+    }
+
+    /// Whatever pods connect to that are held back already is refused from now on, for want of room for the addresses
+    /// of the mesh. Each by itself is as before with what is told of it next.
+    pub(super) fn hold_back_everything(&self) -> Result<(), CaptureError> {
+        let mut pending = lock(&self.pending);
+        let failed = failed(pending.limit);
+        for cgroup in pending.cgroups.clone() {
+            let mut entry = match pending.map.get(&cgroup, 0) {
+                Ok(entry) => entry,
+                Err(MapError::KeyNotFound) => continue,
+                Err(error) => return Err(failed(error)),
+            };
+            if entry.flags & OUTBOUND_ALL == 0 {
+                entry.flags |= OUTBOUND_ALL;
+                pending.map.insert(cgroup, entry, 0).map_err(&failed)?;
+            }
+        }
         Ok(())
     }
 

@@ -115,6 +115,7 @@ impl Pods {
         &mut self,
         wanted: &HashSet<IpAddr>,
         blocks: &Blocks,
+        hold_back_everything: impl FnOnce() -> Result<(), CaptureError>,
     ) -> Result<Destinations, CaptureError> {
         let wanted: HashSet<WireIp> = wanted.iter().map(|ip| from_ip(*ip)).collect();
         let failed = self.maps.failed("NETWORKS");
@@ -127,6 +128,7 @@ impl Pods {
         if added.is_err() {
             // Before anything is removed: what has no place must not leave in plain text.
             self.capture_everything(true)?;
+            hold_back_everything()?;
         }
         let gone: Vec<_> =
             self.destinations.keys().filter(|ip| !wanted.contains(*ip)).copied().collect();

@@ -23,22 +23,26 @@ pub fn any_address() -> IpAddr {
 ///
 /// Of `socket()`, `bind()` and `listen()`.
 pub fn listen_shared(addr: SocketAddr) -> io::Result<TcpListener> {
-    let socket = bind_shared(addr)?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    listen_on(&bind_shared(addr)?)
 }
 
-/// Whether [`listen_shared`] would get the port now. Nothing arrives at a socket that does not listen: those that
-/// do go on as before.
+/// Listens on what [`bind_shared`] has bound.
+///
+/// # Errors
+///
+/// Of `listen()`.
+pub fn listen_on(socket: &Socket) -> io::Result<TcpListener> {
+    socket.listen(BACKLOG)?;
+    Ok(socket.try_clone()?.into())
+}
+
+/// What [`listen_shared`] would listen on. Nothing arrives at a socket that does not listen: those that do go on as
+/// before.
 ///
 /// # Errors
 ///
 /// Of `socket()` and `bind()`: `EADDRINUSE` where a program listens that shares it with nobody, or is another user's.
-pub fn may_share(addr: SocketAddr) -> io::Result<()> {
-    bind_shared(addr).map(drop)
-}
-
-fn bind_shared(addr: SocketAddr) -> io::Result<Socket> {
+pub fn bind_shared(addr: SocketAddr) -> io::Result<Socket> {
     let socket = stream_socket(domain(addr.ip()))?;
     if addr.is_ipv6() {
         socket.set_only_v6(false)?;

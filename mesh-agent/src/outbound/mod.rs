@@ -106,11 +106,10 @@ pub fn carry(
         let Carried { flow, held, picked, arrival } = carried;
         let end = relay::relay(app, flow, held, &live).await;
         drop(picked);
-        let outcome = Outcome::from(end);
         if let Some(arrival) = arrival {
-            arrival.finish(outcome.clone());
+            arrival.finish(Outcome::from(end.mirrored()));
         }
-        tracked.finish(outcome);
+        tracked.finish(Outcome::from(end));
     }
 }
 

@@ -15,20 +15,29 @@ use tokio::time::sleep;
 
 use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd};
 use crate::net;
-use crate::tunnel::{Buf, Codec, Lane, LaneError, LaneEvent, LaneFlow};
+use crate::tunnel::{Buf, Codec, Lane, LaneError, LaneEvent, LaneFlow, Reuse};
 
 /// A socket and the bytes of its lane.
 struct LaneEnd<'a> {
     read: ReadHalf<'a>,
     write: WriteHalf<'a>,
     codec: &'a mut Codec,
+    /// The far direction has ended,
+    fin: bool,
+    /// and payload was sent after that.
+    late: &'a mut bool,
 }
 
-pub(super) async fn run(app: &mut TcpStream, flow: &mut LaneFlow, live: &Live) -> RelayEnd {
+pub(super) async fn run(
+    app: &mut TcpStream,
+    flow: &mut LaneFlow,
+    live: &Live,
+) -> (RelayEnd, Reuse) {
     let Lane { tcp, codec, proof, .. } = &mut *flow.lane;
     let fd = tcp.as_raw_fd();
     let (read, write) = tcp.split();
-    let far = LaneEnd { read, write, codec };
+    let mut late = false;
+    let far = LaneEnd { read, write, codec, fin: false, late: &mut late };
     // A lane is read as long as its flow lasts. While the application does not take what came, the
     // lane's end is of no interest: behind it may lie bytes that are still to be delivered.
     let cut = pin!(async {
@@ -37,7 +46,9 @@ pub(super) async fn run(app: &mut TcpStream, flow: &mut LaneFlow, live: &Live) -
             () = gone(fd) => Outcome::TunnelLost,
         }
     });
-    super::run(app, far, pending(), cut, Buf::default(), live).await
+    let end = super::run(app, far, pending(), cut, Buf::default(), live).await;
+    let is_acknowledged = || net::unacknowledged(fd).is_ok_and(|bytes| bytes == 0);
+    (end, Reuse::after(end.sent, late, is_acknowledged))
 }
 
 /// Completes when the peer's node has vanished with bytes on their way to it, 15 to 20 s after the first of them. The kernel would go on
@@ -122,6 +133,7 @@ impl Far for LaneEnd<'_> {
             if up.is_empty() {
                 return Poll::Ready(Ok(()));
             }
+            *self.late |= self.fin;
             if self.codec.queue_payload(up).is_err() {
                 return Poll::Ready(Err(Outcome::TunnelLost));
             }
@@ -140,7 +152,10 @@ impl Far for LaneEnd<'_> {
         loop {
             match self.codec.event() {
                 Ok(Some(LaneEvent::Data)) => return Poll::Ready(Ok(Arrived::Data)),
-                Ok(Some(LaneEvent::Fin)) => return Poll::Ready(Ok(Arrived::Fin)),
+                Ok(Some(LaneEvent::Fin)) => {
+                    self.fin = true;
+                    return Poll::Ready(Ok(Arrived::Fin));
+                }
                 Ok(Some(LaneEvent::Reset(reason))) => {
                     return Poll::Ready(Err(Outcome::PeerReset(reason)));
                 }

@@ -84,10 +84,10 @@ pub fn relay<'a>(
         Flow::Lane(mut flow) => {
             sent_early(held, live);
             Box::pin(async move {
-                let end = lane::run(&mut app, &mut flow, live).await;
+                let (end, reuse) = lane::run(&mut app, &mut flow, live).await;
                 if end.outcome == Outcome::Clean {
                     reset_on_close(&app, false);
-                    flow.finish();
+                    flow.finish(reuse);
                 }
                 end
             })

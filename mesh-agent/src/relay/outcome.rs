@@ -54,6 +54,18 @@ pub struct RelayEnd {
     pub outcome: Outcome,
 }
 
+impl RelayEnd {
+    /// The same as the other end of a connection within a node sees it.
+    pub fn mirrored(self) -> Self {
+        let outcome = match self.outcome {
+            Outcome::ApplicationReset(reason) => Outcome::PeerReset(reason),
+            Outcome::PeerReset(reason) => Outcome::ApplicationReset(reason),
+            outcome => outcome,
+        };
+        Self { sent: self.received, received: self.sent, outcome }
+    }
+}
+
 /// What a relay's end means in a connection's record.
 impl From<RelayEnd> for telemetry::Outcome {
     fn from(end: RelayEnd) -> Self {

@@ -177,9 +177,10 @@ impl Telemetry {
         Tracked::new(self.clone(), facts, Counters::Mirrored(live), Instant::now())
     }
 
-    /// A new snapshot is in use: series of what it no longer has are shown once more and then go.
-    pub fn retain(&self, snapshot: &Snapshot) {
-        self.0.series.retain(snapshot, Instant::now());
+    /// A new snapshot is in use: series of what it no longer has are shown once more and then go. `on_demand` if it has
+    /// pods of other nodes only for as long as somebody talks to them.
+    pub fn retain(&self, snapshot: &Snapshot, on_demand: bool) {
+        self.0.series.retain(snapshot, on_demand, Instant::now());
     }
 
     /// The connections that are open now, oldest first.

@@ -169,10 +169,10 @@ impl SeriesTable {
         series
     }
 
-    /// Marks the series of services and of this node's own workloads that `snapshot` does not have; and those with
-    /// somebody at the other end who is not in it and that have not been used for an hour: pods of other nodes are
-    /// there for as long as somebody talks to them. What is marked is shown once more, and removed by [`Self::sweep`].
-    pub(super) fn retain(&self, snapshot: &Snapshot, now: Instant) {
+    /// Marks the series of workloads and services that `snapshot` does not have; and those with somebody unknown that
+    /// have not been used for an hour. Where pods of other nodes are read `on_demand`, who is at the other end and not
+    /// there counts as unknown. What is marked is shown once more, and removed by [`Self::sweep`].
+    pub(super) fn retain(&self, snapshot: &Snapshot, on_demand: bool, now: Instant) {
         let names: HashSet<_> =
             snapshot.workloads().map(|workload| self.scheme.names(workload)).collect();
         let services: HashSet<_> =
@@ -186,8 +186,10 @@ impl SeriesTable {
             };
             let is_missing = |party: &PartyLabels| !party.known || !names.contains(&party.names);
             let is_forgotten = (is_missing(own) || is_missing(other)) && entry.is_forgotten(now);
+            let is_gone = |party: &PartyLabels| party.known && is_missing(party);
             let is_there = !is_forgotten
-                && (!own.known || !is_missing(own))
+                && !is_gone(own)
+                && (on_demand || !is_gone(other))
                 && labels.service.as_ref().is_none_or(|service| services.contains(service));
             entry.gone = match (is_there, entry.series.is_idle()) {
                 (true, _) => None,
@@ -359,10 +361,10 @@ mod tests {
         let nothing = snapshot(Vec::new(), Vec::new());
         let deleted = Instant::now();
 
-        table.retain(&nothing, deleted);
-        table.retain(&nothing, deleted + GRACE / 2);
+        table.retain(&nothing, true, deleted);
+        table.retain(&nothing, true, deleted + GRACE / 2);
         assert_eq!(count(&table), 1);
-        table.retain(&nothing, deleted + GRACE);
+        table.retain(&nothing, true, deleted + GRACE);
         assert_eq!(count(&table), 0);
     }
 
@@ -373,7 +375,7 @@ mod tests {
         let scraped = Instant::now();
         let deleted = scraped + Duration::from_millis(1);
 
-        table.retain(&snapshot(Vec::new(), Vec::new()), deleted);
+        table.retain(&snapshot(Vec::new(), Vec::new()), true, deleted);
         table.sweep(scraped);
         assert_eq!(count(&table), 1);
         table.sweep(deleted);
@@ -387,15 +389,15 @@ mod tests {
         facts.source.workload = None;
         let (there, began) = (Shop::new().snapshot(), Instant::now());
         let series = table.open(&facts);
-        table.retain(&there, began + FORGOTTEN * 2);
+        table.retain(&there, true, began + FORGOTTEN * 2);
         series.closed(ResponseFlags::None, false);
-        table.retain(&there, began + FORGOTTEN * 2);
-        table.retain(&there, began + FORGOTTEN * 5 / 2);
+        table.retain(&there, true, began + FORGOTTEN * 2);
+        table.retain(&there, true, began + FORGOTTEN * 5 / 2);
         // It comes back in time.
         table.open(&facts).closed(ResponseFlags::None, false);
         for (hours, left) in [(3, 1), (4, 1), (5, 0)] {
-            table.retain(&there, began + FORGOTTEN * hours);
-            table.retain(&there, began + FORGOTTEN * hours + GRACE);
+            table.retain(&there, true, began + FORGOTTEN * hours);
+            table.retain(&there, true, began + FORGOTTEN * hours + GRACE);
             assert_eq!(count(&table), left, "after {hours} h");
         }
     }
@@ -411,7 +413,7 @@ mod tests {
         let alone = snapshot(vec![Arc::clone(&shop.web)], vec![Arc::clone(&shop.service)]);
         for minutes in [0, 11, 22] {
             let now = began + Duration::from_secs(minutes * 60);
-            table.retain(&alone, now);
+            table.retain(&alone, true, now);
             table.sweep(now);
             assert_eq!(count(&table), 1, "after {minutes} min");
         }
@@ -420,7 +422,7 @@ mod tests {
         series.closed(ResponseFlags::None, false);
         for (hours, left) in [(1, 1), (2, 1), (3, 0)] {
             let now = began + FORGOTTEN * hours;
-            table.retain(&alone, now);
+            table.retain(&alone, true, now);
             table.sweep(now);
             assert_eq!(count(&table), left, "after {hours} h");
         }
@@ -431,11 +433,11 @@ mod tests {
         let table = table(10);
         let series = table.open(&Shop::new().facts(Direction::Outbound));
         let (nothing, deleted) = (snapshot(Vec::new(), Vec::new()), Instant::now());
-        table.retain(&nothing, deleted);
-        table.retain(&nothing, deleted + GRACE * 2);
+        table.retain(&nothing, true, deleted);
+        table.retain(&nothing, true, deleted + GRACE * 2);
         series.closed(ResponseFlags::None, false);
         let closed = deleted + GRACE * 2 + GRACE / 2;
-        table.retain(&nothing, closed);
+        table.retain(&nothing, true, closed);
         assert_eq!(count(&table), 1, "before a scrape");
         table.sweep(closed);
         assert_eq!(count(&table), 0);
@@ -450,7 +452,7 @@ mod tests {
         }
         assert_eq!(count(&table), 1);
         assert!(table.lock().routes.len() <= 12);
-        table.retain(&Shop::new().snapshot(), Instant::now());
+        table.retain(&Shop::new().snapshot(), true, Instant::now());
         assert_eq!(table.lock().routes.len(), 0);
     }
 }

@@ -228,14 +228,14 @@ fn unproven_client_has_no_principal() {
 fn series_of_a_deleted_workload_are_shown_once_more_and_go() {
     let telemetry = telemetry(&quiet());
     let shop = Shop::new();
-    telemetry.retain(&shop.snapshot());
+    telemetry.retain(&shop.snapshot(), false);
     telemetry.open(shop.facts(Direction::Outbound)).finish(Outcome::Complete);
 
-    telemetry.retain(&shop.snapshot());
+    telemetry.retain(&shop.snapshot(), false);
     telemetry.exposition();
     assert!(telemetry.exposition().contains(r#"destination_workload="api""#));
 
-    telemetry.retain(&snapshot(vec![Arc::clone(&shop.web)], Vec::new()));
+    telemetry.retain(&snapshot(vec![Arc::clone(&shop.web)], Vec::new()), false);
     assert!(telemetry.exposition().contains(r#"destination_workload="api""#), "last value");
     assert!(!telemetry.exposition().contains(r#"destination_workload="api""#), "gone");
 }
@@ -246,7 +246,7 @@ fn series_of_a_deleted_workload_stays_while_a_connection_is_open() {
     let shop = Shop::new();
     let mut tracked = telemetry.open(shop.facts(Direction::Outbound));
     tracked.established();
-    telemetry.retain(&snapshot(Vec::new(), Vec::new()));
+    telemetry.retain(&snapshot(Vec::new(), Vec::new()), false);
     telemetry.exposition();
     carry(&tracked, 5, 0);
     assert_eq!(value(&telemetry.exposition(), "istio_tcp_received_bytes_total", &[]), 5);
@@ -261,8 +261,8 @@ fn series_of_a_workload_that_comes_back_stays() {
     let telemetry = telemetry(&quiet());
     let shop = Shop::new();
     telemetry.open(shop.facts(Direction::Outbound)).finish(Outcome::Complete);
-    telemetry.retain(&snapshot(Vec::new(), Vec::new()));
-    telemetry.retain(&Shop::new().snapshot());
+    telemetry.retain(&snapshot(Vec::new(), Vec::new()), false);
+    telemetry.retain(&Shop::new().snapshot(), false);
     telemetry.exposition();
     assert_eq!(value(&telemetry.exposition(), "istio_tcp_connections_opened_total", &[]), 1);
 }
@@ -312,7 +312,7 @@ fn dropped_labels_are_absent_and_their_series_merge() {
     );
     assert!(telemetry.exposition().contains(expected), "{}", telemetry.exposition());
     // The series still belongs to its workloads.
-    telemetry.retain(&snapshot(vec![other], vec![Arc::clone(&shop.service)]));
+    telemetry.retain(&snapshot(vec![other], vec![Arc::clone(&shop.service)]), false);
     telemetry.exposition();
     assert!(telemetry.exposition().contains(expected), "a pod of the namespace is left");
 }

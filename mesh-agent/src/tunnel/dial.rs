@@ -225,16 +225,29 @@ impl Dialler {
     }
 
     async fn quic(&self, peer: &Peer) -> Result<QuicLink, DialError> {
-        let caller = self.caller(&peer.from)?;
-        let endpoint = self.endpoint(peer.node.0)?;
+        match self.quic_once(peer).await {
+            // As for lanes.
+            Err((DialError::Certificate(_), SessionKind::Resumed)) => {
+                self.quic_once(peer).await.map_err(|(error, _)| error)
+            }
+            result => result.map_err(|(error, _)| error),
+        }
+    }
+
+    /// With an error, whether the handshake was a resumed one.
+    async fn quic_once(&self, peer: &Peer) -> Result<QuicLink, (DialError, SessionKind)> {
+        let full = |error| (error, SessionKind::Full);
+        let caller = self.caller(&peer.from).map_err(full)?;
+        let endpoint = self.endpoint(peer.node.0).map_err(full)?;
         // What the handshake promises the peer.
-        let loan = self.credit.lend(self.initial_window.into()).ok_or(DialError::Overloaded)?;
+        let loan = self.credit.lend(self.initial_window.into());
+        let loan = loan.ok_or(full(DialError::Overloaded))?;
         let name = sni_name(&peer.to);
         let connect = || endpoint.connect_with(caller.quic.clone(), peer.node.0, &name);
         let connection = first_connected(connect)
             .await
-            .map_err(|error| DialError::Quic(error.to_string()))?
-            .map_err(|error| quic::cause(&error, self.refusals.take(&name)))?;
+            .map_err(|error| full(DialError::Quic(error.to_string())))?
+            .map_err(|error| full(quic::cause(&error, self.refusals.take(&name))))?;
         let chain = quic::peer_chain(&connection);
         match self.prove(peer, chain.as_deref(), &caller) {
             Ok((expires, proof)) => {
@@ -243,10 +256,11 @@ impl Dialler {
                 Ok(QuicLink::new(connection, proof, expires, loan, &self.links, &self.stats))
             }
             Err(error) => {
-                // Its session may be a resumed one that no longer holds: the next one is not.
+                // A full handshake would have failed by itself: what a resumed session remembers of the peer no longer
+                // holds. The next one is not resumed.
                 self.forget_sessions(&peer.from);
                 connection.close(0u32.into(), b"");
-                Err(error)
+                Err((error, SessionKind::Resumed))
             }
         }
     }

@@ -112,11 +112,43 @@ impl LaneFlow {
         Self { lane, home: Home::Pool(lease) }
     }
 
-    /// Both directions have ended cleanly: the lane can take another flow.
-    pub(crate) fn finish(self) {
+    /// Both directions have ended cleanly: the lane can take another flow, a client's as `reuse` says. A server has read
+    /// all that came before.
+    pub(crate) fn finish(self, reuse: Reuse) {
         match self.home {
-            Home::Pool(lease) => lease.give_back(self.lane),
+            Home::Pool(lease) => lease.give_back(self.lane, reuse),
             Home::Server(slot) => slot.put(self.lane),
+        }
+    }
+}
+
+/// Whether a client's lane can take another flow after one that has ended cleanly. The far agent may not have read all of
+/// that one yet: its application took no more, and what the kernels had room for was sent all the same. Nothing tells
+/// a client so, and another flow's OPEN would wait behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reuse {
+    /// The next one: all that was sent has found room in the application's socket.
+    Next,
+    /// Before another one is made: all was acknowledged, and sent while the application had not ended its direction.
+    Last,
+    /// No other one.
+    Never,
+}
+
+impl Reuse {
+    /// So much finds room in the application's socket, whether it reads or not: less than a sender's buffer of a
+    /// connection within a node has at first (`tcp_init_buffer_space()` in Linux).
+    const UNQUESTIONED: u64 = 64 << 10;
+    /// A handshake costs less than this much payload.
+    const MOST: u64 = 1 << 20;
+
+    /// After a flow that has `sent` so many bytes; `late` if some of them came after the far application had ended its
+    /// direction, as one does that has an answer already.
+    pub(crate) fn after(sent: u64, late: bool, is_acknowledged: impl FnOnce() -> bool) -> Self {
+        match sent {
+            ..=Self::UNQUESTIONED => Self::Next,
+            ..=Self::MOST if !late && is_acknowledged() => Self::Last,
+            _ => Self::Never,
         }
     }
 }

@@ -71,5 +71,6 @@ pub use stream::QuicFlow;
 pub use tunnels::{Peer, TicketKeys, TunnelView, Tunnels};
 
 pub(crate) use buffers::Buf;
+pub(crate) use flow::Reuse;
 pub(crate) use lane::{Codec, Lane, LaneError, LaneEvent};
 pub(crate) use stream::StreamError;

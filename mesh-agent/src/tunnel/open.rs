@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout_at};
 
 use super::buffers::Buf;
 use super::error::{DialError, OpenError};
-use super::flow::{Flow, Held, LaneFlow};
+use super::flow::{Flow, Held, LaneFlow, Reuse};
 use super::lane::{Lane, LaneError, LaneEvent};
 use super::pool::{PeerPool, Ready};
 use super::quic::{self, QuicLink};
@@ -74,9 +74,11 @@ impl Tunnels {
         match &opened {
             Ok(_) => {
                 self.stats.flows.fetch_add(1, Relaxed);
+                pool.accepted();
             }
             Err(OpenError::Refused(refusal)) => {
                 self.stats.flows_refused.fetch_add(1, Relaxed);
+                pool.accepted();
                 if refusal.reason == Reason::CallerCertificate {
                     self.dialler.forget_sessions(&peer.from);
                 }
@@ -204,7 +206,7 @@ async fn open_lane(
                             return Err(Attempt::Outlived(refusal.reason));
                         }
                         if !over && lane.codec.queue_fin().is_ok() && lane.flush().await.is_ok() {
-                            lease.give_back(lane);
+                            lease.give_back(lane, Reuse::Next);
                         }
                         return Err(OpenError::Refused(refusal).into());
                     }

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use super::config::{Carrier, CarrierChoice, TunnelConfig};
 use super::error::{DialError, OpenError};
+use super::flow::Reuse;
 use super::lane::{Lane, LaneError};
 use super::quic::QuicLink;
 use super::stats::{Gauged, Side, TunnelStats};
@@ -221,6 +222,12 @@ impl PeerPool {
         DialOrder { carrier, deadline }
     }
 
+    /// The peer has accepted a flow: only then it has accepted us. A client's end of a handshake is done before the
+    /// server has judged its certificate.
+    pub(super) fn accepted(&self) {
+        self.lock().backoff.succeeded();
+    }
+
     /// A dial has succeeded over `carrier`; `fell_back` if that was not the preferred one. Returns
     /// what the pool has no room for.
     pub(super) fn dialled(
@@ -235,7 +242,6 @@ impl PeerPool {
         state.handshakes += 1;
         state.deadline = None;
         state.failure = None;
-        state.backoff.succeeded();
         if fell_back {
             let carrier = match ready {
                 Ready::Lane(_) => Carrier::Lane,
@@ -314,15 +320,26 @@ impl PeerPool {
                         Err(_) => return None,
                     }
                 }
-                if state.draining || state.idle.len() >= self.limits.max_idle || lane.expires <= now
-                {
-                    return Some(Ready::Lane(lane));
-                }
-                let gauge = Gauged::new(&self.stats, |stats| &stats.lanes_idle);
-                state.idle.push(Idle { lane, since: now, _gauge: gauge });
-                None
+                let last = state.idle.len();
+                self.keep(state, lane, last, now).map(Ready::Lane)
             }
         }
+    }
+
+    /// Keeps an idle lane, before those that are taken earlier; or returns it.
+    fn keep(
+        &self,
+        state: &mut State,
+        lane: Box<Lane>,
+        index: usize,
+        now: Instant,
+    ) -> Option<Box<Lane>> {
+        if state.draining || state.idle.len() >= self.limits.max_idle || lane.expires <= now {
+            return Some(lane);
+        }
+        let gauge = Gauged::new(&self.stats, |stats| &stats.lanes_idle);
+        state.idle.insert(index, Idle { lane, since: now, _gauge: gauge });
+        None
     }
 
     /// An idle lane has ended. An alert means that the peer refused it, which only shows now.
@@ -444,15 +461,18 @@ pub(crate) struct Lease {
 
 impl Lease {
     /// The flow has ended cleanly.
-    pub(super) fn give_back(self, mut lane: Box<Lane>) {
+    pub(super) fn give_back(self, mut lane: Box<Lane>, reuse: Reuse) {
         let now = Instant::now();
-        if lane.expires <= now {
+        if lane.expires <= now || reuse == Reuse::Never {
             // Who waits for one has a dial of its own under way.
             return lane.close_now();
         }
         lane.used = true;
         let mut state = self.pool.lock();
-        let left = self.pool.hand_over(&mut state, Ready::Lane(lane), now);
+        let left = match reuse {
+            Reuse::Last => self.pool.keep(&mut state, lane, 0, now).map(Ready::Lane),
+            _ => self.pool.hand_over(&mut state, Ready::Lane(lane), now),
+        };
         drop(state);
         if let Some(Ready::Lane(lane)) = left {
             lane.close_now();

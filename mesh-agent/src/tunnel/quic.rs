@@ -222,6 +222,14 @@ impl Links {
         links.push(Arc::downgrade(&link.0));
     }
 
+    /// Closes all, for a reason that the peers are told.
+    pub(super) fn close(&self, reason: Reason) {
+        let links = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for link in links.iter().filter_map(Weak::upgrade) {
+            close(&link.connection, reason);
+        }
+    }
+
     /// Lets the peers of each send as much as what is read, and what is not, needs. Returns how many
     /// flows were given up.
     pub(super) fn look(&self) -> usize {

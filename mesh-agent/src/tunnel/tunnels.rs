@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use mesh_core::addr::PeerAddr;
 use mesh_core::spiffe::SpiffeId;
+use mesh_core::wire::Reason;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
@@ -30,6 +31,9 @@ use super::stats::TunnelStats;
 
 /// How often pools are looked through for lanes that are idle for too long or broken.
 const REAP: Duration = Duration::from_secs(1);
+
+/// How long the last words of QUIC connections may take to leave.
+const TOLD: Duration = Duration::from_millis(50);
 
 /// How often a drain looks whether it is done.
 const DRAIN_LOOK: Duration = Duration::from_millis(50);
@@ -162,6 +166,13 @@ impl Tunnels {
             }
             tokio::time::sleep(DRAIN_LOOK).await;
         }
+    }
+
+    /// Ends what still runs, for good. The kernel tells the peers of lanes; those of QUIC connections are told while
+    /// this worker goes on for [`TOLD`].
+    pub async fn cut(&self) {
+        self.links.close(Reason::Draining);
+        tokio::time::sleep(TOLD).await;
     }
 
     /// The pool of a peer, made at need.

@@ -1,18 +1,39 @@
 //! Pods come in and leave, and their agent goes silent.
 
 use std::collections::{HashMap, HashSet};
+use std::fs;
 use std::io;
+use std::mem;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mesh_agent::capture::{Listeners, PodCapture};
+use mesh_agent::capture::{Capture, CaptureError, Listeners, PodCapture};
 use mesh_core::settings::Settings;
 use socket2::Domain;
 
 use crate::world::*;
+
+/// What it delivers would be captured again, and again.
+#[test]
+fn agent_that_is_not_below_its_cgroup_does_not_start() {
+    if !root() {
+        return;
+    }
+    let mut world = World::new();
+    let elsewhere = world.config.cgroup.join("pods");
+    fs::create_dir(&elsewhere).unwrap();
+    let below = mem::replace(&mut world.config.cgroup, elsewhere.clone());
+    let error = Capture::start(&world.config).expect_err("it captures what it delivers");
+    assert!(matches!(error, CaptureError::Outside { .. }), "{}", chain(&error));
+    // Where it is below, it does.
+    world.config.cgroup = below;
+    drop(world.start());
+    drop(world);
+    fs::remove_dir(elsewhere).unwrap();
+}
 
 #[test]
 fn fifty_toggles_fail_no_connection() {

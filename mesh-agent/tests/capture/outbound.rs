@@ -205,9 +205,11 @@ fn pod_that_is_not_enrolled_is_left_alone() {
     let capture = world.start();
     capture.set_destinations(&HashSet::from([ip(WORLD4)]), &HashMap::new()).unwrap();
     let outside = world.listen_outside("10.90.0.1:8080");
+    // The agent has tried itself.
+    let before = capture.counters();
     let _app = world.dial("10.90.0.1:8080").unwrap();
     accept(&outside);
-    assert!(capture.counters().iter().all(|(_, count)| *count == 0), "{:?}", capture.counters());
+    assert_eq!(capture.counters(), before);
 }
 
 #[test]
@@ -382,10 +384,11 @@ fn sockets_of_the_agent_are_not_captured() {
     let listeners = world.enrol(&capture, &Settings::default());
     let outside = world.listen_outside("10.90.0.1:8080");
     let to = addr("10.90.0.1:8080");
+    let before = count(&capture, "connect_agent");
     let _stream =
         block_on(net::pass_through(&world.pod, to, |socket| capture.exempt(socket, Role::Agent)))
             .unwrap();
     accept(&outside);
     assert!(nobody(&listeners.outbound));
-    assert_eq!(count(&capture, "connect_agent"), 1);
+    assert_eq!(count(&capture, "connect_agent"), before + 1);
 }

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-use mesh_agent::capture::{Capture, HeldBack};
+use mesh_agent::capture::{Capture, Destinations, HeldBack};
 use mesh_agent::net::{self, Netns};
 use mesh_core::settings::Settings;
 
@@ -198,6 +198,27 @@ fn pod_for_which_there_is_no_room_is_told_of() {
 }
 
 /// What the agent captures a pod by before the API tells its addresses.
+/// Addresses of the mesh stop fitting while it waits.
+#[test]
+fn pod_that_is_held_back_reaches_nothing_that_has_no_place() {
+    if !root() {
+        return;
+    }
+    let mut pending = Pending::new();
+    pending.world.config.max_destinations = 1;
+    let Pending { world, capture, mesh, .. } = &mut pending;
+    // Of another layout by its sizes: only one of the two addresses fits.
+    drop(Capture::detach(&world.config.bpffs));
+    *capture = Capture::start(&world.config).unwrap();
+    capture.set_destinations(&HashSet::from([mesh[1]]), &HashMap::new()).unwrap();
+    pending.hold_back();
+    assert!(pending.passes(), "the first one is not of the mesh yet");
+    let all = HashSet::from(pending.mesh);
+    let set = pending.capture.set_destinations(&all, &HashMap::new()).unwrap();
+    assert!(matches!(set, Destinations::Everything(_)), "{set:?}");
+    assert!(pending.is_refused());
+}
+
 #[test]
 fn addresses_of_a_pod_are_those_of_its_eth0_if_they_are_clear() {
     if !root() {

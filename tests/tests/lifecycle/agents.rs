@@ -81,13 +81,25 @@ fn servers_agent_that_is_asked_to_end_lets_connections_finish() -> Result<()> {
 #[test]
 fn connections_that_do_not_finish_are_cut_when_the_drain_ends() -> Result<()> {
     harness::require!();
-    let mut mesh = Mesh::two_nodes_builder().flag("--drain-s=2").start()?;
-    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
-    let mut held = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
-    exchange(&mut held, b"before")?;
-    mesh.agent_mut("a").terminate()?;
-    mesh.agent_mut("a").wait_until_gone(Duration::from_secs(10))?;
-    assert!(is_reset(&mut held), "cut off must not look like an end");
+    for carrier in Carrier::BOTH {
+        for node in ["a", "b"] {
+            let builder = Mesh::two_nodes_builder().flag("--drain-s=2").carrier(carrier);
+            let mut mesh = builder.start()?;
+            let server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+            let mut held = mesh.pod("a1").connect(mesh.service("b").v4(80))?;
+            exchange(&mut held, b"before")?;
+            mesh.agent_mut(node).terminate()?;
+            mesh.agent_mut(node).wait_until_gone(Duration::from_secs(10))?;
+            // At either end, and not when one of them has waited in vain for the other one's agent.
+            let gone = Instant::now();
+            assert!(is_reset(&mut held), "{carrier:?}, {node}: cut off must not look like an end");
+            harness::wait::until(harness::wait::SOON, "the server to see an error", || {
+                server.outcomes().iter().any(Result::is_err)
+            })?;
+            let took = gone.elapsed();
+            ensure!(took < Duration::from_secs(5), "{carrier:?}, {node}: known after {took:?}");
+        }
+    }
     Ok(())
 }
 
@@ -265,6 +277,27 @@ fn pod_that_fails_open_goes_on_without_its_agent() -> Result<()> {
     let before = mesh.agent("a").metric("istio_tcp_connections_opened_total", &[])?;
     exchange(&mut mesh.pod("a1").connect(to)?, b"back in the mesh")?;
     mesh.agent("a").wait_for_metric("istio_tcp_connections_opened_total", &[], before + 1.0)
+}
+
+/// An agent that ends takes nothing new for as long as it has something open.
+#[test]
+fn pod_that_fails_open_does_not_wait_for_the_end_of_a_drain() -> Result<()> {
+    harness::require!();
+    let mut mesh = Mesh::two_nodes_builder()
+        .pod(PodSpec::new("a1", "a").annotation("malla.dev/fail-open", "true"))
+        .flag("--drain-s=60")
+        .start()?;
+    let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
+    let to = mesh.pod("b1").v4(8080);
+    let mut held = mesh.pod("a2").connect(to)?;
+    exchange(&mut held, b"through the mesh")?;
+    mesh.agent_mut("a").terminate()?;
+    harness::wait::until(Duration::from_secs(20), "the pod to bypass the mesh", || {
+        mesh.pod("a1").connect(to).and_then(|mut s| exchange(&mut s, b"plain")).is_ok()
+    })?;
+    mesh.pod("a2").refused(to)?;
+    exchange(&mut held, b"it drains still")?;
+    Ok(())
 }
 
 #[test]

@@ -366,7 +366,7 @@ fn certificate_that_has_yet_to_begin_is_asked_for_again_when_it_does() {
     let now = SystemTime::now();
     ca::init(dir.path(), &cluster_local(), now - DAY).unwrap();
     let ca = DirectoryCa::open(dir.path()).unwrap();
-    let issue = || ca.issue(&id("a"), LIFE, now).map_err(Into::into);
+    let issue = || ca.issue(&id("a"), LIFE, now);
     let behind = now - Duration::from_secs(180);
     let mut keeper = Keeper::new(Lifetimes::default());
     keeper.follow(&HashSet::from([id("a")]), behind);

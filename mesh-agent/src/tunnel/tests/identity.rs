@@ -307,17 +307,24 @@ async fn a_caller_does_not_come_back_by_its_quic_session_either() {
 
 #[tokio::test]
 async fn a_server_that_renewed_while_away_is_met_with_a_full_handshake() {
-    let ca = Ca::new();
-    let (ours, theirs) = holdings(&ca);
-    let agent = Agent::start(&theirs, always_dialling()).await;
-    let client = Client::new(&ours, always_dialling(), agent.node);
-    exchange(&client).await;
-    // What the session remembers of the server has expired; the server's present certificate has not.
-    let later = (-60, 14400);
-    theirs.hold(SERVICE, ca.issue(SERVICE, later));
-    ours.wait(Duration::from_secs(7200));
-    exchange(&client).await;
-    assert_eq!(client.stats.handshakes(Side::Client, SessionKind::Full), 2);
+    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
+        let lane_idle = Duration::from_millis(1);
+        let config = TunnelConfig { carrier, lane_idle, ..always_dialling() };
+        let ca = Ca::new();
+        let (ours, theirs) = holdings(&ca);
+        let agent = Agent::start(&theirs, config.clone()).await;
+        let client = Client::new(&ours, config, agent.node);
+        exchange(&client).await;
+        let is_gone = || client.stats.quic_connections.load(Relaxed) == 0;
+        until("the connection is closed", is_gone).await;
+        // What the session remembers of the server has expired; the server's present certificate has not.
+        let later = (-60, 14400);
+        theirs.hold(SERVICE, ca.issue(SERVICE, later));
+        ours.wait(Duration::from_secs(7200));
+        let again = tokio::time::timeout(Duration::from_secs(10), exchange(&client));
+        again.await.expect("it is refused");
+        assert_eq!(client.stats.handshakes(Side::Client, SessionKind::Full), 2, "{carrier:?}");
+    }
 }
 
 #[tokio::test]

@@ -371,6 +371,78 @@ async fn an_application_that_gives_up_while_it_waits_is_not_waited_for() {
     }
 }
 
+/// An application that has answered early and reads no further: what it was sent lies in between when the client has
+/// ended, and nobody else's flow may come behind it.
+#[tokio::test]
+async fn a_lane_on_which_something_lies_unread_keeps_no_other_flow() {
+    /// More than there is room for at the application's socket, and less than there is altogether.
+    const MANY: usize = 5 << 20;
+    let config = TunnelConfig { answer_timeout: Duration::from_secs(5), ..without_spares() };
+    let (agent, client) = world_with(&Ca::new(), config).await;
+    let (address, mut apps) = application().await;
+    let (mut user, connection) = client.connect(address).await;
+    user.write_u8(1).await.unwrap();
+    let mut stalled = apps.recv().await.unwrap();
+    SockRef::from(&stalled).set_recv_buffer_size(4096).unwrap();
+    stalled.shutdown().await.unwrap();
+    assert_eq!(user.read(&mut [0]).await.unwrap(), 0, "it has ended its direction");
+    user.write_all(&vec![2; MANY]).await.unwrap();
+    drop(user);
+    let end = timeout(Duration::from_secs(30), connection).await.unwrap().unwrap().unwrap();
+    assert_eq!(end.outcome, Outcome::Clean);
+
+    let other = async {
+        let (mut user, _connection) = client.connect(address).await;
+        user.write_u8(3).await.unwrap();
+        apps.recv().await.unwrap().read_u8().await.unwrap()
+    };
+    let byte = timeout(Duration::from_secs(2), other).await.expect("behind the first flow's bytes");
+    assert_eq!(byte, 3);
+    assert_eq!(client.stats.handshakes(Side::Client, SessionKind::Full), 1);
+    assert_ne!(agent.seen()[0].peer, agent.seen()[1].peer, "another lane");
+    drop(stalled);
+}
+
+#[test]
+fn a_lane_is_used_again_if_nothing_can_lie_on_it() {
+    const MIB: u64 = 1 << 20;
+    for (sent, late, acknowledged, reuse) in [
+        (0, true, false, Reuse::Next),
+        (64 << 10, true, false, Reuse::Next),
+        (MIB / 2, false, true, Reuse::Last),
+        (MIB / 2, true, true, Reuse::Never),
+        (MIB / 2, false, false, Reuse::Never),
+        (MIB + 1, false, true, Reuse::Never),
+    ] {
+        assert_eq!(
+            Reuse::after(sent, late, || acknowledged),
+            reuse,
+            "{sent} {late} {acknowledged}"
+        );
+    }
+}
+
+/// Its end of the handshake is done before the peer has judged, each time.
+#[tokio::test]
+async fn who_refuses_our_certificate_is_asked_less_and_less() {
+    for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
+        let (ca, other) = (Ca::new(), Ca::new());
+        let (ours, theirs) = holdings(&ca);
+        theirs.trust("cluster.local", &[&other.root]);
+        let agent = Agent::start(&theirs, config(carrier)).await;
+        let client = Client::new(&ours, config(carrier), agent.node);
+        let (_user, app) = pair().await;
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(2) {
+            let mut held = Held::default();
+            client.open(&app, "10.0.0.2:80".parse().unwrap(), &mut held).await.unwrap_err();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let handshakes = client.stats.handshakes(Side::Client, SessionKind::Full);
+        assert!((2..20).contains(&handshakes), "{carrier:?}: {handshakes} in two seconds");
+    }
+}
+
 #[tokio::test]
 async fn a_drained_server_finishes_what_runs_and_closes_the_rest() {
     for carrier in [CarrierChoice::Lane, CarrierChoice::Quic] {
