@@ -9,7 +9,7 @@
 
 use std::net::IpAddr;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
@@ -42,6 +42,9 @@ pub enum Says {
     All,
 }
 
+/// Pods are not doubted more often than this.
+const DOUBT: Duration = Duration::from_millis(50);
+
 /// What is known of the mesh now, and to whom to turn for more.
 #[derive(Debug)]
 pub struct Known {
@@ -49,6 +52,8 @@ pub struct Known {
     /// Its generation, to wait for.
     generation: watch::Sender<u64>,
     demands: Option<mpsc::Sender<Demand>>,
+    /// When a pod was last doubted.
+    doubted: Mutex<Option<Instant>>,
 }
 
 impl Known {
@@ -59,6 +64,7 @@ impl Known {
             generation: watch::Sender::new(snapshot.generation),
             snapshot: ArcSwap::new(snapshot),
             demands,
+            doubted: Mutex::default(),
         }
     }
 
@@ -87,7 +93,12 @@ impl Known {
     /// A peer says that this pod is not there: it is read again. Not waited for: where much is asked already, it is
     /// read when its time has come.
     pub fn doubt(&self, pod: &WorkloadUid) {
-        if let Some(demands) = &self.demands {
+        let Some(demands) = &self.demands else { return };
+        let now = Instant::now();
+        let mut doubted = self.doubted.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where much fails, one of a few is enough, and those who wait to know more come first.
+        if doubted.is_none_or(|last| now.saturating_duration_since(last) >= DOUBT) {
+            *doubted = Some(now);
             demands.try_send(Demand::Doubt { pod: Arc::clone(pod) }).ok();
         }
     }

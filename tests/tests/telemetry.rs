@@ -210,6 +210,22 @@ fn reset_of_an_application_is_no_failure() -> Result<()> {
 }
 
 #[test]
+fn reset_within_a_node_is_told_by_the_end_at_which_it_was() -> Result<()> {
+    harness::require!();
+    let mesh = Mesh::two_nodes()?;
+    let _server = mesh.pod("a2").serve(8080, Serve::Echo)?;
+    let mut stream = mesh.pod("a1").connect(mesh.pod("a2").v4(8080))?;
+    exchange(&mut stream, b"hello")?;
+    linger_zero(&stream)?;
+    drop(stream);
+    for (direction, reason) in [("outbound", "application_reset"), ("inbound", "peer_reset")] {
+        let told = [("direction", direction), ("way", "local"), ("reason", reason)];
+        mesh.agent("a").wait_for_record(&told)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn access_log_as_text_has_the_same_keys() -> Result<()> {
     harness::require!();
     let mesh = Mesh::two_nodes_builder().flag("--access-log=text").start()?;

@@ -19,7 +19,7 @@ use std::time::Duration;
 use mesh_core::snapshot::Snapshot;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 
 use super::turn::Turn;
@@ -30,6 +30,9 @@ use crate::node::{Node, Worker};
 /// How long an agent that ends waits for what its pods are connecting: longer than a reachable node takes, also one
 /// that has to be asked about.
 const OPENING: Duration = Duration::from_secs(3);
+
+/// How long the last words of QUIC connections may take to leave. The kernel tells the peers of lanes.
+const TOLD: Duration = Duration::from_millis(50);
 
 /// How long the last agent of a node waits, from when it is told to end, for its pods to say nothing of the mesh any
 /// more.
@@ -60,7 +63,7 @@ impl Agent {
         info!(open = open(), within_s = within.as_secs(), is_last, "draining");
         // Whoever has been accepted has seen its connection succeed: nothing is refused for the drain until it is
         // established.
-        self.node.capture.carries(false);
+        self.node.capture.carries(Duration::ZERO);
         let mut pods = Box::pin(self.pods.close());
         let have_ended = tokio::select! {
             () = &mut pods => true,
@@ -78,8 +81,9 @@ impl Agent {
         };
         if timeout(within, all).await.is_err() {
             warn!(cut = open(), "the time to drain is over");
-            for context in &self.contexts {
-                context.tunnels.cut().await;
+            let cut: usize = self.contexts.iter().map(|context| context.tunnels.cut()).sum();
+            if cut > 0 {
+                sleep(TOLD).await;
             }
         }
         if let Some(taken_back) = self.taken_back.as_mut().filter(|_| is_last)

@@ -162,8 +162,10 @@ impl Agent {
             redirect_peer: options.redirect_peer.is_on(),
         })?);
         // Nothing is carried before the first snapshot but by an agent before this one.
-        capture.carries(covered.is_some());
-        capture.beat();
+        let left = |until: tokio::time::Instant| {
+            until.saturating_duration_since(tokio::time::Instant::now())
+        };
+        capture.carries(covered.map_or(Duration::ZERO, left));
         if let Some(log) = capture.take_log() {
             shared.spawn(async move {
                 if let Err(error) = log.follow().await {
@@ -350,8 +352,10 @@ impl Agent {
         let lives = |client: &Client| snapshot.workload(&client.pod).is_some();
         self.node.affinities().retain(Instant::now(), lives);
         self.node.telemetry.retain(&snapshot, self.node.known.reads_on_demand());
-        self.lead();
-        self.views.applied(snapshot);
+        if self.leads || !self.pods.wait_for_certificates() {
+            self.lead();
+            self.views.applied(snapshot);
+        }
     }
 
     /// Takes new lanes and QUIC connections, once: an agent before this one has taken them until now, and keeps
@@ -360,7 +364,8 @@ impl Agent {
         if std::mem::replace(&mut self.leads, true) {
             return;
         }
-        self.node.capture.carries(true);
+        self.node.capture.carries(Duration::MAX);
+        self.pods.lead();
         if let Err(error) = self.doors.open() {
             error!(%error, stage = "tunnel", "lanes are not served");
         }

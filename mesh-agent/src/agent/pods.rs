@@ -22,7 +22,7 @@ use tracing::{info, warn};
 
 use super::namespaces::Namespaces;
 use super::shortfall::{EnrolError, NotEnrolled, Shortfall};
-use super::uncertified::Uncertified;
+use super::uncertified::{Lacks, Uncertified};
 use crate::capture::{Capture, CaptureError, Destinations, PodCapture};
 use crate::discovery::enrol::left_alone;
 use crate::discovery::{Outcome, Outcomes};
@@ -479,11 +479,25 @@ impl Pods {
             !workload.provisional && !is_known
         };
         let new = wanted.iter().filter(is_new).map(|(uid, _workload)| Arc::clone(uid));
-        let lacks_one = |uid: &WorkloadUid| {
-            let identity = wanted.get(uid).map(|workload| &workload.identity);
-            identity.is_some_and(|identity| self.identities.certified(identity).is_none())
+        let lacks = |uid: &WorkloadUid| {
+            let Some(workload) = wanted.get(uid) else { return Lacks::Nothing };
+            match self.identities.certified(&workload.identity) {
+                Some(_) => Lacks::Nothing,
+                None if self.identities.is_denied(&workload.identity) => Lacks::Approval,
+                None => Lacks::Certificate,
+            }
         };
-        self.uncertified.wait(new, lacks_one, is_superseded).await;
+        self.uncertified.wait(new, lacks, is_superseded).await;
+    }
+
+    /// There is no agent before this one any more.
+    pub(super) fn lead(&mut self) {
+        self.uncertified.lead();
+    }
+
+    /// Whether pods wait for certificates while an agent before this one carries.
+    pub(super) fn wait_for_certificates(&self) -> bool {
+        self.uncertified.keeps_waiting()
     }
 
     /// Keeps, and logs once, what setting the destinations came to.

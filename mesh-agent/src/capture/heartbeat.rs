@@ -1,7 +1,8 @@
 //! What the programs are told of the agent's life.
 
 use std::os::fd::AsFd as _;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use mesh_common::maps::Control;
 use mesh_common::verdict::STALE_NS;
@@ -11,23 +12,26 @@ use super::{Capture, lock, sys};
 /// When the agent last carried what it is sent, as far as it has said so.
 #[derive(Debug)]
 pub(super) struct Heartbeat {
-    carries: AtomicBool,
-    /// `CLOCK_BOOTTIME`.
+    /// Both by `CLOCK_BOOTTIME`.
+    carries_until_ns: AtomicU64,
     carried_ns: AtomicU64,
 }
 
 impl Heartbeat {
-    pub(super) fn new() -> Self {
-        Self { carries: AtomicBool::new(true), carried_ns: AtomicU64::new(0) }
+    /// Of an agent that does not carry yet, after one that was last heard then.
+    pub(super) fn after(heard_ns: u64) -> Self {
+        Self { carries_until_ns: AtomicU64::new(0), carried_ns: AtomicU64::new(heard_ns) }
     }
 
-    pub(super) fn carries(&self, carries: bool) {
-        self.carries.store(carries, Relaxed);
+    fn carries(&self, now_ns: u64, time: Duration) {
+        let time_ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let until_ns = if time.is_zero() { 0 } else { now_ns.saturating_add(time_ns) };
+        self.carries_until_ns.store(until_ns, Relaxed);
     }
 
     /// What to write at this time: never so old that the agent would count for gone.
     pub(super) fn at(&self, now_ns: u64) -> u64 {
-        if self.carries.load(Relaxed) {
+        if now_ns <= self.carries_until_ns.load(Relaxed) {
             self.carried_ns.store(now_ns, Relaxed);
         }
         let silent_ns = now_ns.saturating_sub(STALE_NS + 1);
@@ -36,11 +40,12 @@ impl Heartbeat {
 }
 
 impl Capture {
-    /// From now on the agent carries what it is sent, or does not: it has yet to learn of its pods, or takes
-    /// nothing new. Then the programs hear of it what they would of a silent one, as soon as they would: pods that
-    /// fail open bypass it, and no other does.
-    pub fn carries(&self, carries: bool) {
-        self.heartbeat.carries(carries);
+    /// What is sent to the agent is carried from now on for so long, [`Duration::MAX`] being as long as it lives; or not
+    /// ([`Duration::ZERO`], as at the start): it has yet to learn of its pods, or takes nothing new. Then the programs
+    /// hear of it what they would of a silent one, as soon as they would: pods that fail open bypass it, and no other.
+    pub fn carries(&self, time: Duration) {
+        self.heartbeat.carries(sys::boot_ns(), time);
+        self.beat();
     }
 
     /// Tells the programs that the agent lives. Once a second: after 5 s of silence pods that fail open
@@ -65,14 +70,21 @@ mod tests {
 
     #[test]
     fn agent_that_does_not_carry_is_silent_after_a_while_and_never_gone() {
-        let (heart, start) = (Heartbeat::new(), 3 * GONE_NS);
+        let start = 3 * GONE_NS;
+        let heart = Heartbeat::after(start);
         let seen = |after_ns: u64| Agent::at(heart.at(start + after_ns), start + after_ns);
-        assert_eq!(seen(0), Agent::Alive);
-        heart.carries(false);
-        assert_eq!(seen(STALE_NS), Agent::Alive, "it may be back in a moment");
+        assert_eq!(seen(STALE_NS), Agent::Alive, "the one before was there a moment ago");
         assert_eq!(seen(STALE_NS + 1), Agent::Silent);
         assert_eq!(seen(2 * GONE_NS), Agent::Silent);
-        heart.carries(true);
+        heart.carries(start + 2 * GONE_NS, Duration::MAX);
         assert_eq!(seen(2 * GONE_NS), Agent::Alive);
+        heart.carries(start + 2 * GONE_NS, Duration::ZERO);
+        assert_eq!(seen(2 * GONE_NS + STALE_NS), Agent::Alive);
+        assert_eq!(seen(2 * GONE_NS + STALE_NS + 1), Agent::Silent);
+        // As long as another one does.
+        heart.carries(start + 3 * GONE_NS, Duration::from_secs(10));
+        assert_eq!(seen(3 * GONE_NS + 10_000_000_000), Agent::Alive);
+        assert_eq!(seen(3 * GONE_NS + 20_000_000_000), Agent::Silent);
+        assert_eq!(Agent::at(Heartbeat::after(0).at(start), start), Agent::Silent, "the first");
     }
 }

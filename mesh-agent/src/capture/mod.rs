@@ -231,7 +231,7 @@ impl Capture {
                 ..before
             }),
             pending: Mutex::new(pending),
-            heartbeat: Heartbeat::new(),
+            heartbeat: Heartbeat::after(before.heartbeat_ns),
             sock_meta,
             flows,
             log,
@@ -273,7 +273,8 @@ impl Capture {
         wanted: &HashSet<IpAddr>,
         blocks: &HashMap<Cidr, Block>,
     ) -> Result<Destinations, CaptureError> {
-        lock(&self.pods).set_destinations(wanted, blocks, || self.hold_back_everything())
+        let hold_back = |everything| self.hold_back_everything(everything);
+        lock(&self.pods).set_destinations(wanted, blocks, hold_back)
     }
 
     /// The addresses that are left alone in blocks that are not, and to which pods have connected since

@@ -41,6 +41,8 @@ pub(super) struct Pending {
     map: HashMap<MapData, u64, PendingPod>,
     /// The cgroups in it.
     cgroups: HashSet<u64>,
+    /// Those of them that reach nothing at all for want of room, and would otherwise.
+    closed: HashSet<u64>,
     limit: u32,
 }
 
@@ -53,7 +55,7 @@ impl Pending {
         older: &[PathBuf],
     ) -> Result<Self, CaptureError> {
         let cgroups = map.keys().collect::<Result<_, _>>().map_err(failed(limit))?;
-        let mut pending = Self { map, cgroups, limit };
+        let mut pending = Self { map, cgroups, closed: HashSet::new(), limit };
         for layout in older {
             if let Err(error) = pending.inherit(layout) {
                 let error = crate::telemetry::chain(&error);
@@ -113,8 +115,11 @@ impl Capture {
         {
             let mut pending = lock(&self.pending);
             // Under the lock: what is written here after the other look must know.
-            if self.everything.load(Ordering::Relaxed) {
+            if self.everything.load(Ordering::Relaxed) && entry.flags & OUTBOUND_ALL == 0 {
                 entry.flags |= OUTBOUND_ALL;
+                pending.closed.insert(cgroup);
+            } else {
+                pending.closed.remove(&cgroup);
             }
             // Written anew it would be given to the next pod's at once, under a program that reads it.
             if pending.map.get(&cgroup, 0).is_ok_and(|there| there == entry) {
@@ -129,20 +134,26 @@ impl Capture {
     }
 
     /// Whatever pods connect to that are held back already is refused from now on, for want of room for the addresses
-    /// of the mesh. Each by itself is as before with what is told of it next.
-    pub(super) fn hold_back_everything(&self) -> Result<(), CaptureError> {
+    /// of the mesh; or again what is of the mesh alone.
+    pub(super) fn hold_back_everything(&self, everything: bool) -> Result<(), CaptureError> {
         let mut pending = lock(&self.pending);
         let failed = failed(pending.limit);
-        for cgroup in pending.cgroups.clone() {
+        let all = if everything { &pending.cgroups } else { &pending.closed };
+        for cgroup in all.clone() {
             let mut entry = match pending.map.get(&cgroup, 0) {
                 Ok(entry) => entry,
                 Err(MapError::KeyNotFound) => continue,
                 Err(error) => return Err(failed(error)),
             };
-            if entry.flags & OUTBOUND_ALL == 0 {
-                entry.flags |= OUTBOUND_ALL;
-                pending.map.insert(cgroup, entry, 0).map_err(&failed)?;
+            if everything && entry.flags & OUTBOUND_ALL != 0 {
+                continue;
             }
+            entry.flags ^= OUTBOUND_ALL;
+            pending.map.insert(cgroup, entry, 0).map_err(&failed)?;
+            match everything {
+                true => pending.closed.insert(cgroup),
+                false => pending.closed.remove(&cgroup),
+            };
         }
         Ok(())
     }
@@ -161,6 +172,7 @@ impl Capture {
             let failed = failed(pending.limit);
             absent_is_ok(pending.map.remove(&cgroup)).map_err(failed)?;
             pending.cgroups.remove(&cgroup);
+            pending.closed.remove(&cgroup);
         }
         self.tell_pending();
         Ok(())

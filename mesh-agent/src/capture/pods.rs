@@ -115,7 +115,7 @@ impl Pods {
         &mut self,
         wanted: &HashSet<IpAddr>,
         blocks: &Blocks,
-        hold_back_everything: impl FnOnce() -> Result<(), CaptureError>,
+        hold_back_everything: impl Fn(bool) -> Result<(), CaptureError>,
     ) -> Result<Destinations, CaptureError> {
         let wanted: HashSet<WireIp> = wanted.iter().map(|ip| from_ip(*ip)).collect();
         let failed = self.maps.failed("NETWORKS");
@@ -127,8 +127,10 @@ impl Pods {
         let mut added = add(self);
         if added.is_err() {
             // Before anything is removed: what has no place must not leave in plain text.
+            self.everything.store(true, Ordering::Relaxed);
+            let held_back = hold_back_everything(true);
             self.capture_everything(true)?;
-            hold_back_everything()?;
+            held_back?;
         }
         let gone: Vec<_> =
             self.destinations.keys().filter(|ip| !wanted.contains(*ip)).copied().collect();
@@ -144,6 +146,7 @@ impl Pods {
         match added {
             Ok(()) => {
                 self.capture_everything(false)?;
+                hold_back_everything(false)?;
                 Ok(Destinations::Listed)
             }
             Err(why) => Ok(Destinations::Everything(why)),

@@ -181,6 +181,11 @@ impl Identities {
         Some(Arc::clone(&held.by_id.get(id)?.cert.as_ref()?.certified))
     }
 
+    /// Whether the issuer has said no, and nothing else since.
+    pub fn is_denied(&self, id: &SpiffeId) -> bool {
+        self.held.load().by_id.get(id).is_some_and(|slot| slot.is_denied)
+    }
+
     /// The workload that a peer means by this server name, and its certificate.
     pub fn served(&self, sni: &str) -> Option<(SpiffeId, Arc<CertifiedKey>)> {
         let held = self.held.load();

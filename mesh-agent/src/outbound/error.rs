@@ -122,6 +122,15 @@ impl OutboundError {
         }
     }
 
+    /// Whether the endpoint's agent says that the pod is not there, or is another one.
+    pub fn doubts_endpoint(&self) -> bool {
+        match self {
+            Self::Tunnel { source: OpenError::NoCertificate, .. } => false,
+            Self::Tunnel { source, .. } => source.may_settle(),
+            _ => false,
+        }
+    }
+
     /// Whether the endpoint is to blame, or what leads to it: others are preferred to it for a while. Not
     /// for what an application did, what this agent lacks, or what a policy says of one client.
     pub fn blames_endpoint(&self) -> bool {

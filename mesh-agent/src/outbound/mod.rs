@@ -284,7 +284,7 @@ impl Connection<'_> {
                     if error.blames_endpoint() {
                         picked.failed();
                     }
-                    if error.may_settle()
+                    if error.doubts_endpoint()
                         && let Some(workload) = &endpoint.workload
                     {
                         node.known.doubt(&workload.uid);

@@ -17,6 +17,9 @@ use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd};
 use crate::net;
 use crate::tunnel::{Buf, Codec, Lane, LaneError, LaneEvent, LaneFlow, Reuse};
 
+/// More than a FIN takes in its record: what is last on its way has just been sent.
+const FIN_RECORD: usize = 64;
+
 /// A socket and the bytes of its lane.
 struct LaneEnd<'a> {
     read: ReadHalf<'a>,
@@ -47,7 +50,7 @@ pub(super) async fn run(
         }
     });
     let end = super::run(app, far, pending(), cut, Buf::default(), live).await;
-    let is_acknowledged = || net::unacknowledged(fd).is_ok_and(|bytes| bytes == 0);
+    let is_acknowledged = || net::unacknowledged(fd).is_ok_and(|bytes| bytes <= FIN_RECORD);
     (end, Reuse::after(end.sent, late, is_acknowledged))
 }
 

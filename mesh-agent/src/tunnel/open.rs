@@ -78,9 +78,9 @@ impl Tunnels {
             }
             Err(OpenError::Refused(refusal)) => {
                 self.stats.flows_refused.fetch_add(1, Relaxed);
-                pool.accepted();
-                if refusal.reason == Reason::CallerCertificate {
-                    self.dialler.forget_sessions(&peer.from);
+                match refusal.reason {
+                    Reason::CallerCertificate => self.dialler.forget_sessions(&peer.from),
+                    _ => pool.accepted(),
                 }
             }
             // In TLS 1.3 the server judges our certificate when our end is done already: its alert

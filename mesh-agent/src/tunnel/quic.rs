@@ -222,12 +222,11 @@ impl Links {
         links.push(Arc::downgrade(&link.0));
     }
 
-    /// Closes all, for a reason that the peers are told.
-    pub(super) fn close(&self, reason: Reason) {
+    /// Closes all, for a reason that the peers are told, and says how many there were.
+    pub(super) fn close(&self, reason: Reason) -> usize {
         let links = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for link in links.iter().filter_map(Weak::upgrade) {
-            close(&link.connection, reason);
-        }
+        let links = links.iter().filter_map(Weak::upgrade);
+        links.map(|link| close(&link.connection, reason)).count()
     }
 
     /// Lets the peers of each send as much as what is read, and what is not, needs. Returns how many

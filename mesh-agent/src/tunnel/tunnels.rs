@@ -32,9 +32,6 @@ use super::stats::TunnelStats;
 /// How often pools are looked through for lanes that are idle for too long or broken.
 const REAP: Duration = Duration::from_secs(1);
 
-/// How long the last words of QUIC connections may take to leave.
-const TOLD: Duration = Duration::from_millis(50);
-
 /// How often a drain looks whether it is done.
 const DRAIN_LOOK: Duration = Duration::from_millis(50);
 
@@ -168,11 +165,10 @@ impl Tunnels {
         }
     }
 
-    /// Ends what still runs, for good. The kernel tells the peers of lanes; those of QUIC connections are told while
-    /// this worker goes on for [`TOLD`].
-    pub async fn cut(&self) {
-        self.links.close(Reason::Draining);
-        tokio::time::sleep(TOLD).await;
+    /// Ends what still runs over QUIC, for good, and says how many connections there were. Their peers are told if this
+    /// worker goes on for a moment.
+    pub fn cut(&self) -> usize {
+        self.links.close(Reason::Draining)
     }
 
     /// The pool of a peer, made at need.

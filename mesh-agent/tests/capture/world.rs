@@ -130,6 +130,7 @@ impl World {
     pub(crate) fn start(&self) -> Capture {
         let capture =
             Capture::start(&self.config).unwrap_or_else(|error| panic!("{}", chain(&error)));
+        capture.carries(Duration::MAX);
         let mesh = [SERVICE4, SERVICE6].map(|service| addr(service).ip());
         capture.set_destinations(&HashSet::from(mesh), &HashMap::new()).unwrap();
         capture

@@ -105,18 +105,12 @@ const MODULES: [&Module; 5] = [&KUBERNETES, &CONTAINERD, &RUNC, &CNI, &COREDNS];
 
 /// Why no cluster can be made here, if that is so: asked before anything is built for one.
 pub(crate) fn missing() -> Option<String> {
-    if !privilege::available() {
-        return Some("needs root: the cluster's nodes are namespaces and cgroups".into());
-    }
-    if let Some(absent) = ["apt-get", "dpkg-deb"].iter().find(|program| !installed(program)) {
-        return Some(format!("needs {absent}: what the pods run comes from Debian's packages"));
-    }
     let said = answer("go", &["version"]);
     match said.as_deref().map(release) {
         None => {
             Some(format!("needs Go {}.{} or later to build Kubernetes: no go here", GO.0, GO.1))
         }
-        Some(Some(release)) if release >= GO => None,
+        Some(Some(release)) if release >= GO => besides_go(),
         Some(_) => Some(format!(
             "needs Go {}.{} or later to build Kubernetes: here is {}",
             GO.0,
@@ -124,6 +118,17 @@ pub(crate) fn missing() -> Option<String> {
             said.unwrap_or_default()
         )),
     }
+}
+
+/// What is missing besides.
+fn besides_go() -> Option<String> {
+    if !privilege::available() {
+        return Some("needs root: the cluster's nodes are namespaces and cgroups".into());
+    }
+    if let Some(absent) = ["apt-get", "dpkg-deb"].iter().find(|program| !installed(program)) {
+        return Some(format!("needs {absent}: what the pods run comes from Debian's packages"));
+    }
+    None
 }
 
 /// The release in `go version go1.26.8 linux/amd64`.

@@ -265,6 +265,12 @@ impl Remote {
         }
         match found {
             Found::Failed(_why) => {
+                // Nobody waits for it: it is looked at again when its time has come.
+                if is_outside(objects, &wanted)
+                    && let Some(absent) = self.absent.get_mut(&wanted)
+                {
+                    absent.since = now;
+                }
                 self.failed.insert(wanted, now);
                 // What is forgiven is not kept for as long as others fail: looked for now and then.
                 if self.failed.len().is_power_of_two() {
@@ -417,8 +423,12 @@ impl Remote {
             changed |= remove(objects, &key, node);
         }
         self.failed.retain(|_, since| !is_forgiven(*since, now));
+        let mut outside = 0;
         let is_kept = |wanted: &Wanted, absent: &Absent| {
-            is_outside(objects, wanted) || now.duration_since(absent.since) < ABSENT
+            // Half of the places: what pods dial must find some.
+            outside += usize::from(is_outside(objects, wanted));
+            let is_outside = is_outside(objects, wanted) && outside <= MOST_ABSENT / 2;
+            is_outside || now.duration_since(absent.since) < ABSENT
         };
         if self.absent.retain(is_kept) {
             changed |= self.tell_absent(objects);

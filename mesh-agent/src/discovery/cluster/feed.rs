@@ -169,7 +169,7 @@ pub(super) async fn follow<T: Followed>(
             Ended::Unread => return,
             Ended::InTime => {}
             Ended::Expired => {
-                debug!(kind = ?T::KIND, "the API server knows our version no more: listing again");
+                debug!(kind = ?T::KIND, "the API server has forgotten our version: listing again");
                 feed.version = None;
                 sleep(EXPIRED_WAIT.mul_f32(fastrand::f32())).await;
             }
