@@ -63,7 +63,10 @@ impl Agent {
         info!(open = open(), within_s = within.as_secs(), is_last, "draining");
         // Whoever has been accepted has seen its connection succeed: nothing is refused for the drain until it is
         // established.
-        self.node.capture.carries(Duration::ZERO);
+        // Not where a successor tells them by now.
+        if self.heart.is_some() {
+            self.node.capture.carries(Duration::ZERO);
+        }
         let mut pods = Box::pin(self.pods.close());
         let have_ended = tokio::select! {
             () = &mut pods => true,

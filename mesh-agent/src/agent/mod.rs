@@ -166,6 +166,7 @@ impl Agent {
             until.saturating_duration_since(tokio::time::Instant::now())
         };
         capture.carries(covered.map_or(Duration::ZERO, left));
+        capture.beat();
         if let Some(log) = capture.take_log() {
             shared.spawn(async move {
                 if let Err(error) = log.follow().await {
@@ -365,6 +366,7 @@ impl Agent {
             return;
         }
         self.node.capture.carries(Duration::MAX);
+        self.node.capture.beat();
         self.pods.lead();
         if let Err(error) = self.doors.open() {
             error!(%error, stage = "tunnel", "lanes are not served");

@@ -254,8 +254,13 @@ impl Pods {
         let failing = wanted.iter().filter(|(uid, _)| self.failing.contains_key(*uid));
         let open = |(_, workload): (_, &Arc<Workload>)| self.namespaces.open(workload).ok();
         let namespaces = failing.filter_map(open).map(|netns| netns.cookie()).collect();
-        let retained = node.capture.retain(&uids, &namespaces);
-        let leftovers = retained.err().map(|error| crate::telemetry::chain(&error));
+        let leftovers = if self.wait_for_certificates() {
+            // What an agent before this one captures by another layout it can carry still.
+            self.leftovers.clone()
+        } else {
+            let retained = node.capture.retain(&uids, &namespaces);
+            retained.err().map(|error| crate::telemetry::chain(&error))
+        };
         if let Some(error) = leftovers.as_ref().filter(|_| leftovers != self.leftovers) {
             warn!(error, stage = "capture", "leftovers not removed");
         }

@@ -45,7 +45,6 @@ impl Capture {
     /// hear of it what they would of a silent one, as soon as they would: pods that fail open bypass it, and no other.
     pub fn carries(&self, time: Duration) {
         self.heartbeat.carries(sys::boot_ns(), time);
-        self.beat();
     }
 
     /// Tells the programs that the agent lives. Once a second: after 5 s of silence pods that fail open

@@ -115,19 +115,25 @@ impl Capture {
         {
             let mut pending = lock(&self.pending);
             // Under the lock: what is written here after the other look must know.
-            if self.everything.load(Ordering::Relaxed) && entry.flags & OUTBOUND_ALL == 0 {
+            let is_closed =
+                self.everything.load(Ordering::Relaxed) && entry.flags & OUTBOUND_ALL == 0;
+            if is_closed {
                 entry.flags |= OUTBOUND_ALL;
-                pending.closed.insert(cgroup);
-            } else {
-                pending.closed.remove(&cgroup);
             }
             // Written anew it would be given to the next pod's at once, under a program that reads it.
-            if pending.map.get(&cgroup, 0).is_ok_and(|there| there == entry) {
+            let is_there = pending.map.get(&cgroup, 0).is_ok_and(|there| there == entry);
+            if !is_there {
+                let failed = failed(pending.limit);
+                pending.map.insert(cgroup, entry, 0).map_err(failed)?;
+                pending.cgroups.insert(cgroup);
+            }
+            match is_closed {
+                true => pending.closed.insert(cgroup),
+                false => pending.closed.remove(&cgroup),
+            };
+            if is_there {
                 return Ok(());
             }
-            let failed = failed(pending.limit);
-            pending.map.insert(cgroup, entry, 0).map_err(failed)?;
-            pending.cgroups.insert(cgroup);
         }
         self.tell_pending();
         Ok(())
@@ -148,7 +154,10 @@ impl Capture {
             if everything && entry.flags & OUTBOUND_ALL != 0 {
                 continue;
             }
-            entry.flags ^= OUTBOUND_ALL;
+            match everything {
+                true => entry.flags |= OUTBOUND_ALL,
+                false => entry.flags &= !OUTBOUND_ALL,
+            }
             pending.map.insert(cgroup, entry, 0).map_err(&failed)?;
             match everything {
                 true => pending.closed.insert(cgroup),

@@ -131,6 +131,7 @@ impl World {
         let capture =
             Capture::start(&self.config).unwrap_or_else(|error| panic!("{}", chain(&error)));
         capture.carries(Duration::MAX);
+        capture.beat();
         let mesh = [SERVICE4, SERVICE6].map(|service| addr(service).ip());
         capture.set_destinations(&HashSet::from(mesh), &HashMap::new()).unwrap();
         capture

@@ -265,11 +265,11 @@ impl Remote {
         }
         match found {
             Found::Failed(_why) => {
-                // Nobody waits for it: it is looked at again when its time has come.
+                // Where many cannot be read they must not all be asked for again at each look.
                 if is_outside(objects, &wanted)
                     && let Some(absent) = self.absent.get_mut(&wanted)
                 {
-                    absent.since = now;
+                    *absent = Absent { since: now, lasts: absent.lasts.min(ABSENT) };
                 }
                 self.failed.insert(wanted, now);
                 // What is forgiven is not kept for as long as others fail: looked for now and then.
