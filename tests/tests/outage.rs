@@ -347,7 +347,7 @@ fn agent_that_dies_while_the_api_server_is_away_refuses_until_it_is_back() -> Re
     ensure!(!agent.is_ready(), "{:?}", agent.ask(&["status"]));
     outage.end()?;
 
-    wait::until(RESUMED, "an answer", answered)?;
+    wait::until(RESUMED, "an answer", answered).with_context(|| agents.log(&world.nodes[0]))?;
     wait::until(RESUMED, "the agent to be ready", || agent.is_ready())?;
     world.new_server_is_reached()
 }
