@@ -368,7 +368,10 @@ fn logs() -> Result<PathBuf> {
 
 /// Waits until no other run of this checkout's tests is there: both would use the same clusters and logs.
 fn alone() -> Result<File> {
-    let path = crate::root()?.join("target/e2e.lock");
+    // Which is not where cargo builds if `CARGO_TARGET_DIR` says so, and then not there yet.
+    let dir = crate::root()?.join("target");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let path = dir.join("e2e.lock");
     let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
     match file.try_lock() {
         Ok(()) => return Ok(file),

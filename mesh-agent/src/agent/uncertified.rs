@@ -1,8 +1,9 @@
 //! Pods that wait for their certificates before they are enrolled.
 //!
 //! Without one a pod would be refused everywhere. After [`LIMIT`] they are enrolled all the same, which
-//! fails closed; while an agent before this one goes on carrying, not before that ends. A newer snapshot ends the wait for this time, since there may be pods in it that must not
-//! wait; each pod's own time goes on.
+//! fails closed; while an agent before this one goes on carrying, not before that ends. A newer snapshot
+//! ends the wait for this time, since there may be pods in it that must not wait; each pod's own time goes
+//! on.
 
 use std::collections::HashMap;
 use std::time::Duration;
