@@ -356,9 +356,10 @@ pub const fn is_within(now: u32, until: u32, most: u32) -> bool {
 }
 
 impl Admission {
-    /// How long connections are let in after the last one began: its SYN may be sent again after one,
-    /// three and seven seconds (`TCP_TIMEOUT_INIT`, doubling).
-    pub const LASTS: u32 = 8192;
+    /// How long connections are let in after a SYN has left; of those that follow soon half of it is certain. Within a
+    /// node a SYN arrives at once; the rest is for a busy one. Each that is sent again, which is a second later at the
+    /// earliest (`TCP_TIMEOUT_INIT`), is admitted anew.
+    pub const LASTS: u32 = 1024;
 
     /// Whether it is for pods of these generations at this time. A pod without a generation is being
     /// changed, or leaves.

@@ -6,8 +6,9 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
-    BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops,
+    BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTO_CB,
+    BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops,
 };
 use aya_ebpf::helpers::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_setsockopt, bpf_sk_storage_get,
@@ -35,7 +36,7 @@ use crate::maps::{
 const OK: u32 = 1;
 
 /// How old an admission is, in units of 2^20 ns, when the next connection writes it again.
-const RENEWED: u32 = 1024;
+const RENEWED: u32 = Admission::LASTS / 2;
 
 // States of `enum` in the kernel's UAPI.
 const TCP_ESTABLISHED: u32 = 1;
@@ -57,6 +58,7 @@ pub fn mesh_sockops(ctx: SockOpsContext) -> u32 {
             let new = read!(ctx.ops, __bindgen_anon_1.args[1]);
             changed(&ctx, old, new);
         }
+        BPF_SOCK_OPS_RTO_CB => sending_again(&ctx),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(&ctx),
         _ => {}
     }
@@ -78,7 +80,7 @@ fn connecting(ctx: &SockOpsContext) {
         if meta.role == ROLE_DIRECT {
             admit(ctx, &meta, &ends);
         }
-        follow_states(ctx);
+        follow(ctx, meta.role);
         count(if announced { Counter::DeliveryAnnounced } else { Counter::DeliveryLost });
     } else if meta.captured != 0 {
         // SAFETY: the helper only reads the context.
@@ -148,13 +150,18 @@ fn announcement(ctx: &SockOpsContext, meta: &SockMeta, ends: &DeliveryKey) -> An
     }
 }
 
-/// Asks for the callback that ends the announcement, and tells what becomes of a direct connection.
+/// Asks for the callback that ends the announcement and tells what becomes of a direct connection, and for the one
+/// before such a connection's SYN is sent again.
 ///
 /// Other programs may have asked for callbacks too, so theirs stay, and ours is never given back: nobody can
 /// know whether they want that one as well.
 #[inline(always)]
-fn follow_states(ctx: &SockOpsContext) {
-    let flags = read!(ctx.ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
+fn follow(ctx: &SockOpsContext, role: u8) {
+    let wanted = match role {
+        ROLE_DIRECT => BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG,
+        _ => BPF_SOCK_OPS_STATE_CB_FLAG,
+    };
+    let flags = read!(ctx.ops, bpf_sock_ops_cb_flags) | wanted;
     // SAFETY: the context is a full socket's `bpf_sock_ops`; an error leaves the flags as they were.
     unsafe { bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32) };
 }
@@ -170,9 +177,27 @@ fn established(ctx: &SockOpsContext) {
         return;
     };
     // SAFETY: as in `connecting`; the pointer is not kept.
-    if is_announced(unsafe { (*meta).role }) {
-        follow_states(ctx);
+    let role = unsafe { (*meta).role };
+    if is_announced(role) {
+        follow(ctx, role);
         changed(ctx, TCP_SYN_SENT, TCP_ESTABLISHED);
+    }
+}
+
+/// A SYN that nobody answered is about to leave again (`tcp_write_timeout()` calls before it retransmits, and once when it
+/// gives up), and will arrive from whatever port, too.
+#[inline(never)]
+fn sending_again(ctx: &SockOpsContext) {
+    if read!(ctx.ops, state) != TCP_SYN_SENT {
+        return;
+    }
+    let Some(meta) = meta(ctx) else {
+        return;
+    };
+    // SAFETY: as in `connecting`.
+    let meta = unsafe { *meta };
+    if meta.role == ROLE_DIRECT {
+        admit(ctx, &meta, &ends(ctx.ops));
     }
 }
 

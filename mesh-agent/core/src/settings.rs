@@ -8,6 +8,9 @@ use crate::addr::Cidr;
 /// At most this many ranges in one port list: the kernel keeps them in a fixed array.
 pub const MAX_PORT_RANGES: usize = 16;
 
+/// Blocks that a pod can leave out of the mesh.
+pub const MAX_SKIP_CIDRS: usize = 32;
+
 /// What happens to a connection that comes to an enrolled pod in plain text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Mode {

@@ -14,13 +14,14 @@ use mesh_common::addr::{V4_MAPPED_BITS, WireIp, from_ip};
 use mesh_common::direct::{DirectConn, Verdict, VerdictKey};
 use mesh_common::maps::{
     FAIL_OPEN, HAS_SKIP_CIDRS, ListenerKey, MAX_PORTS, OUTBOUND_ALL, PendingPod, PodInbound,
-    PodOutbound, PortRange, PortRanges, ROLE_LISTENER, SPECS, STRICT, SkipCidr, SockMeta, words,
+    PodOutbound, PortRange, PortRanges, ROLE_LISTENER, SKIP_CIDRS_PER_POD, SPECS, STRICT, SkipCidr,
+    SockMeta, words,
 };
 use mesh_common::redirect::Peer;
 use mesh_common::{Counter, abi};
 use mesh_core::addr::Cidr;
 use mesh_core::generation::Generation;
-use mesh_core::settings::{Mode, Outbound, PortList, Settings};
+use mesh_core::settings::{MAX_SKIP_CIDRS, Mode, Outbound, PortList, Settings};
 
 use super::{CaptureConfig, CaptureError, pins};
 
@@ -204,6 +205,7 @@ impl Maps {
                 let wanted = skip_key(of, block);
                 (wanted.prefix_len(), wanted.data()) == (key.prefix_len(), key.data())
             };
+            // A few: `MAX_SKIP_CIDRS`.
             let wanted = known.get(&of).is_none_or(|skips| skips.keys().any(same));
             if !netns.contains(&of) || !wanted {
                 absent_is_ok(self.skip.remove(&key)).map_err(&failed)?;
@@ -312,6 +314,9 @@ fn skip_key(netns: u64, block: &Cidr) -> Key<SkipCidr> {
     let prefix_len = before + u32::from(block.prefix_len());
     Key::new(prefix_len, SkipCidr::new(netns, from_ip(block.ip())))
 }
+
+const _: () =
+    assert!(MAX_SKIP_CIDRS < SKIP_CIDRS_PER_POD, "one pod must not take another's entries");
 
 /// What `SKIP_CIDRS` holds for a pod with these blocks: 1 for a block that is skipped, 0 for one that is
 /// not, although it lies in a larger one that is.

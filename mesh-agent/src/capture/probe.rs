@@ -356,7 +356,7 @@ fn btf() -> Feature {
         since: "5.4",
         state: if found { FeatureState::Ok } else { FeatureState::Warning },
         detail: if found { path.to_owned() } else { format!("no {path}") },
-        remedy: "nothing: no program reads a kernel structure",
+        remedy: "nothing, or a kernel with CONFIG_DEBUG_INFO_BTF: without it getpeername() of MPTCP sockets shows the agent's listener",
     }
 }
 

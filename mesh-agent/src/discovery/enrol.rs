@@ -8,7 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use mesh_core::addr::Cidr;
-use mesh_core::settings::{Mode, Outbound, PortList, Settings, UnknownPods};
+use mesh_core::settings::{MAX_SKIP_CIDRS, Mode, Outbound, PortList, Settings, UnknownPods};
 use mesh_core::snapshot::Enrolment;
 
 use super::kube::{Namespace, ObjectMeta, Pod, Texts};
@@ -50,6 +50,9 @@ const PREFIX: &str = "malla.dev/";
 
 /// Istio's label on a pod or a namespace: `ambient` or `none`.
 const AMBIENT: &str = "istio.io/dataplane-mode";
+
+/// Istio's label for the proxy that is to see a namespace's requests.
+const WAYPOINT: &str = "istio.io/use-waypoint";
 
 const OF_NAMESPACE: &[&str] = &[
     MESH,
@@ -96,6 +99,8 @@ pub mod left_alone {
     /// Its kubelet runs it from a file, and the API has a picture of it only, with another UID than its
     /// cgroup's.
     pub const STATIC: &str = "static pod";
+    /// gVisor, or a virtual machine: the node's kernel sees none of its sockets.
+    pub const OWN_KERNEL: &str = "its runtime class has a kernel of its own";
     /// Not scheduled, or no sandbox yet.
     pub const NO_ADDRESS: &str = "has no address yet";
     /// What its namespace says has not been read yet.
@@ -146,7 +151,18 @@ impl ServiceWishes {
 impl Wishes {
     pub(super) fn of_namespace(meta: &ObjectMeta, report: &mut Report<'_>) -> Self {
         foreign(meta, OF_NAMESPACE, &[], report);
-        Self::read(meta, report)
+        let wishes = Self::read(meta, report);
+        // Whoever has moved an ambient namespace here must not believe that what its waypoint enforced still holds.
+        let waypoint = meta.labels.as_ref().and_then(|labels| labels.get(WAYPOINT));
+        let is_ours = wishes.mesh == Some(true) && wishes.ambient != Some(true);
+        if is_ours && waypoint.is_some_and(|name| name != "none") {
+            report.say(
+                label(WAYPOINT),
+                "has no effect in this mesh: nothing goes through a waypoint of Istio, and no policy that needs one holds",
+                "remove the label",
+            );
+        }
+        wishes
     }
 
     pub(super) fn of_pod(meta: &ObjectMeta, report: &mut Report<'_>) -> Self {
@@ -181,10 +197,7 @@ impl Wishes {
             }),
             skip_inbound_ports: narrowed(meta, SKIP_INBOUND_PORTS, PORTS, report, parsed),
             skip_outbound_ports: narrowed(meta, SKIP_OUTBOUND_PORTS, PORTS, report, parsed),
-            skip_outbound_cidrs: narrowed(meta, SKIP_OUTBOUND_CIDRS, CIDRS, report, |text| {
-                let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
-                items.map(parsed).collect()
-            }),
+            skip_outbound_cidrs: narrowed(meta, SKIP_OUTBOUND_CIDRS, CIDRS, report, cidrs),
             fail_open: narrowed(meta, FAIL_OPEN, ("true or false", "false"), report, parsed),
             preserve_client_address: value(
                 meta,
@@ -328,6 +341,8 @@ fn unfit(namespace: &str, pod: &Pod) -> Option<&'static str> {
         Some(left_alone::HOST_NETWORK)
     } else if has_completed(pod) {
         Some(left_alone::COMPLETED)
+    } else if has_its_own_kernel(pod) {
+        Some(left_alone::OWN_KERNEL)
     } else if annotation("kubernetes.io/config.mirror").is_some() {
         Some(left_alone::STATIC)
     } else if annotation("sidecar.istio.io/status").is_some() {
@@ -345,6 +360,14 @@ fn unfit(namespace: &str, pod: &Pod) -> Option<&'static str> {
 
 pub(super) fn shares_the_nodes_network(pod: &Pod) -> bool {
     pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false)
+}
+
+/// Whether sockets of the pod are not the node's kernel's. By the name of its runtime class, which is all that the pod
+/// says of that: those that gVisor and Kata, and the clouds that offer them, give their classes.
+fn has_its_own_kernel(pod: &Pod) -> bool {
+    let class = pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.as_deref());
+    let mut words = class.unwrap_or_default().split(|char: char| !char.is_ascii_alphanumeric());
+    words.any(|word| ["gvisor", "runsc", "kata"].contains(&word))
 }
 
 pub(super) fn has_completed(pod: &Pod) -> bool {
@@ -382,7 +405,22 @@ fn mesh(meta: &ObjectMeta, report: &mut Report<'_>) -> Option<bool> {
 /// What is expected of a list, and the narrowest one: with one item that is not understood, nothing is
 /// skipped.
 const PORTS: (&str, &str) = ("ports and ranges such as 4567,8000-8100, at most 16", "");
-const CIDRS: (&str, &str) = ("blocks of addresses such as 10.0.0.0/8,fd00::/8", "");
+const CIDRS: (&str, &str) = ("blocks of addresses such as 10.0.0.0/8,fd00::/8, at most 32", "");
+
+/// Blocks, each once. `None` if one is none, or if there are too many.
+fn cidrs(text: &str) -> Option<Vec<Cidr>> {
+    let mut blocks = Vec::new();
+    for item in text.split(',').map(str::trim).filter(|item| !item.is_empty()) {
+        let block = parsed(item)?;
+        if !blocks.contains(&block) {
+            blocks.push(block);
+        }
+        if blocks.len() > MAX_SKIP_CIDRS {
+            return None;
+        }
+    }
+    Some(blocks)
+}
 
 /// The annotation `key`, if it is there: what is not understood counts as the narrowest value, and not as
 /// not given. Who has written it over `strict` has not asked for less.

@@ -158,6 +158,8 @@ pub struct PodSpec {
     pub service_account: Option<String>,
     /// Whether it has no network namespace of its own.
     pub host_network: Option<bool>,
+    /// What runs it, if not the node's usual runtime.
+    pub runtime_class_name: Option<Box<str>>,
     /// What runs in it.
     #[serde(default, deserialize_with = "or_default")]
     pub containers: Vec<Container>,

@@ -357,5 +357,5 @@ fn full_map_is_said_with_its_limit() {
     let many = too_many_blocks();
     let error = capture.update(UID, &many).unwrap_err();
     assert_eq!(error.reason(), "map_full");
-    assert!(error.to_string().contains("SKIP_CIDRS is full at 128"), "{error}");
+    assert!(error.to_string().contains("SKIP_CIDRS is full at 528"), "{error}");
 }

@@ -316,7 +316,8 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
 /// Settings for which the maps of a [`World`] have no room.
 pub(crate) fn too_many_blocks() -> Settings {
     settings(|settings| {
-        let blocks = (0..=255).map(|third| format!("10.97.{third}.0/24").parse().unwrap());
+        let block = |n: u32| format!("10.{}.{}.0/24", 97 + n / 256, n % 256).parse().unwrap();
+        let blocks = (0..1024).map(block);
         settings.skip_outbound_cidrs = blocks.collect();
     })
 }

@@ -54,8 +54,9 @@ const SK_STORAGE: u32 = 24;
 
 /// Inbound listeners per address that fit.
 pub const MAX_SHARDS: usize = 16;
-/// Blocks of `skip-outbound-cidrs` per pod, on average, that fit.
-pub const SKIP_CIDRS_PER_POD: usize = 8;
+/// Entries of each pod's `skip-outbound-cidrs` that fit: 32 blocks, and IPv4 inside of a larger one that is not skipped.
+/// The trie takes memory only for those that are there.
+pub const SKIP_CIDRS_PER_POD: usize = 33;
 
 /// Bytes of `EVENTS`: some 6,000 records, read ten times a second.
 pub const EVENTS_BYTES: usize = 1 << 20;

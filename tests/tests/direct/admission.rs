@@ -60,7 +60,7 @@ impl<'a> Held<'a> {
     }
 
     fn let_go(self) -> Result<()> {
-        nft(self.0, "delete table inet held")
+        nft(self.0, "delete table inet held").map(drop)
     }
 }
 

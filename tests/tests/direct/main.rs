@@ -86,9 +86,9 @@ impl Change {
 }
 
 /// Has node `a` do what nftables understands.
-fn nft(mesh: &Mesh, rules: &str) -> Result<()> {
+fn nft(mesh: &Mesh, rules: &str) -> Result<String> {
     let nft = || Command::new("nft").arg(rules).output().context("nft");
     let said = mesh.node("a").netns().run(nft)?;
     ensure!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
-    Ok(())
+    Ok(String::from_utf8(said.stdout)?)
 }

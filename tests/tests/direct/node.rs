@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -227,9 +228,11 @@ fn answer_once() -> Serve {
     })
 }
 
-#[test]
-fn source_port_that_the_node_translates_is_let_in_all_the_same() -> Result<()> {
-    harness::require!("nft");
+/// Ports from which `a1` has connected by its service before the pods were enrolled, so that the node tracks them.
+const TRACKED: Range<u16> = 10_000..10_050;
+
+/// A mesh in which `a1` reaches the strict `a2` by the direct way, from [`TRACKED`] with another port than its own.
+fn translating() -> Result<(Mesh, Server)> {
     let off = |name| PodSpec::new(name, "a").annotation("malla.dev/mesh", "disabled");
     let mesh = Mesh::two_nodes_builder()
         .pod(off("a1"))
@@ -238,30 +241,72 @@ fn source_port_that_the_node_translates_is_let_in_all_the_same() -> Result<()> {
         .start()?;
     let server = mesh.pod("a2").serve(8080, answer_once())?;
     let (a1, to) = (mesh.pod("a1"), mesh.service("a").v4(80));
-    let ports = 10_000..10_050;
-    for port in ports.clone() {
-        call(a1, port, to)?; // Translated by the node, which goes on tracking it.
+    for port in TRACKED {
+        call(a1, port, to)?;
     }
-
     for pod in ["a1", "a2"] {
         mesh.enrol(pod, true)?;
     }
     wait::until(wait::SOON, "the direct way", || {
         call(a1, 0, to).is_ok() && kernel(&mesh, "direct_taken").is_ok_and(|taken| taken > 0.0)
     })?;
+    Ok((mesh, server))
+}
+
+#[test]
+fn source_port_that_the_node_translates_is_let_in_all_the_same() -> Result<()> {
+    harness::require!("nft");
+    let (mesh, server) = translating()?;
+    let (a1, to) = (mesh.pod("a1"), mesh.service("a").v4(80));
     let (before, refused) = (kernel(&mesh, "direct_taken")?, kernel(&mesh, "lookup_strict")?);
     let seen = server.clients().len();
-    for port in ports.clone() {
+    for port in TRACKED {
         call(a1, port, to).with_context(|| format!("from port {port}"))?;
     }
     assert!(kernel(&mesh, "direct_taken")? >= before + 50.0);
     assert_eq!(kernel(&mesh, "lookup_strict")?, refused, "plain text to a strict pod");
     let others = server.clients().split_off(seen).into_iter().map(|client| client.port());
-    let changed = others.filter(|port| !ports.contains(port)).count();
+    let changed = others.filter(|port| !TRACKED.contains(port)).count();
     ensure!(changed > 0, "the node changed no port");
     #[expect(clippy::cast_precision_loss, reason = "at most fifty")]
     let changed = changed as f64;
     assert_eq!(kernel(&mesh, "lookup_translated")?, changed);
+    Ok(())
+}
+
+/// By then what its first SYN was admitted by has ended.
+#[test]
+fn syn_that_is_sent_again_is_let_in_from_the_port_that_the_node_gives_it() -> Result<()> {
+    harness::require!("nft");
+    let (mesh, _server) = translating()?;
+    let (a1, to) = (mesh.pod("a1"), mesh.service("a").v4(80));
+    let [from, at] = ["a1", "a2"].map(|pod| mesh.pod(pod).ip(Family::V4));
+    nft(
+        &mesh,
+        &format!(
+            "add table inet wall; \
+             add chain inet wall forward {{ type filter hook forward priority 0; }}; \
+             add rule inet wall forward ip saddr {from} ip daddr {at} tcp flags syn counter drop"
+        ),
+    )?;
+    let dropped = || -> Result<usize> {
+        let rules = nft(&mesh, "list table inet wall")?;
+        let (_, packets) = rules.split_once("packets ").context("no counter")?;
+        Ok(packets.split(' ').next().unwrap_or_default().parse()?)
+    };
+    let translated = kernel(&mesh, "lookup_translated")?;
+    thread::scope(|scope| {
+        let calls = TRACKED.take(8).map(|port| scope.spawn(move || (port, call(a1, port, to))));
+        let calls: Vec<_> = calls.collect();
+        // The second time after one second, and the third one or two seconds later.
+        wait::until(wait::SOON, "SYNs that are sent again", || dropped().is_ok_and(|n| n >= 16))?;
+        nft(&mesh, "delete table inet wall")?;
+        calls.into_iter().try_for_each(|call| {
+            let (port, done) = call.join().unwrap_or_else(|panic| resume_unwind(panic));
+            done.with_context(|| format!("from port {port}"))
+        })
+    })?;
+    ensure!(kernel(&mesh, "lookup_translated")? > translated, "the node changed no port");
     Ok(())
 }
 

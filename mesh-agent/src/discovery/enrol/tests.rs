@@ -66,6 +66,18 @@ fn pod_that_cannot_be_carried_is_left_alone_with_the_reason() {
     let host = PodSpec { host_network: Some(true), ..Default::default() };
     let linkerd =
         PodSpec { init_containers: Some(vec![container("linkerd-proxy")]), ..Default::default() };
+    let run_by = |class: &str| {
+        let runtime_class_name = Some(class.into());
+        with(&|pod| {
+            pod.spec = Some(PodSpec {
+                runtime_class_name: Clone::clone(&runtime_class_name),
+                ..Default::default()
+            });
+        })
+    };
+    for usual in ["crun", "nvidia", "katana", "youki"] {
+        assert_eq!(run_by(usual), Enrolment::Enrolled, "{usual}");
+    }
     let phase = |phase: &str| PodStatus { phase: Some(phase.into()), ..Default::default() };
     for (found, reason) in [
         (with(&|pod| pod.spec = Some(host.clone())), left_alone::HOST_NETWORK),
@@ -76,6 +88,9 @@ fn pod_that_cannot_be_carried_is_left_alone_with_the_reason() {
         (annotated("linkerd.io/proxy-version", "2.20"), left_alone::LINKERD),
         (annotated("kubernetes.io/config.mirror", "1f2e"), left_alone::STATIC),
         (with(&|pod| pod.spec = Some(linkerd.clone())), left_alone::LINKERD),
+        (run_by("gvisor"), left_alone::OWN_KERNEL),
+        (run_by("kata-qemu"), left_alone::OWN_KERNEL),
+        (run_by("my-runsc.v2"), left_alone::OWN_KERNEL),
     ] {
         assert_eq!(found, Enrolment::LeftAlone(reason));
     }
@@ -128,6 +143,40 @@ fn settings_of_the_pod_go_before_those_of_the_namespace() {
     assert!(settings.skip_outbound_ports.contains(25));
     assert_eq!(settings.skip_outbound_cidrs.len(), 2);
     assert_eq!(Wishes::default().settings(&Wishes::default()), Settings::default());
+}
+
+#[test]
+fn waypoint_of_a_namespace_that_takes_part_is_told() {
+    let problems = |annotations: &[(&str, &str)], labels: &[(&str, &str)]| {
+        let mut problems = Problems::default();
+        let key =
+            ObjectKey { kind: Kind::Namespace, namespace: String::new(), name: "shop".into() };
+        Wishes::of_namespace(&meta(annotations, labels), &mut Report::of(&key, &mut problems));
+        problems.told().len()
+    };
+    let waypoint = [(WAYPOINT, "waypoint")];
+    assert_eq!(problems(&[(MESH, "enabled")], &waypoint), 1);
+    assert_eq!(problems(&[(MESH, "enabled")], &[(WAYPOINT, "none")]), 0);
+    assert_eq!(problems(&[], &waypoint), 0, "Istio's own");
+    let ambient = [(AMBIENT, "ambient"), waypoint[0]];
+    assert_eq!(problems(&[(MESH, "enabled")], &ambient), 0, "Istio's still");
+}
+
+#[test]
+fn blocks_that_are_skipped_are_so_many_and_no_more() {
+    let blocks = |number: u32| -> String {
+        (0..number).map(|n| format!("10.{}.{}.0/24,", n / 256, n % 256)).collect()
+    };
+    for (text, kept, problems) in [
+        (blocks(32), 32, 0),
+        (blocks(33), 0, 1),
+        // Each counts once, however often it is written.
+        ("::/0,".repeat(100_000), 1, 0),
+    ] {
+        let (wishes, found) = wishes(&meta(&[(SKIP_OUTBOUND_CIDRS, &text)], &[]));
+        let settings = wishes.settings(&Wishes::default());
+        assert_eq!((settings.skip_outbound_cidrs.len(), found.len()), (kept, problems));
+    }
 }
 
 /// One wrong value of each setting.
