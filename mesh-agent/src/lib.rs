@@ -17,6 +17,7 @@ pub mod dirwatch;
 pub mod discovery;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
+mod gate;
 pub mod identity;
 pub mod inbound;
 pub mod known;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
@@ -12,10 +12,14 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
+use crate::gate::Gate;
 use crate::polling;
 
 /// Long enough for a file descriptor to come free, short enough not to show as latency.
 const ACCEPT_RETRY: Duration = Duration::from_millis(10);
+
+/// A node has hundreds of listeners, and all of them lack descriptors together.
+static TOLD: LazyLock<Gate> = LazyLock::new(Gate::default);
 
 /// Runs `handle` on each connection, in a task of its own on this worker, until `stop` turns true or
 /// its sender is gone. Takes then what has already been queued, closes the listener, so that further
@@ -115,7 +119,9 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             // EMFILE and its kin persist until something closes: spinning would starve that.
             Err(error) => {
-                warn!(%error, stage = "capture", "accept failed");
+                if let Some(unlogged) = TOLD.pass("accept") {
+                    warn!(%error, unlogged, stage = "capture", "accept failed");
+                }
                 sleep(ACCEPT_RETRY).await;
             }
         }

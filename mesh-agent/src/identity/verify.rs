@@ -54,6 +54,9 @@ pub enum PeerRefused {
     WrongWorkload,
 }
 
+/// Certificates of a chain, and bytes of them all: a leaf and more CAs above it than anybody has.
+const MAX_CHAIN: (usize, usize) = (8, 16 << 10);
+
 impl PeerRefused {
     /// The `reason` label and the log field: a closed set.
     pub fn reason(self) -> &'static str {
@@ -108,6 +111,10 @@ pub fn verify_peer(
     now: UnixTime,
 ) -> Result<SpiffeId, PeerRefused> {
     let (leaf, intermediates) = chain.split_first().ok_or(PeerRefused::Missing)?;
+    // Before anything is parsed: it is kept for as long as the peer is connected, junk behind the leaf with it.
+    if chain.len() > MAX_CHAIN.0 || chain.iter().map(|one| one.len()).sum::<usize>() > MAX_CHAIN.1 {
+        return Err(PeerRefused::BadPath);
+    }
     let cert = EndEntityCert::try_from(leaf).map_err(|error| refused(&error))?;
     let claimed = claimed(&cert)?;
     let anchors = bundles.anchors(claimed.trust_domain()).ok_or(PeerRefused::UntrustedDomain)?;
@@ -177,6 +184,7 @@ fn refused(error: &webpki::Error) -> PeerRefused {
 
 #[cfg(test)]
 mod tests {
+    use std::iter;
     use std::time::{Duration, SystemTime};
 
     use rcgen::{
@@ -279,6 +287,19 @@ mod tests {
         let whole = [leaf.clone(), middle.cert.der().clone()];
         assert_eq!(verify(&[&root], &whole), Ok(id("web")));
         assert_eq!(verify(&[&root], &[leaf]), Err(PeerRefused::UnknownIssuer));
+    }
+
+    #[test]
+    fn chain_that_is_too_long_is_refused_whatever_is_in_it() {
+        let root = Ca::root("root", "cluster.local");
+        let leaf = root.leaf(|_| {});
+        let behind = |number: usize, len: usize| -> Vec<CertificateDer<'static>> {
+            let junk = iter::repeat_n(CertificateDer::from(vec![7; len]), number);
+            iter::once(leaf.clone()).chain(junk).collect()
+        };
+        assert_eq!(verify(&[&root], &behind(7, 100)), Ok(id("web")), "nobody needs them");
+        assert_eq!(verify(&[&root], &behind(8, 1)), Err(PeerRefused::BadPath));
+        assert_eq!(verify(&[&root], &behind(1, 16 << 10)), Err(PeerRefused::BadPath));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::sleep;
 
-use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd};
+use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd, read_unasked};
 use crate::net;
 use crate::tunnel::{Buf, Codec, Lane, LaneError, LaneEvent, LaneFlow, Reuse};
 
@@ -85,39 +85,49 @@ impl LaneEnd<'_> {
                     match self.write.as_ref().poll_write_ready(cx) {
                         Poll::Pending => return Poll::Pending,
                         Poll::Ready(Ok(())) => {}
-                        Poll::Ready(Err(_)) => return Poll::Ready(Err(self.last_words())),
+                        Poll::Ready(Err(_)) => return Poll::Ready(Err(Outcome::TunnelLost)),
                     }
                 }
-                Err(_) => return Poll::Ready(Err(self.last_words())),
+                Err(_) => return Poll::Ready(Err(Outcome::TunnelLost)),
             }
         }
         Poll::Ready(Ok(()))
     }
+}
 
-    /// Why the lane takes nothing more: a reset that lies unread in front of its end says it best.
-    fn last_words(&mut self) -> Outcome {
-        // What the application has not taken yet it gets no more.
-        let left = self.codec.payload().len();
-        self.codec.taken(left);
+impl LaneEnd<'_> {
+    /// What the lane has next, of which about `most` bytes are received by `receive` if there is nothing yet.
+    fn next(
+        &mut self,
+        most: usize,
+        mut receive: impl FnMut(&mut ReadHalf<'_>, &mut [u8]) -> Poll<io::Result<usize>>,
+    ) -> Poll<Result<Arrived, Outcome>> {
         loop {
             match self.codec.event() {
-                Ok(Some(LaneEvent::Reset(reason))) => return Outcome::PeerReset(reason),
-                Ok(Some(LaneEvent::Data)) => {
-                    let len = self.codec.payload().len();
-                    self.codec.taken(len);
+                Ok(Some(LaneEvent::Data)) => return Poll::Ready(Ok(Arrived::Data)),
+                Ok(Some(LaneEvent::Fin)) => {
+                    self.fin = true;
+                    return Poll::Ready(Ok(Arrived::Fin));
                 }
-                Ok(Some(LaneEvent::Fin)) => {}
-                // Once the peer has ended the lane, that is what every call says.
-                Ok(Some(_)) => return Outcome::TunnelLost,
-                Ok(None) => {
-                    let received = self.read.try_read(self.codec.room(BUDGET));
-                    let len = *received.as_ref().unwrap_or(&0);
-                    self.codec.received(len);
-                    if len == 0 {
-                        return Outcome::TunnelLost;
-                    }
+                Ok(Some(LaneEvent::Reset(reason))) => {
+                    return Poll::Ready(Err(Outcome::PeerReset(reason)));
                 }
-                Err(error) => return broken(&error),
+                // An end without FIN is not an end.
+                Ok(Some(LaneEvent::Closed)) => return Poll::Ready(Err(Outcome::TunnelLost)),
+                Ok(Some(_)) => return Poll::Ready(Err(Outcome::Protocol)),
+                Ok(None) => {}
+                Err(error) => return Poll::Ready(Err(broken(&error))),
+            }
+            let read = receive(&mut self.read, self.codec.room(most));
+            let len = match read {
+                Poll::Ready(Ok(len)) => len,
+                _ => 0,
+            };
+            self.codec.received(len);
+            match read {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(1..)) => {}
+                Poll::Ready(_) => return Poll::Ready(Err(Outcome::TunnelLost)),
             }
         }
     }
@@ -152,32 +162,14 @@ impl Far for LaneEnd<'_> {
         cx: &mut Context<'_>,
         most: usize,
     ) -> Poll<Result<Arrived, Outcome>> {
-        loop {
-            match self.codec.event() {
-                Ok(Some(LaneEvent::Data)) => return Poll::Ready(Ok(Arrived::Data)),
-                Ok(Some(LaneEvent::Fin)) => {
-                    self.fin = true;
-                    return Poll::Ready(Ok(Arrived::Fin));
-                }
-                Ok(Some(LaneEvent::Reset(reason))) => {
-                    return Poll::Ready(Err(Outcome::PeerReset(reason)));
-                }
-                // An end without FIN is not an end.
-                Ok(Some(LaneEvent::Closed)) => return Poll::Ready(Err(Outcome::TunnelLost)),
-                Ok(Some(_)) => return Poll::Ready(Err(Outcome::Protocol)),
-                Ok(None) => {}
-                Err(error) => return Poll::Ready(Err(broken(&error))),
-            }
-            let mut room = ReadBuf::new(self.codec.room(most));
-            let read = Pin::new(&mut self.read).poll_read(cx, &mut room);
-            let len = room.filled().len();
-            self.codec.received(len);
-            match read {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Ok(())) if len > 0 => {}
-                Poll::Ready(_) => return Poll::Ready(Err(Outcome::TunnelLost)),
-            }
-        }
+        self.next(most, |read, room| {
+            let mut room = ReadBuf::new(room);
+            Pin::new(read).poll_read(cx, &mut room).map_ok(|()| room.filled().len())
+        })
+    }
+
+    fn poll_last(&mut self, _cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>> {
+        self.next(BUDGET, |read, room| read_unasked(read, room))
     }
 
     fn payload(&self) -> &[u8] {

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead as _, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
-use super::{Arrived, Far, Live, Outcome, RelayEnd, count, up_to};
+use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd, count, read_unasked, up_to};
 use crate::tunnel::{Buf, Held};
 
 struct LocalEnd<'a> {
@@ -52,6 +52,24 @@ fn far_reset(error: &io::Error) -> Outcome {
     })
 }
 
+impl LocalEnd<'_> {
+    /// Up to `most` bytes that `receive` receives.
+    fn next(
+        &mut self,
+        most: usize,
+        receive: impl FnOnce(&mut ReadHalf<'_>, &mut [u8]) -> Poll<io::Result<usize>>,
+    ) -> Poll<Result<Arrived, Outcome>> {
+        let read = receive(&mut self.read, up_to(most, self.down.room()));
+        self.down.fill(match read {
+            Poll::Ready(Ok(len)) => len,
+            _ => 0,
+        });
+        self.down.release();
+        let arrived = |len| if len == 0 { Arrived::Fin } else { Arrived::Data };
+        read.map_ok(arrived).map_err(|error| far_reset(&error))
+    }
+}
+
 impl Far for LocalEnd<'_> {
     const GAP: usize = 0;
     const RECEIVES_AFTER_FIN: bool = false;
@@ -83,17 +101,14 @@ impl Far for LocalEnd<'_> {
         cx: &mut Context<'_>,
         most: usize,
     ) -> Poll<Result<Arrived, Outcome>> {
-        let mut room = ReadBuf::new(up_to(most, self.down.room()));
-        let read = Pin::new(&mut self.read).poll_read(cx, &mut room);
-        let len = room.filled().len();
-        self.down.fill(len);
-        self.down.release();
-        match read {
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(Ok(())) if len > 0 => Poll::Ready(Ok(Arrived::Data)),
-            Poll::Ready(Ok(())) => Poll::Ready(Ok(Arrived::Fin)),
-            Poll::Ready(Err(error)) => Poll::Ready(Err(far_reset(&error))),
-        }
+        self.next(most, |read, room| {
+            let mut room = ReadBuf::new(room);
+            Pin::new(read).poll_read(cx, &mut room).map_ok(|()| room.filled().len())
+        })
+    }
+
+    fn poll_last(&mut self, _cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>> {
+        self.next(BUDGET, |read, room| read_unasked(read, room))
     }
 
     fn payload(&self) -> &[u8] {

@@ -11,12 +11,13 @@
 //!   follows from one event happens in one wake-up.
 //! - *Fair.* After [`BUDGET`] bytes in a direction the task gives way, even if more is ready: without
 //!   that a small flow beside bulk waits for milliseconds. The only bulk flow of a worker has more, in
-//!   longer system calls.
+//!   longer system calls; and the last words of an end that has broken are looked through at once.
 //! - *Bounded.* At most one buffer of each direction holds bytes, and an idle connection holds
 //!   none: what the slower end does not take stays in the other end's kernel.
 //! - *Ends cross faithfully.* FIN crosses alone (RFC 9293 section 3.6); RST crosses as reset, also
-//!   when a direction has ended or nothing flows; a carrier that breaks is RST to the application and
-//!   never an end.
+//!   when a direction has ended or nothing flows, and behind what was written before it, as far as there is
+//!   room for that (an answer to a request that nobody reads to its end); a carrier that breaks is RST to the
+//!   application and never an end.
 //! - *Only among the trusted.* A flow whose peer is not trusted any more is reset at once, also when
 //!   nothing flows.
 //!
@@ -33,7 +34,7 @@ mod tests;
 
 use std::cell::Cell;
 use std::future::poll_fn;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::mem;
 use std::net::Shutdown;
 use std::pin::{Pin, pin};
@@ -60,6 +61,10 @@ pub const BUDGET: usize = 64 * 1024 - HEADER_LEN;
 /// The same where this is the only one: as much as a large buffer holds and one system call moves.
 const BUDGET_ALONE: usize = 256 * 1024 - HEADER_LEN;
 
+/// At most so much is looked through for the last words of an end that has broken: more than its socket can have
+/// received (`tcp_rmem`: 6 MiB by default).
+const LAST_WORDS: usize = 8 << 20;
+
 thread_local! {
     /// Directions on this worker that used up [`BUDGET`] when they were looked at last.
     static IN_BULK: Cell<usize> = const { Cell::new(0) };
@@ -85,9 +90,16 @@ pub fn relay<'a>(
             sent_early(held, live);
             Box::pin(async move {
                 let (end, reuse) = lane::run(&mut app, &mut flow, live).await;
-                if end.outcome == Outcome::Clean {
-                    reset_on_close(&app, false);
-                    flow.finish(reuse);
+                match end.outcome {
+                    Outcome::Clean => {
+                        reset_on_close(&app, false);
+                        flow.finish(reuse);
+                    }
+                    Outcome::ApplicationReset(_) => {
+                        drop(app);
+                        Box::pin(flow.reset_behind()).await;
+                    }
+                    _ => {}
                 }
                 end
             })
@@ -96,11 +108,18 @@ pub fn relay<'a>(
             sent_early(held, live);
             Box::pin(async move {
                 let end = quic::run(&mut app, &mut flow, live).await;
-                if end.outcome == Outcome::Clean {
-                    reset_on_close(&app, false);
-                    // The application is done; only the agent's connection has to wait.
-                    drop(app);
-                    Box::pin(flow.finish()).await;
+                // The application is done then; only the agent's connection has to wait.
+                match end.outcome {
+                    Outcome::Clean => {
+                        reset_on_close(&app, false);
+                        drop(app);
+                        Box::pin(flow.finish()).await;
+                    }
+                    Outcome::ApplicationReset(reason) => {
+                        drop(app);
+                        Box::pin(flow.reset_behind(reason)).await;
+                    }
+                    _ => {}
                 }
                 end
             })
@@ -153,12 +172,20 @@ trait Far {
     /// Receives about `most` bytes, after all payload has been taken.
     fn poll_receive(&mut self, cx: &mut Context<'_>, most: usize)
     -> Poll<Result<Arrived, Outcome>>;
+    /// The same of an end that has broken: whatever has arrived, also if the runtime has yet to hear of it.
+    fn poll_last(&mut self, cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>> {
+        self.poll_receive(cx, BUDGET)
+    }
     /// What was received and not taken.
     fn payload(&self) -> &[u8];
     /// Removes payload from the front.
     fn taken(&mut self, len: usize);
-    /// Ends both directions because the application's connection broke, or nothing more may cross.
+    /// Ends both directions because the application's connection broke.
     fn reset(&mut self, reason: ResetReason);
+    /// The same because nothing more may cross.
+    fn cut(&mut self, reason: ResetReason) {
+        self.reset(reason);
+    }
 }
 
 /// What a direction stands at after a poll.
@@ -255,8 +282,8 @@ async fn run<F: Far>(
     .await;
     match outcome {
         Outcome::ApplicationReset(reason) => relay.far.reset(reason),
-        Outcome::Distrusted(_) => relay.far.reset(ResetReason::Denied),
-        Outcome::Overloaded => relay.far.reset(ResetReason::Internal),
+        Outcome::Distrusted(_) => relay.far.cut(ResetReason::Denied),
+        Outcome::Overloaded => relay.far.cut(ResetReason::Internal),
         _ => {}
     }
     RelayEnd { sent: live.sent.load(Relaxed), received: live.received.load(Relaxed), outcome }
@@ -274,7 +301,8 @@ impl<F: Far> Relay<'_, F> {
         loop {
             match self.far.poll_send(cx, &mut self.up) {
                 Poll::Pending => return Ok(Direction::Blocked),
-                Poll::Ready(sent) => sent?,
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(outcome)) => return Err(self.last_of_far(cx, outcome)),
             }
             if self.up_ended {
                 return Ok(Direction::Ended);
@@ -294,7 +322,9 @@ impl<F: Far> Relay<'_, F> {
                 }
                 Poll::Ready(Ok(())) => {
                     self.up.release();
-                    self.far.finish()?;
+                    if let Err(outcome) = self.far.finish() {
+                        return Err(self.last_of_far(cx, outcome));
+                    }
                     self.up_ended = true;
                 }
                 Poll::Ready(Err(error)) => {
@@ -329,10 +359,12 @@ impl<F: Far> Relay<'_, F> {
                         match self.app_write.as_ref().poll_write_ready(cx) {
                             Poll::Pending => return Ok(Direction::Blocked),
                             Poll::Ready(Ok(())) => {}
-                            Poll::Ready(Err(error)) => return Err(application_reset(Some(&error))),
+                            Poll::Ready(Err(error)) => {
+                                return Err(self.last_of_application(cx, &error));
+                            }
                         }
                     }
-                    Err(error) => return Err(application_reset(Some(&error))),
+                    Err(error) => return Err(self.last_of_application(cx, &error)),
                 }
             }
             if self.down_ended && (self.up_ended || !F::RECEIVES_AFTER_FIN) {
@@ -345,9 +377,10 @@ impl<F: Far> Relay<'_, F> {
             match self.far.poll_receive(cx, most) {
                 Poll::Ready(Ok(Arrived::Data)) => {}
                 Poll::Ready(Ok(Arrived::Fin)) => {
-                    SockRef::from(self.app_write.as_ref())
-                        .shutdown(Shutdown::Write)
-                        .map_err(|error| application_reset(Some(&error)))?;
+                    let socket = SockRef::from(self.app_write.as_ref());
+                    if let Err(error) = socket.shutdown(Shutdown::Write) {
+                        return Err(self.last_of_application(cx, &error));
+                    }
                     self.down_ended = true;
                 }
                 Poll::Ready(Err(outcome)) => return Err(outcome),
@@ -355,6 +388,62 @@ impl<F: Far> Relay<'_, F> {
                 Poll::Pending => return Ok(Direction::Starved),
             }
         }
+    }
+
+    /// The application takes nothing more. What it wrote before lies in front of its reset, unread (Linux drops only
+    /// what was on its way to it): as much of it crosses as the far end has room for at once.
+    fn last_of_application(&mut self, cx: &mut Context<'_>, error: &io::Error) -> Outcome {
+        let mut left = LAST_WORDS;
+        while left > 0
+            && !self.up_ended
+            && matches!(self.far.poll_send(cx, &mut self.up), Poll::Ready(Ok(())))
+        {
+            // Without asking the runtime, which has yet to hear from the kernel that there is something.
+            let room = &mut self.up.room()[F::GAP..];
+            let read = (&*SockRef::from(self.app_write.as_ref())).read(room);
+            let Ok(len @ 1..) = read else {
+                self.up.release();
+                // The writing call was told of the reset, and after that the kernel tells of an end. There was one
+                // if the call was told EPIPE (`tcp_reset()` in CLOSE_WAIT).
+                let has_ended = error.kind() == io::ErrorKind::BrokenPipe && read.is_ok();
+                if has_ended && self.far.finish().is_ok() {
+                    self.up_ended = true;
+                    // What there is no room for is lost to the reset.
+                    let _sent = self.far.poll_send(cx, &mut self.up);
+                }
+                break;
+            };
+            self.up.fill(F::GAP + len);
+            count(&self.live.sent, len);
+            left = left.saturating_sub(len);
+        }
+        application_reset(Some(error))
+    }
+
+    /// The far end takes nothing more, because of this `outcome`. What it sent before lies in front of that, unread,
+    /// and behind it perhaps a reset, which says best why: the application gets as much of it as it takes at once.
+    fn last_of_far(&mut self, cx: &mut Context<'_>, outcome: Outcome) -> Outcome {
+        let mut left = LAST_WORDS;
+        let mut takes = !self.down_ended;
+        while left > 0 {
+            let waits = self.far.payload().len();
+            if waits > 0 {
+                // Nothing follows what it does not take, or it would miss bytes in between.
+                let mut socket = &*SockRef::from(self.app_write.as_ref());
+                let written = if takes { socket.write(self.far.payload()).unwrap_or(0) } else { 0 };
+                takes = written == waits;
+                count(&self.live.received, written);
+                self.far.taken(waits);
+                left = left.saturating_sub(waits);
+            }
+            match self.far.poll_last(cx) {
+                Poll::Ready(Ok(Arrived::Data)) => {}
+                Poll::Ready(Ok(Arrived::Fin)) if F::RECEIVES_AFTER_FIN => takes = false,
+                Poll::Ready(Err(outcome)) => return outcome,
+                Poll::Ready(Ok(Arrived::Fin)) | Poll::Pending => return outcome,
+            }
+        }
+        outcome
     }
 
     /// Writes payload to the application. At first without asking the runtime, which has yet to hear from
@@ -407,6 +496,14 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         self.count_as(false);
+    }
+}
+
+/// Reads what a socket has, also if the runtime has yet to hear from the kernel that there is something.
+fn read_unasked(socket: &ReadHalf<'_>, room: &mut [u8]) -> Poll<io::Result<usize>> {
+    match (&*SockRef::from(socket.as_ref())).read(room) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
+        read => Poll::Ready(read),
     }
 }
 

@@ -76,7 +76,10 @@ impl Far for QuicEnd<'_> {
         self.down.consume(len);
     }
 
-    fn reset(&mut self, reason: ResetReason) {
+    /// Not yet: [`QuicFlow::reset_behind`].
+    fn reset(&mut self, _reason: ResetReason) {}
+
+    fn cut(&mut self, reason: ResetReason) {
         self.flow.reset(reason);
     }
 }

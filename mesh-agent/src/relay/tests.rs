@@ -3,9 +3,11 @@
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
+use futures_util::FutureExt as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use super::*;
 
@@ -69,6 +71,49 @@ async fn a_reset_crosses_in_either_direction_and_state() {
             assert!(error.is_some_and(|kind| broken.contains(&kind)), "{error:?}");
         }
     }
+}
+
+/// Whoever resets has answered before, while the other end still writes.
+#[tokio::test]
+async fn last_words_in_front_of_a_reset_cross() {
+    for from_client in [true, false] {
+        let (client, server, relaying, _live) = relayed().await;
+        let (from, mut to) = if from_client { (client, server) } else { (server, client) };
+        let chunk = vec![7; 1 << 20];
+        while timeout(Duration::from_millis(500), to.write(&chunk)).await.is_ok() {}
+        from.writable().await.unwrap();
+        assert_eq!(from.try_write(b"answer").unwrap(), 6);
+        SockRef::from(&from).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(from);
+        let mut said = Vec::new();
+        let end = to.read_to_end(&mut said).await;
+        assert_eq!(String::from_utf8_lossy(&said), "answer", "from the client: {from_client}");
+        assert_eq!(end.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        let expected = if from_client { "application_reset" } else { "peer_reset" };
+        assert_eq!(relaying.await.unwrap().outcome.reason(), expected);
+    }
+}
+
+/// The answer and the reset come between the runtime's looks: it knows of the upload, and of nothing else.
+#[tokio::test]
+async fn last_words_that_the_runtime_has_not_heard_of_cross() {
+    let ((mut client, app), (server, far)) = (pair().await, pair().await);
+    let live = Live::default();
+    let mut relaying = relay(app, Flow::Local(far), Held::default(), &live);
+    assert!((&mut relaying).now_or_never().is_none());
+    client.write_all(b"upload").await.unwrap();
+    server.writable().await.unwrap();
+    // So that the runtime asks the kernel of all of them.
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    assert_eq!(server.try_write(b"answer").unwrap(), 6);
+    SockRef::from(&server).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(server);
+    let end = relaying.await;
+    assert_eq!(end.outcome.reason(), "peer_reset");
+    let mut said = Vec::new();
+    let read = client.read_to_end(&mut said).await;
+    assert_eq!(String::from_utf8_lossy(&said), "answer");
+    assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
 }
 
 #[tokio::test]

@@ -109,7 +109,7 @@ pub struct TunnelConfig {
     /// QUIC connections that a server has at once. Default 4,096; further ones are refused.
     pub quic_max_connections: usize,
     /// Streams that a QUIC peer may have open at first: quinn holds some 50 bytes for each that may be.
-    /// Whenever half of them are it is twice as many, up to `max_flows_per_peer`. Default 1,024.
+    /// Whenever half of them carry flows it is twice as many, up to `max_flows_per_peer`. Default 1,024.
     pub quic_first_streams: u32,
     /// Bytes that a QUIC peer may send on one stream before they are read: the bound of a flow's
     /// memory. Default 1 MiB.

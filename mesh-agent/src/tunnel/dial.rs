@@ -22,7 +22,6 @@ use super::config::{Carrier, CarrierChoice, TunnelConfig};
 use super::credentials::Credentials;
 use super::credit::Credit;
 use super::error::DialError;
-use super::gate::Gate;
 use super::lane::{Handshake, Lane};
 use super::pool::{DialOrder, Ready};
 use super::proof::{Proof, Proofs};
@@ -31,6 +30,7 @@ use super::session::Session;
 use super::stats::{SessionKind, Side, TunnelStats};
 use super::tls::{self, Refusals};
 use super::tunnels::{Peer, lock};
+use crate::gate::Gate;
 use crate::identity::sni_name;
 use crate::identity::verify::PeerRole;
 

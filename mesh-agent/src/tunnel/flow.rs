@@ -112,6 +112,12 @@ impl LaneFlow {
         Self { lane, home: Home::Pool(lease) }
     }
 
+    /// A reset is the last that was sent. With bytes of the peer's unread the kernel would close the lane with RST and
+    /// drop what has not left yet, that reset and what lies before it.
+    pub(crate) async fn reset_behind(self) {
+        self.lane.linger().await;
+    }
+
     /// Both directions have ended cleanly: the lane can take another flow, a client's as `reuse` says. A server has read
     /// all that came before.
     pub(crate) fn finish(self, reuse: Reuse) {

@@ -354,8 +354,13 @@ impl Lane {
     pub(super) async fn close(mut self) {
         self.codec.queue_close();
         if self.flush().await.is_ok() {
-            linger(self.tcp).await;
+            self.linger().await;
         }
+    }
+
+    /// Ends our direction behind what was sent, and waits a little for the peer to end its own.
+    pub(super) async fn linger(self) {
+        linger(self.tcp).await;
     }
 
     /// Ends the lane between two flows without waiting for the peer.

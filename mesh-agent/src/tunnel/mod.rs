@@ -40,7 +40,6 @@ mod error;
 mod flow;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
-mod gate;
 mod keys;
 mod lane;
 mod open;

@@ -351,9 +351,9 @@ async fn open_quic(
         None => OpenError::Lost { source: error, payload_sent: sent(held) }.into(),
     };
     // Nothing is sent before this task waits: both writes leave in one packet.
-    let mut written = flow.send.write_all(&open.encode()).await;
+    let mut written = flow.write_all(&open.encode()).await;
     if written.is_ok() && !asks_first {
-        written = flow.send.write_all(held.bytes()).await;
+        written = flow.write_all(held.bytes()).await;
     }
     if let Err(error) = written {
         return Err(broke(io::Error::other(error), held));
@@ -363,7 +363,7 @@ async fn open_quic(
         Ok(Ok(())) => {
             link.accepted();
             // What an earlier attempt has read.
-            if asks_first && let Err(error) = flow.send.write_all(held.bytes()).await {
+            if asks_first && let Err(error) = flow.write_all(held.bytes()).await {
                 let source = io::Error::other(error);
                 return Err(OpenError::Lost { source, payload_sent: true }.into());
             }
@@ -380,7 +380,7 @@ async fn open_quic(
             Err(OpenError::Refused(refusal).into())
         }
         Err(Broken::Application(error)) => {
-            flow.reset(ResetReason::Application);
+            flow.reset_behind(ResetReason::Application).await;
             Err(OpenError::Application(error).into())
         }
         Err(Broken::Carrier(error)) => Err(broke(error, held)),
@@ -401,7 +401,8 @@ async fn answer_on_stream(
     forwards: bool,
 ) -> Result<Result<(), Refusal>, Broken> {
     // Kept across the loop: reading the answer is not cancel-safe.
-    let mut answer = std::pin::pin!(stream::read_answer(&mut flow.recv));
+    let QuicFlow { send, recv, written, .. } = flow;
+    let mut answer = std::pin::pin!(stream::read_answer(recv));
     loop {
         tokio::select! {
             biased; // As on a lane.
@@ -412,9 +413,10 @@ async fn answer_on_stream(
                 let early = ready.and_then(|()| held.read(app).map(<[u8]>::len));
                 let len = early.map_err(Broken::Application)?;
                 let payload = &held.bytes()[held.bytes().len() - len..];
-                if let Err(error) = flow.send.write_all(payload).await {
+                if let Err(error) = send.write_all(payload).await {
                     return Err(Broken::Carrier(io::Error::other(error)));
                 }
+                *written = Some(Instant::now());
             }
             error = broken(app) => return Err(Broken::Application(error)),
         }

@@ -24,9 +24,9 @@ use tokio::sync::Notify;
 use tracing::warn;
 
 use super::credentials::Credentials;
-use super::gate::Gate;
 use super::stats::{Side, TunnelStats};
 use super::tunnels::lock;
+use crate::gate::Gate;
 use crate::identity::verify::{PeerRefused, PeerRole};
 
 /// What peers of one worker have shown.

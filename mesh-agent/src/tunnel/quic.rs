@@ -270,6 +270,11 @@ impl Claim {
         Arc::clone(&self.0.0.proof)
     }
 
+    /// How long the connection takes there and back.
+    pub(super) fn rtt(&self) -> Duration {
+        self.0.connection().rtt()
+    }
+
     /// Whether the connection is going away.
     pub(super) fn is_retiring(&self) -> bool {
         self.0.0.retiring.load(Relaxed)

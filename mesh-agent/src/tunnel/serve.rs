@@ -23,12 +23,12 @@ use tracing::warn;
 use super::config::TunnelConfig;
 use super::error::DialError;
 use super::flow::Request;
-use super::gate::Gate;
 use super::lane::LaneError;
 use super::proof::Proof;
 use super::stats::Side;
 use super::tls::{self, Refusals, ServedBySni};
-use super::tunnels::Tunnels;
+use super::tunnels::{Tunnels, lock};
+use crate::gate::Gate;
 
 /// A server refuses a carrier only when a certificate has ended: its age is for the client to mind.
 const NO_AGE: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -39,7 +39,8 @@ struct Server<H> {
     handler: H,
     drain: watch::Receiver<bool>,
     tls: rustls::ServerConfig,
-    lanes: Mutex<HashMap<IpAddr, u32>>,
+    /// By the address from where they come.
+    carriers: Mutex<HashMap<IpAddr, u32>>,
     gate: Gate,
 }
 
@@ -102,7 +103,7 @@ where
         let refusals = Refusals::default();
         let tls = tls::server_config(&tunnels.credentials, &tunnels.tickets, resolver, &refusals)
             .map_err(io::Error::other)?;
-        Ok(Self { tunnels, handler, drain, tls, lanes: Mutex::default(), gate: Gate::default() })
+        Ok(Self { tunnels, handler, drain, tls, carriers: Mutex::default(), gate: Gate::default() })
     }
 
     fn config(&self) -> &TunnelConfig {
@@ -119,6 +120,18 @@ where
             return refuse(Reason::Draining);
         }
         None
+    }
+
+    /// A place among the `most` carriers of one address, if there is one left.
+    fn place(self: &Arc<Self>, address: IpAddr, most: u32) -> Option<Place<H>> {
+        // One node may come from both a v4 address and its mapped form.
+        let address = address.to_canonical();
+        let mut carriers = lock(&self.carriers);
+        if carriers.get(&address).is_some_and(|taken| *taken >= most) {
+            return None;
+        }
+        *carriers.entry(address).or_default() += 1;
+        Some(Place { server: Arc::clone(self), address })
     }
 
     /// A request that has begun and does not go on.
@@ -154,6 +167,24 @@ where
                 %peer, served_as, reason, %error, cause, unlogged, stage = "tunnel",
                 "peer refused",
             );
+        }
+    }
+}
+
+/// A carrier's place among those of its address.
+struct Place<H> {
+    server: Arc<Server<H>>,
+    address: IpAddr,
+}
+
+impl<H> Drop for Place<H> {
+    fn drop(&mut self) {
+        let mut carriers = lock(&self.server.carriers);
+        if let Some(taken) = carriers.get_mut(&self.address) {
+            *taken -= 1;
+            if *taken == 0 {
+                carriers.remove(&self.address);
+            }
         }
     }
 }

@@ -5,14 +5,14 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_core::wire::{
     Answer, Decoder, Event, HEADER_LEN, MAX_EARLY, Open, Refusal, ResetReason, Role, encode_answer,
 };
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::credit::Reader;
 use super::pool::Lease;
@@ -21,6 +21,9 @@ use super::quic::Claim;
 
 /// How long the last bytes of a flow may take to be acknowledged when its connection is going away.
 const LAST_BYTES: Duration = Duration::from_secs(2);
+
+/// The least and the most that bytes in front of a reset are given to arrive.
+const ARRIVES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
 /// Why a stream carries nothing more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +42,8 @@ pub struct QuicFlow {
     claim: Claim,
     reader: Arc<Reader>,
     _lease: Option<Lease>,
+    /// When something was written last.
+    pub(super) written: Option<Instant>,
     /// Neither direction needs to be reset any more.
     over: bool,
 }
@@ -51,7 +56,7 @@ impl QuicFlow {
         lease: Option<Lease>,
     ) -> Self {
         let reader = claim.reader();
-        Self { send, recv, claim, reader, _lease: lease, over: false }
+        Self { send, recv, claim, reader, _lease: lease, written: None, over: false }
     }
 
     /// Completes when what nobody reads of it can be kept no longer.
@@ -83,10 +88,28 @@ impl QuicFlow {
         self.recv.stop(code).unwrap_or_default();
     }
 
+    /// Ends both directions behind what was written a moment ago. RESET_STREAM drops at both ends what the far
+    /// application has not read (RFC 9000 sections 3.1 and 3.2), and TCP's RST does not: an answer in front of it
+    /// gets the time that it needs to arrive, unless it is lost on its way.
+    pub(crate) async fn reset_behind(mut self, reason: ResetReason) {
+        if let Some(written) = self.written {
+            let arrives = (2 * self.claim.rtt()).clamp(ARRIVES.0, ARRIVES.1);
+            sleep(arrives.saturating_sub(written.elapsed())).await;
+        }
+        self.reset(reason);
+    }
+
     /// The peer refused the flow, and has said all it had to say.
     pub(super) fn refused(mut self) {
         self.over = true;
         self.send.finish().unwrap_or_default();
+    }
+
+    /// Writes all of `bytes`.
+    pub(super) async fn write_all(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+        self.send.write_all(bytes).await?;
+        self.written = Some(Instant::now());
+        Ok(())
     }
 
     pub(crate) fn poll_write(
@@ -94,7 +117,11 @@ impl QuicFlow {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<Result<usize, StreamError>> {
-        Pin::new(&mut self.send).poll_write(cx, bytes).map_err(|error| match error {
+        let written = Pin::new(&mut self.send).poll_write(cx, bytes);
+        if matches!(written, Poll::Ready(Ok(_))) {
+            self.written = Some(Instant::now());
+        }
+        written.map_err(|error| match error {
             WriteError::Stopped(code) => StreamError::Reset(reset_reason(code)),
             _ => StreamError::Lost,
         })
@@ -157,7 +184,7 @@ impl QuicAnswer {
     /// `None` if the client has gone, or lets nothing be said to it.
     pub(super) async fn accept(mut self) -> Option<QuicFlow> {
         let answer = encode_answer(Ok(()));
-        let said = timeout(LAST_BYTES, self.0.send.write_all(&answer)).await;
+        let said = timeout(LAST_BYTES, self.0.write_all(&answer)).await;
         said.is_ok_and(|said| said.is_ok()).then_some(self.0)
     }
 

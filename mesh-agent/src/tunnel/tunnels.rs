@@ -23,11 +23,11 @@ use super::credentials::Credentials;
 use super::credit::LOOK;
 use super::dial::Dialler;
 use super::error::{DialError, OpenError};
-use super::gate::Gate;
 use super::pool::{Acquired, DialOrder, PeerPool, Ready};
 use super::proof::Proofs;
 use super::quic::Links;
 use super::stats::TunnelStats;
+use crate::gate::Gate;
 
 /// How often pools are looked through for lanes that are idle for too long or broken.
 const REAP: Duration = Duration::from_secs(1);

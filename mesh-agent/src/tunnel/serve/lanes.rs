@@ -1,9 +1,9 @@
 //! Lanes: a handshake, then one flow after the other.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use mesh_core::stage::Stage;
@@ -15,6 +15,7 @@ use tracing::{debug, warn};
 
 use super::handshakes::{Handshakes, Handshaking};
 use super::{Arrivals, NO_AGE, Parties, Server, take, turned};
+use crate::gate::Gate;
 use crate::identity::verify::PeerRole;
 use crate::tunnel::dial::{expiry, prepare};
 use crate::tunnel::error::DialError;
@@ -27,6 +28,9 @@ use crate::tunnel::tunnels::{Tunnels, lock};
 
 /// Long enough for a file descriptor to come free, short enough not to show as latency.
 const ACCEPT_RETRY: Duration = Duration::from_millis(10);
+
+/// Every worker listens, and all of them lack descriptors together.
+static TOLD: LazyLock<Gate> = LazyLock::new(Gate::default);
 
 impl Tunnels {
     /// Serves lanes until `drain` turns true: then idle lanes are closed, and the others after their
@@ -103,7 +107,9 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             // EMFILE and its kin persist until something closes: spinning would starve that.
             Err(error) => {
-                warn!(%error, stage = "tunnel", "accept failed");
+                if let Some(unlogged) = TOLD.pass("accept") {
+                    warn!(%error, unlogged, stage = "tunnel", "accept failed");
+                }
                 tokio::time::sleep(ACCEPT_RETRY).await;
             }
         }
@@ -117,7 +123,7 @@ where
 {
     /// One lane, from its handshake to its end.
     async fn lane(self: Arc<Self>, tcp: TcpStream, peer: SocketAddr, handshaking: Handshaking) {
-        let Some(_place) = self.place(peer.ip()) else {
+        let Some(_place) = self.place(peer.ip(), self.config().max_flows_per_peer) else {
             self.report(peer, &DialError::Overloaded, None);
             return;
         };
@@ -272,35 +278,6 @@ where
             LaneError::Late => self.unfinished(parties),
             error => {
                 debug!(peer = %parties.peer, %error, stage = "tunnel", "lane ended");
-            }
-        }
-    }
-
-    /// A place among the lanes of one address, if there is one left.
-    fn place(self: &Arc<Self>, address: IpAddr) -> Option<Place<H>> {
-        let mut lanes = lock(&self.lanes);
-        let taken = lanes.entry(address).or_default();
-        if *taken >= self.config().max_flows_per_peer {
-            return None;
-        }
-        *taken += 1;
-        Some(Place { server: Arc::clone(self), address })
-    }
-}
-
-/// A lane's place among those of its address.
-struct Place<H> {
-    server: Arc<Server<H>>,
-    address: IpAddr,
-}
-
-impl<H> Drop for Place<H> {
-    fn drop(&mut self) {
-        let mut lanes = lock(&self.server.lanes);
-        if let Some(taken) = lanes.get_mut(&self.address) {
-            *taken -= 1;
-            if *taken == 0 {
-                lanes.remove(&self.address);
             }
         }
     }

@@ -8,14 +8,15 @@ use std::time::Instant;
 
 use mesh_core::stage::Stage;
 use mesh_core::wire::{Reason, Refusal};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::debug;
 
 use super::handshakes::{Handshakes, Handshaking};
 use super::{Arrivals, NO_AGE, Parties, Server, take, turned};
 use crate::identity::verify::PeerRole;
+use crate::tunnel::config::TunnelConfig;
 use crate::tunnel::credit::Loan;
 use crate::tunnel::dial::expiry;
 use crate::tunnel::error::DialError;
@@ -27,6 +28,12 @@ use crate::tunnel::steering::Tag;
 use crate::tunnel::stream::{self, Head, QuicAnswer};
 use crate::tunnel::tls::{self, Refusals, ServedBySni};
 use crate::tunnel::tunnels::Tunnels;
+
+/// Streams of a connection that are taken and have not said yet what they want.
+const MOST_OPENING: usize = 64;
+
+/// The part of all connections, by what they take of the credit, that one address may have.
+const OF_ONE_ADDRESS: u64 = 2;
 
 /// From this part of all handshakes on, whoever wants another one has to show first that it receives
 /// what is sent to its address (RFC 9000 section 8.1.2): senders that do not cannot take the rest.
@@ -122,15 +129,26 @@ where
         let handshake = self.quic_handshake(incoming, &transport, loan, &mut place).await;
         drop(place);
         let Some((link, parties)) = handshake else { return };
+        // Not before: until then anybody may say to be there.
+        let Some(_place) = self.place(peer.ip(), self.of_one_address()) else {
+            self.report(peer, &DialError::Overloaded, Some(&parties.served_as));
+            return link.close(Reason::Overloaded);
+        };
         let mut drain = self.drain.clone();
         let mut flows = JoinSet::new();
         let mut ending = false;
         let mut may_be_open = quic::first_streams(self.config());
+        let opening = Arc::new(Semaphore::new(MOST_OPENING));
         loop {
-            let (send, mut recv) = tokio::select! {
+            // One frame may open all streams that are allowed, and costs nothing: no more are taken than say soon why.
+            let next = async {
+                let place = Arc::clone(&opening).acquire_owned().await;
+                (place, link.connection().accept_bi().await)
+            };
+            let (place, (send, mut recv)) = tokio::select! {
                 biased; // As for lanes.
-                stream = link.connection().accept_bi() => match stream {
-                    Ok(stream) => stream,
+                (place, stream) = next => match stream {
+                    Ok(stream) => (place, stream),
                     Err(error) => {
                         debug!(%peer, %error, stage = "tunnel", "connection ended");
                         break;
@@ -149,16 +167,25 @@ where
                     continue;
                 }
                 () = link.settle(), if ending => break,
+                () = self.unused(&link), if !ending => {
+                    link.close(Reason::Draining);
+                    break;
+                }
                 Some(_ended) = flows.join_next() => continue,
             };
             // Also where there is always a further stream: one that has ended takes its memory until then.
             while flows.try_join_next().is_some() {}
-            may_be_open = self.allow_more(&link, flows.len() + 1, may_be_open);
+            let waiting = MOST_OPENING - 1 - opening.available_permits();
+            let open = flows.len().saturating_sub(waiting);
+            may_be_open = self.allow_more(&link, open, may_be_open);
+            // Before the task begins: what is accepted is used.
+            let claim = link.claim();
             let (server, link, parties) = (Arc::clone(&self), link.clone(), parties.clone());
             flows.spawn(async move {
-                let claim = link.claim();
                 let limit = server.config().open_timeout;
-                let head = match timeout(limit, stream::read_open(&mut recv)).await {
+                let head = timeout(limit, stream::read_open(&mut recv)).await;
+                drop(place);
+                let head = match head {
                     Ok(Ok(head)) => head,
                     Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
                         let served_as = Some(&parties.served_as);
@@ -199,7 +226,27 @@ where
         link.settle().await;
     }
 
-    /// How many streams the peer may have open, now that so many are: before it has to wait for us.
+    /// Connections that one address may have: a part of as many as there is credit for.
+    fn of_one_address(&self) -> u32 {
+        let TunnelConfig { quic_credit, quic_stream_window, .. } = self.config();
+        let all = quic_credit.bytes() / u64::from(*quic_stream_window).max(1);
+        u32::try_from(all / OF_ONE_ADDRESS).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// Completes when no flow has been on the connection for so long that its client, which closes it before, has gone
+    /// astray: it takes a part of what all peers share.
+    async fn unused(&self, link: &QuicLink) {
+        let limit = 2 * self.config().lane_idle;
+        loop {
+            let idle = link.idle_for(Instant::now()).unwrap_or_default();
+            if idle >= limit {
+                return;
+            }
+            sleep(limit - idle).await;
+        }
+    }
+
+    /// How many streams the peer may have open, now that so many flows are: before it has to wait for us.
     fn allow_more(&self, link: &QuicLink, open: usize, may_be_open: u32) -> u32 {
         let most = self.config().max_flows_per_peer;
         if may_be_open >= most || open < may_be_open as usize / 2 {

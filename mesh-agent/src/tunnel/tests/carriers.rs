@@ -39,6 +39,7 @@ on_both_carriers!(
     a_reset_of_the_client_crosses,
     a_reset_of_the_server_crosses,
     a_reset_crosses_after_the_end_of_the_other_direction,
+    last_words_in_front_of_a_reset_cross,
     a_crashed_peer_is_an_error_and_not_an_end,
     a_slow_reader_stops_the_writer,
     the_server_knows_the_caller_and_the_destination,
@@ -195,6 +196,40 @@ async fn a_reset_crosses_after_the_end_of_the_other_direction(carrier: CarrierCh
     until("the server's application sees it", || app.take_error().unwrap().is_some()).await;
     let outcome = ended(connection).await.outcome;
     assert_eq!(outcome, Outcome::ApplicationReset(ResetReason::Application));
+}
+
+/// A server that does not read a request to its end has answered it all the same, and so may a client.
+async fn last_words_in_front_of_a_reset_cross(carrier: CarrierChoice) {
+    for (of_server, uploads) in [(true, false), (true, true), (false, false), (false, true)] {
+        let (_agent, _client, mut user, mut app, connection) = connected(carrier).await;
+        user.write_all(b"x").await.unwrap();
+        assert_eq!(app.read_u8().await.unwrap(), b'x');
+        let (from, mut to) = if of_server { (app, user) } else { (user, app) };
+        if uploads {
+            fill(&mut to).await;
+        }
+        from.writable().await.unwrap();
+        // Nothing else happens in between, so that agents find both at once.
+        assert_eq!(from.try_write(b"answer").unwrap(), 6);
+        reset(from);
+        let mut said = Vec::new();
+        let end = timeout(Duration::from_secs(30), to.read_to_end(&mut said)).await.unwrap();
+        let told = format!("of the server: {of_server}, in an upload: {uploads}");
+        assert_eq!(String::from_utf8_lossy(&said), "answer", "{told}");
+        assert_eq!(end.unwrap_err().kind(), io::ErrorKind::ConnectionReset, "{told}");
+        let outcome = ended(connection).await.outcome;
+        let expected = match of_server {
+            true => Outcome::PeerReset(ResetReason::Application),
+            false => Outcome::ApplicationReset(ResetReason::Application),
+        };
+        assert_eq!(outcome, expected, "{told}");
+    }
+}
+
+/// Writes until nothing on the way takes any more.
+async fn fill(socket: &mut TcpStream) {
+    let chunk = vec![7; 1 << 20];
+    while timeout(Duration::from_millis(500), socket.write(&chunk)).await.is_ok() {}
 }
 
 async fn a_crashed_peer_is_an_error_and_not_an_end(carrier: CarrierChoice) {

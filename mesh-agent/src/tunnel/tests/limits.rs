@@ -2,9 +2,10 @@
 
 use std::net::Ipv4Addr;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_core::addr::PeerAddr;
+use mesh_core::wire::Reason;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::time::timeout;
@@ -168,4 +169,82 @@ async fn who_shows_its_address_and_says_nothing_more_keeps_nobody_out() {
     assert_eq!(agent.seen().len(), 1);
     // One or both: after a second without an answer a client begins another one.
     assert!(agent.stats.refusals_for(Side::Server, "handshake_timeout") >= 1);
+}
+
+/// A client's connection to the agent, without a flow.
+async fn link(client: &Client) -> Result<quic::QuicLink, OpenError> {
+    match client.tunnels.acquire(&client.tunnels.pool(&client.peer), false).await? {
+        pool::Ready::Quic(link) => Ok(link),
+        ready => panic!("{ready:?}"),
+    }
+}
+
+/// Streams cost a peer nothing: one frame opens all that are allowed.
+#[tokio::test]
+async fn streams_that_do_not_say_what_they_want_become_no_more() {
+    const LATE: Duration = Duration::from_millis(200);
+    let config =
+        TunnelConfig { quic_first_streams: 128, open_timeout: LATE, ..config(CarrierChoice::Quic) };
+    let (agent, client) = world_with(&Ca::new(), config).await;
+    let link = link(&client).await.unwrap();
+    let began = Instant::now();
+    let mut streams = Vec::new();
+    for _ in 0..128 {
+        let (mut send, recv) = link.connection().open_bi().await.unwrap();
+        send.write_all(&[0]).await.unwrap();
+        streams.push((send, recv));
+    }
+    for (_send, recv) in &mut streams {
+        let ended = timeout(Duration::from_secs(10), recv.read(&mut [0])).await;
+        ended.expect("it is waited for").expect_err("it was answered");
+    }
+    assert!(began.elapsed() >= 2 * LATE, "64 at once");
+    assert_eq!(agent.stats.refusals_for(Side::Server, "open_timeout"), 128);
+    let more = timeout(Duration::from_millis(200), link.connection().open_bi()).await;
+    assert!(more.is_err(), "there may be more than at first, though nobody has used one");
+}
+
+#[tokio::test]
+async fn one_address_has_half_of_the_connections_at_most() {
+    let ca = Ca::new();
+    let (ours, theirs) = holdings(&ca);
+    let window = 1 << 20;
+    let credit = Credit::new(8 * u64::from(window));
+    let theirs_config = TunnelConfig {
+        quic_stream_window: window,
+        quic_credit: credit.clone(),
+        ..config(CarrierChoice::Quic)
+    };
+    let agent = Agent::start(&theirs, theirs_config).await;
+    let mut links = Vec::new();
+    for _ in 0..4 {
+        let client = Client::new(&ours, config(CarrierChoice::Quic), agent.node);
+        links.push((link(&client).await.unwrap(), client));
+        let taken = || credit.lent() == u64::from(window) * links.len() as u64;
+        until("it is taken", taken).await;
+    }
+    let one_more = Client::new(&ours, config(CarrierChoice::Quic), agent.node);
+    let refused = link(&one_more).await.unwrap();
+    until("it is told to go", || refused.connection().close_reason().is_some()).await;
+    assert_eq!(agent.stats.refusals_for(Side::Server, "overloaded"), 1);
+    until("others keep the rest", || credit.lent() == credit.bytes() / 2).await;
+    assert!(links.iter().all(|(link, _)| link.connection().close_reason().is_none()));
+    // What was one of them's is free again.
+    let (ended, _client) = links.pop().unwrap();
+    ended.close(Reason::Draining);
+    until("its credit is back", || credit.lent() < credit.bytes() / 2).await;
+    let client = Client::new(&ours, config(CarrierChoice::Quic), agent.node);
+    exchange(&client, cleanly).await;
+}
+
+#[tokio::test]
+async fn connection_that_nobody_uses_is_closed_though_its_client_keeps_it() {
+    let ca = Ca::new();
+    let (ours, theirs) = holdings(&ca);
+    let short =
+        TunnelConfig { lane_idle: Duration::from_millis(100), ..config(CarrierChoice::Quic) };
+    let agent = Agent::start(&theirs, short).await;
+    let client = Client::new(&ours, config(CarrierChoice::Quic), agent.node);
+    let link = link(&client).await.unwrap();
+    until("it is closed", || link.connection().close_reason().is_some()).await;
 }

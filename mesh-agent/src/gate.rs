@@ -2,16 +2,14 @@
 //! hide what is wrong with another.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-use super::tunnels::lock;
 
 const EVERY: Duration = Duration::from_secs(1);
 
 /// Says when to log, and how much was left out since the last time. Reasons are closed sets.
 #[derive(Debug, Default)]
-pub(super) struct Gate(Mutex<HashMap<&'static str, Passed>>);
+pub(crate) struct Gate(Mutex<HashMap<&'static str, Passed>>);
 
 #[derive(Debug, Default)]
 struct Passed {
@@ -21,12 +19,12 @@ struct Passed {
 
 impl Gate {
     /// `Some` to log now, with the number of lines for this reason that were held back before.
-    pub(super) fn pass(&self, reason: &'static str) -> Option<u64> {
+    pub(crate) fn pass(&self, reason: &'static str) -> Option<u64> {
         self.pass_at(reason, Instant::now())
     }
 
     fn pass_at(&self, reason: &'static str, now: Instant) -> Option<u64> {
-        let mut reasons = lock(&self.0);
+        let mut reasons = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let passed = reasons.entry(reason).or_default();
         if passed.last.is_some_and(|last| now.saturating_duration_since(last) < EVERY) {
             passed.held_back += 1;
