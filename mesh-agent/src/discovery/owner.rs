@@ -117,10 +117,10 @@ impl Owner {
 
     /// Follows it, for ever.
     pub async fn follow(self: Arc<Self>) {
-        let mut is_told = false;
+        let (mut is_told, mut was_there) = (false, false);
         loop {
             let began = Instant::now();
-            let watched = self.watch().await;
+            let watched = self.watch(&mut was_there).await;
             if let Err(error) = &watched
                 && !is_told
             {
@@ -137,8 +137,9 @@ impl Owner {
         }
     }
 
-    /// One watch. Without a version to go on from it begins with what is there.
-    async fn watch(&self) -> Result<(), kube::Error> {
+    /// One watch. Without a version to go on from it begins with what is there, and of what `was_there` and has gone
+    /// since the one before it says nothing: that is asked.
+    async fn watch(&self, was_there: &mut bool) -> Result<(), kube::Error> {
         let DaemonSetName { namespace, name } = &self.name;
         let uri = format!(
             "/apis/apps/v1/namespaces/{namespace}/daemonsets?watch=1&timeoutSeconds={WATCH_S}\
@@ -147,12 +148,29 @@ impl Owner {
         let request = http::Request::get(uri).body(Vec::new()).map_err(kube::Error::HttpError)?;
         let events = self.client.request_events::<DaemonSet>(request).await?;
         let mut events = pin!(events);
-        while let Ok(Some(event)) = timeout(SILENCE, events.next()).await {
+        let mut asked = pin!(self.read());
+        let mut is_asked = *was_there;
+        loop {
+            let event = tokio::select! {
+                is_going = &mut asked, if is_asked => {
+                    is_asked = false;
+                    if is_going.is_ok_and(|is_going| is_going) {
+                        self.is_gone.send_replace(true);
+                    }
+                    continue;
+                }
+                event = timeout(SILENCE, events.next()) => event,
+            };
+            let Ok(Some(event)) = event else { break };
             match event? {
                 WatchEvent::Added(set) | WatchEvent::Modified(set) => {
+                    (*was_there, is_asked) = (true, false);
                     self.is_gone.send_replace(set.is_going());
                 }
-                WatchEvent::Deleted(_) => drop(self.is_gone.send_replace(true)),
+                WatchEvent::Deleted(_) => {
+                    is_asked = false;
+                    self.is_gone.send_replace(true);
+                }
                 WatchEvent::Bookmark(_) => {}
                 WatchEvent::Error(_expired) => break,
             }
@@ -188,24 +206,31 @@ impl Owner {
     }
 
     async fn ask(&self) -> bool {
+        match self.read().await {
+            Ok(is_going) => is_going,
+            // The right to ask has gone before: then the watch hears of it, if somebody deletes all.
+            Err(kube::Error::Api(status)) if matches!(status.code, 401 | 403) => pending().await,
+            Err(_) => false,
+        }
+    }
+
+    /// Reads it, and says whether it is gone or going.
+    async fn read(&self) -> Result<bool, kube::Error> {
         let DaemonSetName { namespace, name } = &self.name;
         let uri = format!("/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}");
-        let Ok(request) = http::Request::get(uri).body(Vec::new()) else { return false };
+        let request = http::Request::get(uri).body(Vec::new()).map_err(kube::Error::HttpError)?;
         match self.client.request::<DaemonSet>(request).await {
-            Ok(set) => set.is_going(),
-            Err(kube::Error::Api(status)) => match status.code {
-                404 => true,
-                // The right to ask has gone before: then the watch hears of it, if somebody deletes all.
-                401 | 403 => pending().await,
-                _ => false,
-            },
-            Err(_) => false,
+            Ok(set) => Ok(set.is_going()),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(true),
+            Err(error) => Err(error),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::{TcpListener, TcpStream};
 
@@ -244,6 +269,44 @@ mod tests {
         assert_eq!(asked.read(&mut [0; 1]).await.unwrap(), 0);
         watch.write_all(event(next).as_bytes()).await.unwrap();
         pending().await
+    }
+
+    /// An API that ends its first watch, behind which the DaemonSet goes; nobody may ask any more when it `forbids` that.
+    async fn forgetful_api(listener: TcpListener, forbids: Arc<AtomicBool>) {
+        let ok = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
+        let added = "{\"type\":\"ADDED\",\"object\":{\"metadata\":{}}}\n";
+        let mut watches = Vec::new();
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            if read_head(&mut stream).await.contains("watch=1") {
+                let is_first = watches.is_empty();
+                let said = if is_first { added } else { "" };
+                stream.write_all(format!("{ok}{said}").as_bytes()).await.unwrap();
+                watches.push((!is_first).then_some(stream));
+                continue;
+            }
+            let code = if forbids.load(Ordering::Relaxed) { 403 } else { 404 };
+            let status = format!(r#"{{"kind":"Status","status":"Failure","code":{code}}}"#);
+            let head = format!("HTTP/1.1 {code} No\r\nContent-Length: {}\r\n\r\n", status.len());
+            stream.write_all((head + &status).as_bytes()).await.unwrap();
+            stream.shutdown().await.unwrap();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn deletion_between_two_watches_is_asked_for() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let uri = format!("http://{}/", listener.local_addr().unwrap()).parse().unwrap();
+        let forbids = Arc::<AtomicBool>::default();
+        let api = tokio::spawn(forgetful_api(listener, Arc::clone(&forbids)));
+        let client = by_config(kube::Config::new(uri)).unwrap();
+        let owner = Arc::new(Owner::new(client, "a/b".parse().unwrap()));
+        let follow = tokio::spawn(Arc::clone(&owner).follow());
+        owner.heard().wait_for(|is_gone| *is_gone).await.unwrap();
+        forbids.store(true, Ordering::Relaxed);
+        assert!(owner.is_gone().await, "it was heard");
+        follow.abort();
+        api.abort();
     }
 
     async fn read_head(stream: &mut TcpStream) -> String {

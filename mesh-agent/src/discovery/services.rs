@@ -15,7 +15,9 @@ use mesh_core::snapshot::{Endpoint, Service, ServicePort, Workload};
 use self::slices::{Candidate, Ports, Reader};
 pub(super) use self::slices::{absent_at, absent_pod, pod_of};
 use super::enrol::Wishes;
-use super::kube::{EndpointSlice, Service as KubeService, ServiceSpec};
+use super::kube::{
+    EndpointSlice, Service as KubeService, ServicePort as KubeServicePort, ServiceSpec,
+};
 use super::objects::{NodeIps, ObjectKey};
 use super::pods::Pods;
 use super::policies::Policies;
@@ -24,6 +26,12 @@ use super::{Problems, Report, shown};
 
 /// Says which service a slice is of.
 pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// Ports of a Service that count.
+const MOST_PORTS: usize = 1024;
+/// Endpoints of a Service that are taken, each counted once for each port. A Service of 5,000 pods has places for
+/// twenty ports.
+const MOST_ENDPOINTS: usize = 100_000;
 
 const WRITE_THE_NAME: &str = "write the name of the Service that these endpoints are of";
 
@@ -101,7 +109,14 @@ pub(super) fn translate<'a>(
     let translated = with_slices.into_values().filter_map(|(key, service, slices)| {
         let namespace = around.namespaces.get(&*key.namespace);
         let policies = Policies::read(service, namespace, &mut Report::of(key, problems));
-        let mut ports_of_slices = Ports::new();
+        let spec = service.spec.as_ref()?;
+        // A name for another name: DNS answers it, and no address of ours is involved.
+        if spec.type_.as_deref() == Some("ExternalName") {
+            return None;
+        }
+        let (mut ports_of_slices, mut left) = (Ports::new(), Some(MOST_ENDPOINTS));
+        let declared = declared(spec).map(|port| port.name.as_deref().unwrap_or_default());
+        let declared: HashSet<&str> = declared.collect();
         for (of_slice, slice) in slices {
             let mut reader = Reader {
                 namespace: &key.namespace,
@@ -109,16 +124,22 @@ pub(super) fn translate<'a>(
                 around,
                 is_api_server: (&*key.namespace, &*key.name) == ("default", "kubernetes"),
                 pods: (pods, unread),
+                declared: &declared,
                 ports: &mut ports_of_slices,
+                left: &mut left,
             };
             unread_addresses.extend(reader.read(slice, &mut Report::of(of_slice, problems)));
         }
-        let spec = service.spec.as_ref()?;
-        // A name for another name: DNS answers it, and no address of ours is involved.
-        if spec.type_.as_deref() == Some("ExternalName") {
-            return None;
-        }
         let mut report = Report::of(key, problems);
+        if left.is_none() {
+            report.say(
+                "spec.ports",
+                format_args!(
+                    "with its endpoints has more than {MOST_ENDPOINTS}, and the rest is left out"
+                ),
+                "make several Services of it, each with some of the ports",
+            );
+        }
         let mut vips = vips(spec, &mut report);
         vips.retain(|vip| claim(*vip, key, &mut owners, pods, &mut report));
         let (ports, is_unread) = ports(spec, (&policies, &ports_of_slices, around), &mut report);
@@ -139,6 +160,11 @@ pub(super) fn translate<'a>(
     });
     let services = translated.collect();
     Services { services, unread: unread_addresses }
+}
+
+/// The ports that count.
+fn declared(spec: &ServiceSpec) -> impl Iterator<Item = &KubeServicePort> {
+    spec.ports.iter().flatten().take(MOST_PORTS)
 }
 
 fn vips(spec: &ServiceSpec, report: &mut Report<'_>) -> Vec<IpAddr> {
@@ -207,7 +233,15 @@ fn ports(
     let mut is_unread = false;
     let not_ready_too = spec.publish_not_ready_addresses.unwrap_or(false);
     let mut ports = Vec::new();
-    for (index, port) in spec.ports.iter().flatten().enumerate() {
+    let beyond = spec.ports.iter().flatten().count().saturating_sub(MOST_PORTS);
+    if beyond > 0 {
+        report.say(
+            "spec.ports",
+            format_args!("has {beyond} more than {MOST_PORTS}, which are left out"),
+            "make several Services of it",
+        );
+    }
+    for (index, port) in declared(spec).enumerate() {
         if !is_tcp(port.protocol.as_deref()) {
             continue;
         }

@@ -119,7 +119,10 @@ pub fn translate(
     (Snapshot::new(generation, node, trust_domain, parts), problems.told())
 }
 
-/// Where a node's agent is: its `InternalIP` addresses, in the order of its status.
+/// Addresses of a node that are tried, one after the other.
+const MOST_PEERS: usize = 4;
+
+/// Where a node's agent is: its first `InternalIP` addresses, in the order of its status.
 fn node(key: &ObjectKey, node: &KubeNode, context: &Context, problems: &mut Problems) -> Node {
     let mut report = Report::of(key, problems);
     let own = value(&node.metadata, TUNNEL_PORT, "a port from 1 to 65535", &mut report, |text| {
@@ -134,8 +137,16 @@ fn node(key: &ObjectKey, node: &KubeNode, context: &Context, problems: &mut Prob
     let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
     let mut peers = Vec::new();
     for address in addresses.filter(|address| address.type_ == "InternalIP") {
-        match address.address.parse::<IpAddr>() {
-            Ok(ip) => peers.push(PeerAddr((ip.to_canonical(), port).into())),
+        match address.address.parse::<IpAddr>().map(|ip| ip.to_canonical()) {
+            // Another agent is at none of these: they mean whoever dials.
+            Ok(ip) if ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() => report.say(
+                "status.addresses",
+                format_args!("{ip} is the address of no node and is left out"),
+                "write the address at which other nodes reach this one",
+            ),
+            // Each may cost whoever dials a time-out.
+            Ok(_) if peers.len() == MOST_PEERS => {}
+            Ok(ip) => peers.push(PeerAddr((ip, port).into())),
             Err(_not_ip) => report.say(
                 "status.addresses",
                 format_args!("`{}` is no address and is left out", shown(&address.address)),

@@ -3,6 +3,7 @@
 //! An EndpointSlice names the pods behind a service; whether they are in the mesh, and as whom, only the
 //! pods say. Watching all of them costs what the cluster has; this costs what the node talks to. No IO.
 
+mod absent;
 mod counted;
 
 use std::collections::hash_map::Entry;
@@ -15,6 +16,7 @@ use mesh_core::spiffe::SpiffeId;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use self::absent::{Absences, MOST_ABSENT, MOST_CALLERS};
 use self::counted::Counted;
 use super::behind::{
     Here, Look, behind, has, is_of_account, knows, knows_caller, pod_key, service_of, slices,
@@ -22,24 +24,11 @@ use super::behind::{
 use crate::discovery::kube::Endpoint;
 use crate::discovery::networks::{addresses, node_of};
 use crate::discovery::objects::{Object, ObjectKey, Objects};
-use crate::discovery::services::{absent_at, absent_pod};
 
 /// A pod that no connection has used for so long is dropped.
 const UNUSED: Duration = Duration::from_secs(600);
 /// One that is used is read again: nobody tells when its annotations change.
 const REFRESH: Duration = Duration::from_secs(300);
-/// What was not there may come, or its address be another pod's. Of an address that an endpoint has: for so long at
-/// first, and twice as long each time, up to [`REFRESH`].
-const ABSENT: Duration = Duration::from_secs(60);
-/// The same of an address from which somebody has called, who is there and whom the API is about to tell of:
-/// for so long at first, and twice as long each time, since a peer may make addresses up.
-const CALLER_ABSENT: Duration = Duration::from_secs(2);
-/// So many that do not exist are remembered; past it nothing more is looked for by address, since who
-/// sends many addresses is up to no good.
-const MOST_ABSENT: usize = 4096;
-/// The same of addresses from which somebody says to have called through the tunnel: a peer that makes them up
-/// must not use up what this node's own pods may ask for.
-const MOST_CALLERS: usize = 512;
 /// A server that failed is not asked for the same again before.
 const FAILED: Duration = Duration::from_secs(5);
 
@@ -80,19 +69,6 @@ impl Wanted {
     fn is_callers(&self) -> bool {
         matches!(self, Self::Address { account: Some(_), .. })
     }
-
-    /// What [`Objects::absent`] has of it if it was looked for in vain.
-    fn absent_as(&self) -> Option<String> {
-        match self {
-            Self::Pod { namespace, name, uid, at } => {
-                let pod = absent_pod(uid.as_deref(), namespace, name);
-                Some(at.map_or_else(|| pod.to_string(), |ip| absent_at(&pod, ip)))
-            }
-            // Who has called from there has proven to be somebody.
-            Self::Address { account: Some(_), .. } => None,
-            Self::Address { ip, account: None, .. } => Some(ip.to_string()),
-        }
-    }
 }
 
 /// What came of it.
@@ -112,8 +88,8 @@ pub(super) struct Remote {
     kept: BTreeMap<ObjectKey, Kept>,
     /// What is being read, and who waits for it: those of `waiting` that want it.
     pending: Counted<Vec<Asked>>,
-    absent: Counted<Absent>,
-    failed: BTreeMap<Wanted, Instant>,
+    absent: Absences,
+    failed: Counted<Instant>,
     waiting: HashMap<Asked, Waiting>,
     /// Those of `waiting` for which nothing is being read.
     over: Vec<Asked>,
@@ -130,20 +106,6 @@ struct Kept {
     wanted: Wanted,
     used: Instant,
     read: Instant,
-}
-
-/// It was looked for in vain.
-#[derive(Clone, Copy, Debug)]
-struct Absent {
-    since: Instant,
-    /// How long it is not looked for again.
-    lasts: Duration,
-}
-
-impl Absent {
-    fn is_over(&self, now: Instant) -> bool {
-        now.duration_since(self.since) >= self.lasts
-    }
 }
 
 /// Who waits to know what is at an address.
@@ -187,8 +149,7 @@ impl Remote {
             let node = node_of(objects, ip).map(str::to_owned);
             Wanted::Address { ip, account: caller.map(account), node }
         };
-        let is_absent =
-            |wanted: &Wanted| self.absent.get(wanted).is_some_and(|absent| !absent.is_over(now));
+        let is_absent = |wanted: &Wanted| self.absent.has(wanted, now);
         // Peers make addresses up: a caller that is known, or was looked for in vain just now, costs little.
         let is_settled = match caller {
             Some(caller) => knows_caller(objects, ip, caller) || is_absent(&at_address()),
@@ -227,8 +188,14 @@ impl Remote {
     /// Whether another address may be looked for, for a caller or for a pod of this node.
     fn has_place(&self, for_caller: bool) -> bool {
         match for_caller {
-            true => self.absent.callers() + self.pending.callers() < MOST_CALLERS,
-            false => self.absent.others() + self.pending.others() < MOST_ABSENT,
+            true => {
+                let unknown = self.absent.callers() + self.failed.callers();
+                unknown + self.pending.callers() < MOST_CALLERS
+            }
+            false => {
+                let unknown = self.absent.dialled() + self.failed.dialled();
+                unknown + self.pending.dialled() < MOST_ABSENT
+            }
         }
     }
 
@@ -237,7 +204,7 @@ impl Remote {
         let mut begun = Vec::new();
         for wanted in wanted {
             if self.pending.get(&wanted).is_none()
-                && self.absent.get(&wanted).is_none_or(|absent| absent.is_over(now))
+                && !self.absent.has(&wanted, now)
                 && self.failed.get(&wanted).is_none_or(|since| is_forgiven(*since, now))
             {
                 self.pending.insert(wanted.clone(), Vec::new());
@@ -265,12 +232,7 @@ impl Remote {
         }
         match found {
             Found::Failed(_why) => {
-                // Where many cannot be read they must not all be asked for again at each look.
-                if is_outside(objects, &wanted)
-                    && let Some(absent) = self.absent.get_mut(&wanted)
-                {
-                    *absent = Absent { since: now, lasts: absent.lasts.min(ABSENT) };
-                }
+                self.absent.unanswered(objects, &wanted, now);
                 self.failed.insert(wanted, now);
                 // What is forgiven is not kept for as long as others fail: looked for now and then.
                 if self.failed.len().is_power_of_two() {
@@ -282,7 +244,7 @@ impl Remote {
             Found::GivenUp => false,
             Found::None => {
                 let wanted = wanted.anywhere();
-                let is_news = self.missed(objects, wanted.clone(), now);
+                let is_news = self.absent.missed(objects, wanted.clone(), now);
                 let key = self.kept.iter().find(|(_, kept)| kept.wanted == wanted);
                 let key = key.map(|(key, _)| key.clone());
                 let was_there = key.is_some_and(|key| {
@@ -296,7 +258,7 @@ impl Remote {
                 if let Wanted::Pod { at: Some(ip), .. } = &wanted
                     && !pods.iter().any(|pod| has(pod, *ip))
                 {
-                    changed |= self.missed(objects, wanted.clone(), now);
+                    changed |= self.absent.missed(objects, wanted.clone(), now);
                 }
                 let wanted = wanted.anywhere();
                 // Somebody else is where a caller says to be.
@@ -307,10 +269,9 @@ impl Remote {
                     _ => false,
                 };
                 if is_another {
-                    self.missed(objects, wanted.clone(), now);
-                } else if self.absent.remove(&wanted).is_some() {
-                    self.tell_absent(objects);
-                    changed = true;
+                    self.absent.missed(objects, wanted.clone(), now);
+                } else {
+                    changed |= self.absent.found(objects, &wanted);
                 }
                 changed |= self.replaced(objects, node, &wanted, &pods);
                 for pod in pods {
@@ -329,19 +290,6 @@ impl Remote {
         }
     }
 
-    /// It was looked for in vain. Says whether that is news.
-    fn missed(&mut self, objects: &mut Objects, wanted: Wanted, now: Instant) -> bool {
-        let lasts = match self.absent.get(&wanted) {
-            Some(before) if is_outside(objects, &wanted) => (before.lasts * 2).min(REFRESH),
-            _ if !wanted.is_callers() => ABSENT,
-            Some(before) => (before.lasts * 2).min(ABSENT),
-            None => CALLER_ABSENT,
-        };
-        let told = objects.absent_mut().zip(wanted.absent_as());
-        self.absent.insert(wanted, Absent { since: now, lasts });
-        told.is_some_and(|(told, absent)| told.insert(absent))
-    }
-
     /// Drops whoever had what was looked for, if somebody else has it now.
     fn replaced(
         &mut self,
@@ -357,16 +305,6 @@ impl Remote {
         for (key, _) in self.kept.extract_if(.., is_over) {
             changed |= remove(objects, &key, node);
         }
-        changed
-    }
-
-    /// Something is not absent any more: what is told of it may hold of something else too. Says whether that
-    /// changes anything.
-    fn tell_absent(&self, objects: &mut Objects) -> bool {
-        let absent: HashSet<String> = self.absent.keys().filter_map(Wanted::absent_as).collect();
-        let Some(before) = objects.absent_mut() else { return false };
-        let changed = *before != absent;
-        *before = absent;
         changed
     }
 
@@ -423,16 +361,7 @@ impl Remote {
             changed |= remove(objects, &key, node);
         }
         self.failed.retain(|_, since| !is_forgiven(*since, now));
-        let mut outside = 0;
-        let is_kept = |wanted: &Wanted, absent: &Absent| {
-            // Half of the places: what pods dial must find some.
-            outside += usize::from(is_outside(objects, wanted));
-            let is_outside = is_outside(objects, wanted) && outside <= MOST_ABSENT / 2;
-            is_outside || now.duration_since(absent.since) < ABSENT
-        };
-        if self.absent.retain(is_kept) {
-            changed |= self.tell_absent(objects);
-        }
+        changed |= self.absent.expire(objects, now);
         changed
     }
 
@@ -440,9 +369,7 @@ impl Remote {
     pub(super) fn refresh(&mut self, objects: &Objects, now: Instant) -> Vec<Wanted> {
         let old = self.kept.values().filter(|kept| now.duration_since(kept.read) >= REFRESH);
         let old = old.map(|kept| kept.wanted.clone());
-        let outside = self.absent.iter().filter(|(_, absent)| absent.is_over(now));
-        let outside = outside.map(|(wanted, _)| wanted).filter(|one| is_outside(objects, one));
-        let again: Vec<Wanted> = old.chain(outside.cloned()).collect();
+        let again: Vec<Wanted> = old.chain(self.absent.due(objects, now).cloned()).collect();
         self.begin(again.into_iter(), now)
     }
 
@@ -507,11 +434,6 @@ impl Remote {
             remove(objects, &key, node);
         }
     }
-}
-
-/// Whether it is the address of something that is named and is no pod, as far as was looked.
-fn is_outside(objects: &Objects, wanted: &Wanted) -> bool {
-    matches!(wanted, Wanted::Address { ip, account: None, .. } if objects.names(*ip))
 }
 
 /// Whether what has failed then may be asked for again.

@@ -15,7 +15,7 @@ use crate::telemetry::chain;
 
 const PATH: &str = "/apis/networking.k8s.io/v1/networkpolicies";
 
-/// Not a watch: what comes of it is one line in a log. Up to twice as long, so that agents do not ask
+/// Not a watch: what comes of it is a number that people look at. Up to twice as long, so that agents do not ask
 /// together.
 const AGAIN: Duration = Duration::from_secs(300);
 
@@ -53,8 +53,8 @@ pub(super) async fn count(client: Client, counts: watch::Sender<usize>) {
                 is_told = true;
                 warn!(
                     error = chain(&error),
-                    "NetworkPolicies are not counted: nothing warns of those that \
-                     --redirect-peer on skips",
+                    "NetworkPolicies are not counted: nothing says that there are some which do not hold \
+                     between pods of the mesh",
                 );
             }
             Err(_) => {}

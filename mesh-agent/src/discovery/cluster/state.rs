@@ -18,6 +18,7 @@ use super::report::{Known, NotWritten, Reports, Write};
 use crate::discovery::objects::{Kind, Object, ObjectKey, Objects};
 use crate::discovery::translate::{Context, translate};
 use crate::discovery::{Demand, Outcomes, Problem, tell_of};
+use crate::gate::Gate;
 
 /// What is known of the cluster.
 #[derive(Debug)]
@@ -45,6 +46,7 @@ pub(super) struct State {
     is_tellable: bool,
     /// Reads that did not get their turn and were not told of.
     given_up: usize,
+    failures: Gate,
     /// Where the agent's DaemonSet is, if that is known.
     pub(super) home: Option<String>,
     /// There is to be no agent any more.
@@ -87,6 +89,7 @@ impl State {
             told: [].into(),
             is_tellable: false,
             given_up: 0,
+            failures: Gate::default(),
             home: None,
             is_gone: false,
             is_home_going: false,
@@ -201,7 +204,10 @@ impl State {
     pub(super) fn read(&mut self, wanted: Wanted, found: Found, now: Instant) {
         match &found {
             Found::Failed(why) => {
-                warn!(?wanted, error = why, "a pod of another node cannot be read");
+                // A pod that dials free addresses while the API refuses could fill the log.
+                if let Some(unlogged) = self.failures.pass("read") {
+                    warn!(?wanted, error = why, unlogged, "a pod of another node cannot be read");
+                }
             }
             Found::GivenUp => self.given_up += 1,
             Found::Pods(_) | Found::None => {}

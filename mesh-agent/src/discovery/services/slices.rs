@@ -1,7 +1,7 @@
 //! EndpointSlices into what a service's ports have behind them, each endpoint joined to its pod.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -11,7 +11,9 @@ use mesh_core::snapshot::{Distribution, Enrolment, Workload};
 
 use super::{Around, Unread, is_tcp, port_number};
 use crate::discovery::enrol::left_alone;
-use crate::discovery::kube::{Endpoint as KubeEndpoint, EndpointSlice, Hint, ObjectReference};
+use crate::discovery::kube::{
+    Endpoint as KubeEndpoint, EndpointPort, EndpointSlice, Hint, ObjectReference,
+};
 use crate::discovery::pods::{Found, Pods};
 use crate::discovery::{Report, shown};
 
@@ -68,7 +70,11 @@ pub(super) struct Reader<'a, 'b> {
     /// It is the API server's own service: who is behind it is never read from it first.
     pub(super) is_api_server: bool,
     pub(super) pods: (&'b Pods, &'b Unread<'b>),
+    /// Names of the ports that the service has: others are of no use.
+    pub(super) declared: &'b HashSet<&'b str>,
     pub(super) ports: &'b mut Ports<'a>,
+    /// How many more endpoints may be taken, each counted once for each port; `None` when there were more.
+    pub(super) left: &'b mut Option<usize>,
 }
 
 impl<'a> Reader<'a, '_> {
@@ -82,7 +88,12 @@ impl<'a> Reader<'a, '_> {
         if slice.address_type == "FQDN" {
             return unread; // Names of elsewhere: nothing to carry.
         }
-        for port in slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref())) {
+        let declared = self.declared;
+        let is_used = |port: &&EndpointPort| {
+            is_tcp(port.protocol.as_deref())
+                && declared.contains(port.name.as_deref().unwrap_or_default())
+        };
+        for port in slice.ports.iter().flatten().filter(is_used) {
             let found = self.port(port.name.as_deref());
             let said = port.app_protocol.as_deref().filter(|text| !text.is_empty());
             found.app_protocol = found.app_protocol.or(said);
@@ -109,9 +120,12 @@ impl<'a> Reader<'a, '_> {
                 unread.push(ip);
             }
             let (for_nodes, for_zones) = self.hints(endpoint, workload.as_deref());
-            for port in slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref()))
-            {
+            for port in slice.ports.iter().flatten().filter(is_used) {
                 let Some(number) = port.port.and_then(port_number) else { continue };
+                *self.left = self.left.and_then(|left| left.checked_sub(1));
+                if self.left.is_none() {
+                    break;
+                }
                 self.port(port.name.as_deref()).candidates.push(Candidate {
                     addr: EndpointAddr((ip, number).into()),
                     workload: workload.clone(),

@@ -123,6 +123,59 @@ fn pod_is_known_by_each_of_its_addresses_with_its_identity_and_settings() {
     assert_eq!(local, ["one"]);
 }
 
+/// What a kubelet writes there is what others dial, one after the other.
+#[test]
+fn node_is_tried_at_a_few_addresses_and_at_none_that_means_the_one_who_dials() {
+    let many: String =
+        (0..200).map(|n| format!("{{type: InternalIP, address: 192.0.2.{n}}},")).collect();
+    let address = |ip: &str| format!("{{type: InternalIP, address: \"{ip}\"}},");
+    let nobodys =
+        ["127.0.0.1", "::1", "0.0.0.0", "::", "224.0.0.1", "::ffff:127.0.0.1"].map(address);
+    let node = format!(
+        "apiVersion: v1\nkind: Node\nmetadata: {{name: c}}\nstatus: {{addresses: [{}{many}]}}",
+        nobodys.concat(),
+    );
+    let (snapshot, problems) = read(&with(&[&node]));
+    let peers = &snapshot.node("c").unwrap().peers;
+    let ips: Vec<_> = peers.iter().map(|peer| peer.0.ip().to_string()).collect();
+    assert_eq!(ips, ["192.0.2.0", "192.0.2.1", "192.0.2.2", "192.0.2.3"]);
+    assert_eq!(fields(&problems), ["Node c: status.addresses"; 6]);
+}
+
+/// Whoever may write slices or Services must not be able to fill every agent of the cluster.
+#[test]
+fn service_has_so_many_ports_and_endpoints_and_no_more() {
+    let slice = |ports: std::ops::Range<u32>, endpoints: u32| {
+        let ports: String = ports.map(|n| format!("{{name: p{n}, port: {n}}},")).collect();
+        let endpoints: String = (0..endpoints)
+            .map(|n| format!("{{addresses: [10.9.{}.{}]}},", n / 256, n % 256))
+            .collect();
+        format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: big-1, \
+             namespace: shop, labels: {{kubernetes.io/service-name: big}}}}\naddressType: IPv4\n\
+             ports: [{ports}]\nendpoints: [{endpoints}]"
+        )
+    };
+    let service = |ports: std::ops::Range<u32>| {
+        let ports: String = ports.map(|n| format!("{{name: p{n}, port: {n}}},")).collect();
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: big, namespace: shop}}\n\
+             spec: {{clusterIP: 10.96.0.9, ports: [{ports}]}}"
+        )
+    };
+    let big = |snapshot: &Snapshot| {
+        let found = snapshot.services().find(|service| &*service.name == "big").unwrap();
+        let endpoints = found.ports.iter().map(|port| port.endpoints.len()).sum::<usize>();
+        (found.ports.len(), endpoints)
+    };
+    // Ports that the Service does not have are of no use.
+    let (snapshot, problems) = read(&with(&[&service(1..2), &slice(1..20_000, 1000)]));
+    assert_eq!((big(&snapshot), fields(&problems)), ((1, 1000), vec![]));
+    let (snapshot, problems) = read(&with(&[&service(1..2001), &slice(1..2001, 1000)]));
+    assert_eq!(big(&snapshot), (1024, 100_000));
+    assert_eq!(fields(&problems), ["Service shop/big: spec.ports"; 2]);
+}
+
 #[test]
 fn node_is_reached_at_its_internal_addresses_and_tunnel_port() {
     let snapshot = snapshot(CLUSTER);

@@ -194,6 +194,11 @@ pub(super) struct SigningRequest {
     pub(super) status: SigningRequestStatus,
 }
 
+/// What the API server adds to who authenticates by a token that is bound to a pod: where that runs.
+pub(super) const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
+/// Bytes of an object's name.
+const MAX_NAME: usize = 253;
+
 /// Where the request of that name is, which may be of any characters but `/` and `%`.
 pub(super) fn request_path(name: &str) -> String {
     format!("{REQUESTS}/{}", escaped(name))
@@ -228,6 +233,14 @@ pub(super) struct SigningRequestStatus {
 impl SigningRequest {
     pub(super) fn name(&self) -> &str {
         self.metadata.name.as_deref().unwrap_or_default()
+    }
+
+    /// Whose agent asks, as the API server says; empty where that is no node's name.
+    pub(super) fn node(&self) -> &str {
+        match self.spec.extra.get(NODE_NAME).and_then(Option::as_deref) {
+            Some([node]) if node.len() <= MAX_NAME => node,
+            _ => "",
+        }
     }
 
     /// Where it is.

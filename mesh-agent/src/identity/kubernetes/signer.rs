@@ -22,12 +22,13 @@ use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use self::desk::Desk;
-use super::api::{Api, Named, Pods, SigningRequest, request_path};
+use super::api::{Api, NODE_NAME, Named, Pods, SigningRequest, request_path};
 use super::roots::{Roots, Standing};
 use super::{ApiError, pem};
 use crate::discovery::client::escaped;
 use crate::discovery::enrol;
 use crate::discovery::kube::{Namespace, Pod, Time};
+use crate::gate::Gate;
 use crate::identity::authority::Authority;
 use crate::identity::ca::CaError;
 use crate::identity::request::{self, Read};
@@ -45,7 +46,6 @@ const ATTEMPTS: u32 = 3;
 /// (the leeway in `pkg/serviceaccount/claims.go`).
 const GONE: Duration = Duration::from_secs(60);
 
-const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 const NODE_UID: &str = "authentication.kubernetes.io/node-uid";
 
 /// How a signer is set up.
@@ -80,6 +80,7 @@ pub struct Signer {
     problem: watch::Sender<Option<String>>,
     /// From one term to the next: what has signed before may have to sign on.
     roots: Mutex<Roots>,
+    told: Gate,
 }
 
 impl Signer {
@@ -91,7 +92,7 @@ impl Signer {
         let api = Api::new(client);
         let (namespace, trust_domain) = (settings.namespace.clone(), settings.trust_domain.clone());
         let roots = Mutex::new(Roots::new(api.clone(), namespace, trust_domain, settings.spread));
-        Self { api, settings, rules, telemetry, problem, roots }
+        Self { api, settings, rules, telemetry, problem, roots, told: Gate::default() }
     }
 
     /// Why it cannot answer, while it should.
@@ -314,12 +315,16 @@ impl Signer {
             self.update(request, "approval", json!([denial])).await?;
         }
         self.telemetry.answered(Verdict::Denied, denied.reason());
-        warn!(
-            request = request.name(),
-            requester = request.spec.username,
-            reason = denied.reason(),
-            "denied"
-        );
+        // Each says why itself, and all are counted.
+        if let Some(unlogged) = self.told.pass(denied.reason()) {
+            warn!(
+                request = request.name(),
+                requester = request.spec.username,
+                reason = denied.reason(),
+                unlogged,
+                "denied"
+            );
+        }
         Ok(())
     }
 

@@ -4,17 +4,18 @@ use std::collections::BTreeMap;
 
 use super::Wanted;
 
-/// Knows how many of them are addresses that callers say they have: that is asked with every demand, and there
-/// may be thousands.
+/// Knows how many of them are addresses, those that callers say they have and those that pods dial: that is asked with
+/// every demand, and there may be thousands.
 #[derive(Debug)]
 pub(super) struct Counted<T> {
     all: BTreeMap<Wanted, T>,
     callers: usize,
+    dialled: usize,
 }
 
 impl<T> Default for Counted<T> {
     fn default() -> Self {
-        Self { all: BTreeMap::new(), callers: 0 }
+        Self { all: BTreeMap::new(), callers: 0, dialled: 0 }
     }
 }
 
@@ -36,15 +37,18 @@ impl<T> Counted<T> {
     }
 
     pub(super) fn insert(&mut self, wanted: Wanted, value: T) {
-        let is_callers = wanted.is_callers();
+        let (callers, dialled) = kinds(&wanted);
         if self.all.insert(wanted, value).is_none() {
-            self.callers += usize::from(is_callers);
+            self.callers += callers;
+            self.dialled += dialled;
         }
     }
 
     pub(super) fn remove(&mut self, wanted: &Wanted) -> Option<T> {
         let value = self.all.remove(wanted)?;
-        self.callers -= usize::from(wanted.is_callers());
+        let (callers, dialled) = kinds(wanted);
+        self.callers -= callers;
+        self.dialled -= dialled;
         Some(value)
     }
 
@@ -52,17 +56,32 @@ impl<T> Counted<T> {
     pub(super) fn retain(&mut self, mut is_kept: impl FnMut(&Wanted, &T) -> bool) -> bool {
         let before = self.all.len();
         self.all.retain(|wanted, value| is_kept(wanted, value));
-        self.callers = self.all.keys().filter(|wanted| wanted.is_callers()).count();
+        let all = self.all.keys().map(kinds);
+        (self.callers, self.dialled) = all.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
         self.all.len() != before
     }
 
-    /// How many are addresses that callers say they have,
+    /// How many there are,
+    pub(super) fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    /// how many are addresses that callers say they have,
     pub(super) fn callers(&self) -> usize {
         self.callers
     }
 
-    /// and how many are not.
-    pub(super) fn others(&self) -> usize {
-        self.all.len() - self.callers
+    /// and how many that pods of this node dial: of what no slice names by a pod.
+    pub(super) fn dialled(&self) -> usize {
+        self.dialled
+    }
+}
+
+/// As which of the two it counts.
+fn kinds(wanted: &Wanted) -> (usize, usize) {
+    match wanted {
+        Wanted::Address { account: Some(_), .. } => (1, 0),
+        Wanted::Address { account: None, .. } => (0, 1),
+        Wanted::Pod { .. } => (0, 0),
     }
 }

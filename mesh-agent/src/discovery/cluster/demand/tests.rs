@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::absent::{ABSENT, CALLER_ABSENT};
 use super::*;
 use crate::discovery::services::SERVICE_NAME;
 use crate::identity::testing::cluster_local;
@@ -260,6 +261,36 @@ async fn flood_of_addresses_is_not_passed_on_to_the_api() {
         asked += world.need(&std::net::Ipv4Addr::from_bits(n).to_string()).0.len();
     }
     assert_eq!(asked, MOST_ABSENT);
+}
+
+/// An API that says no at once is asked as rarely as one that takes its time.
+#[tokio::test]
+async fn flood_of_addresses_is_not_passed_on_to_an_api_that_refuses() {
+    let mut world = World::with(&[]);
+    let mut asked = 0;
+    for n in 0..2 * u32::try_from(MOST_ABSENT).unwrap() {
+        let ip = std::net::Ipv4Addr::from_bits(n).to_string();
+        for wanted in world.need(&ip).0 {
+            world.take(&wanted, Found::Failed("429".into()));
+            asked += 1;
+        }
+        world.remote.answer(world.generation, |_| true);
+    }
+    assert_eq!(asked, MOST_ABSENT);
+    world.now += FAILED;
+    world.expire();
+    assert_eq!(world.need("192.0.2.77").0, [at("192.0.2.77")], "it may be well again");
+}
+
+/// Slices may name as many as they like.
+#[tokio::test]
+async fn pods_that_do_not_exist_take_no_places_from_addresses() {
+    let mut world = World::with(&[]);
+    for n in 0..=MOST_ABSENT {
+        world.remote.pending.insert(wanted(&n.to_string()), Vec::new());
+        world.take(&wanted(&n.to_string()), Found::None);
+    }
+    assert_eq!(world.need("192.0.2.77").0, [at("192.0.2.77")]);
 }
 
 #[tokio::test]

@@ -7,8 +7,9 @@
 //! - A request that could not be answered is read again with the next watch. So many of them that not all
 //!   are remembered are found by listing.
 //! - What is retried leaves room for what is new.
+//! - One node leaves room for the others: a node that is taken over may ask as often as it likes.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ use crate::telemetry;
 
 /// Requests that are answered at the same time: each asks the API server a handful of questions.
 const AT_ONCE: usize = 16;
+/// So many of them for one node.
+const OF_NODE: usize = 8;
 /// The server ends a watch after so long, and then what could not be answered is tried again. Before that it
 /// sends a bookmark, so that the next watch has a version to begin with that it has not forgotten.
 const WATCH_S: u64 = 60;
@@ -37,7 +40,7 @@ const RELIST: Duration = Duration::from_secs(1800);
 /// Requests in one answer. Whoever may make them may make each as large as the API lets an object be, 1.5 MB,
 /// and an answer is in memory as text and read, beside those that are being answered.
 const PAGE: usize = 8;
-/// Names of requests that could not be answered, 253 bytes each at most.
+/// Names of requests that could not be answered, 253 bytes each at most, and of those whose node has its share already.
 const LEFT: usize = 1000;
 
 /// The requests that are being answered, and those that are to be.
@@ -47,15 +50,26 @@ pub(super) struct Desk<'a> {
     /// All that are addressed to this signer.
     query: String,
     answering: JoinSet<Answered>,
-    /// Of those that are being answered.
-    names: HashSet<String>,
-    /// Of those that could not be answered.
-    left: HashSet<String>,
+    /// Of those that are being answered, by their names.
+    names: HashMap<String, Begun>,
+    /// Names and nodes of those that came while their node had its share.
+    waiting: VecDeque<(String, String)>,
+    /// Some of those could not be remembered.
+    lost: bool,
+    /// The same of those that could not be answered.
+    left: HashMap<String, String>,
     /// Of these, whose turn has come again.
-    due: Vec<String>,
+    due: VecDeque<(String, String)>,
     /// Where to go on from; `None` to list first.
     version: Option<String>,
     list_at: Instant,
+}
+
+/// A request that is being answered.
+struct Begun {
+    node: String,
+    /// Not for the first time.
+    is_retry: bool,
 }
 
 /// What became of a request.
@@ -76,9 +90,11 @@ impl<'a> Desk<'a> {
             standing,
             query: format!("{REQUESTS}?fieldSelector=spec.signerName%3D{name}"),
             answering: JoinSet::new(),
-            names: HashSet::new(),
-            left: HashSet::new(),
-            due: Vec::new(),
+            names: HashMap::new(),
+            waiting: VecDeque::new(),
+            lost: false,
+            left: HashMap::new(),
+            due: VecDeque::new(),
             version: None,
             list_at: Instant::now(),
         }
@@ -163,6 +179,8 @@ impl<'a> Desk<'a> {
         // They come again.
         self.left.clear();
         self.due.clear();
+        self.waiting.clear();
+        self.lost = false;
         // Before the first page: what is lost track of meanwhile brings it forward.
         self.list_at = Instant::now() + RELIST.mul_f32(1.0 + fastrand::f32() / 2.0);
         let mut next = String::new();
@@ -182,32 +200,79 @@ impl<'a> Desk<'a> {
 
     async fn take(&mut self, request: SigningRequest) {
         // Whose it is the field selector has said already, if the server honours it.
-        if !self.signer.is_to_answer(&request) || self.names.contains(request.name()) {
+        let name = request.name();
+        let is_known =
+            self.names.contains_key(name) || self.waiting.iter().any(|(waits, _)| waits == name);
+        if !self.signer.is_to_answer(&request) || is_known {
             return;
+        }
+        while let Some(answered) = self.answering.try_join_next() {
+            self.done(answered);
+        }
+        let node = request.node().to_owned();
+        if !self.has_place(&node) {
+            return self.keep_waiting(name.to_owned(), node);
         }
         while self.answering.len() >= AT_ONCE {
             if let Some(answered) = self.answering.join_next().await {
                 self.done(answered);
             }
         }
-        self.begin(request.name().to_owned(), Some(request));
+        let begun = Begun { node, is_retry: false };
+        self.begin(request.name().to_owned(), begun, Some(request));
     }
 
-    /// Begins with what is due again.
+    /// Whether this node may have another one answered.
+    fn has_place(&self, node: &str) -> bool {
+        self.names.values().filter(|begun| begun.node == node).count() < OF_NODE
+    }
+
+    /// Remembers a request whose node has its share. Past what can be remembered the node that has most of them loses its
+    /// last one, which is found by listing when the others are begun.
+    fn keep_waiting(&mut self, name: String, node: String) {
+        self.waiting.push_back((name, node));
+        if self.waiting.len() <= LEFT {
+            return;
+        }
+        self.lost = true;
+        let mut of_nodes: HashMap<&str, usize> = HashMap::new();
+        for (_, node) in &self.waiting {
+            *of_nodes.entry(node).or_default() += 1;
+        }
+        let most = of_nodes.into_iter().max_by_key(|(_, number)| *number).map(|(node, _)| node);
+        let at = self.waiting.iter().rposition(|(_, node)| Some(&**node) == most);
+        at.and_then(|at| self.waiting.remove(at));
+    }
+
+    /// Begins with what is due again, and with what has waited for its node's turn.
     fn go_on(&mut self) {
-        while self.answering.len() < AT_ONCE / 2
-            && let Some(name) = self.due.pop()
+        let retries = |desk: &Self| desk.names.values().filter(|begun| begun.is_retry).count();
+        while self.answering.len() < AT_ONCE
+            && retries(self) < AT_ONCE / 2
+            && let Some(at) = self.due.iter().position(|(_, node)| self.has_place(node))
+            && let Some((name, node)) = self.due.remove(at)
         {
-            self.begin(name, None);
+            self.begin(name, Begun { node, is_retry: true }, None);
+        }
+        while self.answering.len() < AT_ONCE
+            && let Some(at) = self.waiting.iter().position(|(_, node)| self.has_place(node))
+            && let Some((name, node)) = self.waiting.remove(at)
+        {
+            self.begin(name, Begun { node, is_retry: false }, None);
+        }
+        if self.lost && self.waiting.is_empty() {
+            self.lost = false;
+            self.list_at = Instant::now();
         }
     }
 
     /// Has a request answered, which is read first if it is only known by name.
-    fn begin(&mut self, name: String, request: Option<SigningRequest>) {
+    fn begin(&mut self, name: String, begun: Begun, request: Option<SigningRequest>) {
         let Some(Standing { authority, .. }) = self.standing.borrow().clone() else { return };
-        if !self.names.insert(name.clone()) {
+        if self.names.contains_key(&name) {
             return;
         }
+        self.names.insert(name.clone(), begun);
         let signer = Arc::clone(self.signer);
         self.answering.spawn(async move {
             let is_done = match request {
@@ -221,12 +286,12 @@ impl<'a> Desk<'a> {
     fn done(&mut self, answered: Result<Answered, JoinError>) {
         match answered {
             Ok(Answered { name, is_done }) => {
-                self.names.remove(&name);
+                let node = self.names.remove(&name).map(|begun| begun.node).unwrap_or_default();
                 if is_done {
                     return;
                 }
                 if self.left.len() + self.due.len() < LEFT {
-                    self.left.insert(name);
+                    self.left.insert(name, node);
                 } else {
                     self.list_at = Instant::now();
                 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use k8s_openapi::ByteString;
 use mesh_core::sign::USAGES;
+use mesh_core::spiffe::SpiffeId;
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, UnixTime};
@@ -331,4 +332,43 @@ async fn pod_that_should_have_been_gone_for_a_minute_is_none() {
         let condition = world.answer("one").await["conditions"][0].clone();
         assert_eq!(condition["reason"], expected, "{condition}");
     }
+}
+
+/// Its agent's token lets it ask as often as it likes.
+#[tokio::test]
+async fn node_that_asks_a_lot_keeps_no_other_waiting() {
+    let world = World::new().await;
+    world.server.put(SECRET, new_root().1);
+    world.server.put("/api/v1/nodes/b", json!({"metadata": {"name": "b", "uid": "uid-b"}}));
+    let metadata = json!({"name": "web-1", "namespace": "default"});
+    let spec = json!({"nodeName": "b", "serviceAccountName": "web"});
+    let pod = json!({"metadata": metadata, "spec": spec});
+    world.server.put("/api/v1/namespaces/default/pods/web-1", pod);
+    // What takes long: the API says something that is none, and is asked again.
+    let annotations = json!({"malla.dev/mesh": "enabled"});
+    let slow = json!({"metadata": {"name": "slow", "annotations": annotations}});
+    world.server.put("/api/v1/namespaces/slow", slow);
+    let pods = "/api/v1/namespaces/slow/pods";
+    let odd = json!({"metadata": {"name": "web-1", "namespace": "slow"}, "spec": 5});
+    world.server.put(&format!("{pods}/web-1"), odd);
+    let ask = |name: &str, node: &str, namespace: &str| {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+        let asks = SpiffeId::new(cluster_local(), namespace, "web").unwrap();
+        let asked = ByteString(request::make(&asks, &key).unwrap().into_bytes());
+        let mut request = request_of(SIGNER, name, "1");
+        request["spec"]["request"] = json!(asked);
+        request["spec"]["extra"] = json!({NODE_NAME: [node], NODE_UID: [format!("uid-{node}")]});
+        world.server.put(&format!("{REQUESTS}/{name}"), request);
+    };
+    for number in 10..50 {
+        ask(&format!("a-{number}"), "a", "slow");
+    }
+    ask("b", "b", "default");
+    world.leads.send_replace(true);
+    let status = world.answer("b").await;
+    assert!(status["certificate"].is_string(), "{status}");
+    let list = format!("{pods}?");
+    let of_a = world.server.asked().iter().filter(|asked| asked.starts_with(&list)).count();
+    // Eight, or sixteen if a second went by; without their share sixteen, three times each.
+    assert!((1..32).contains(&of_a), "{of_a} questions for them before");
 }
