@@ -348,6 +348,15 @@ pub struct Run {
     #[arg(long, env = "MESH_METRICS_SERIES_LIMIT", value_name = "N", default_value_t = DEFAULT_SERIES_LIMIT)]
     pub metrics_series_limit: usize,
 
+    /// Seconds for which the `istio_tcp_*` metrics of a deleted workload are shown to whoever scrapes; after that they go
+    /// when they have been scraped once more. Longer than the scrape interval of the slowest.
+    #[arg(long = "metrics-linger-s", env = "MESH_METRICS_LINGER_S", value_name = "SECONDS", default_value = "120", value_parser = seconds)]
+    pub metrics_linger: Duration,
+
+    /// The cluster's name in metrics.
+    #[arg(long, env = "MESH_CLUSTER_NAME", value_name = "NAME", default_value = "Kubernetes")]
+    pub cluster_name: String,
+
     /// Labels to leave out of the `istio_tcp_*` metrics, separated by commas.
     #[arg(long, env = "MESH_METRICS_DROP_LABELS", value_enum, value_delimiter = ',')]
     pub metrics_drop_labels: Vec<LabelGroup>,
@@ -418,6 +427,10 @@ pub struct Ask {
     /// Only what belongs to this namespace.
     #[arg(long, short, value_name = "NAME")]
     pub namespace: Option<String>,
+
+    /// What belongs to any, as without -n.
+    #[arg(long, short = 'A', conflicts_with = "namespace")]
+    pub all_namespaces: bool,
 }
 
 /// `mesh-agent log`.

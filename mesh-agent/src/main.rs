@@ -103,10 +103,12 @@ fn report(check: &Check, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     let mut categories = vec![Category { category_name: "kernel", checks }];
     let checks = runtime.block_on(node::findings(check, &cgroup));
     categories.push(Category { category_name: "node", checks });
-    if check.redirect_peer.is_on() {
-        let (manifests, kubeconfig) = (check.manifests.as_deref(), check.kubeconfig.as_deref());
-        let checks = vec![runtime.block_on(parts::skipped_policies(manifests, kubeconfig))];
-        categories.push(Category { category_name: "redirect", checks });
+    let (manifests, kubeconfig) = (check.manifests.as_deref(), check.kubeconfig.as_deref());
+    let skips_the_node = check.redirect_peer.is_on();
+    let policies = parts::policies(manifests, kubeconfig, skips_the_node);
+    if let Some(policies) = runtime.block_on(policies) {
+        let category_name = if skips_the_node { "redirect" } else { "policies" };
+        categories.push(Category { category_name, checks: vec![policies] });
     }
     let report = Report::new(categories);
     report.print(out, check.output)?;

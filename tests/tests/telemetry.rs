@@ -245,7 +245,7 @@ fn access_log_as_text_has_the_same_keys() -> Result<()> {
 #[test]
 fn series_of_a_deleted_pod_go_away() -> Result<()> {
     harness::require!();
-    let mesh = Mesh::two_nodes()?;
+    let mesh = Mesh::two_nodes_builder().flag("--metrics-linger-s=0").start()?;
     let _server = mesh.pod("b1").serve(8080, Serve::Echo)?;
     for pod in ["a1", "a2"] {
         exchange(&mut mesh.pod(pod).connect(mesh.service("b").v4(80))?, b"hello")?;

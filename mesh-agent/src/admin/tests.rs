@@ -97,7 +97,7 @@ impl Agent {
 
     fn ask(&self) -> Ask {
         let admin = Admin { socket: self.dir.socket() };
-        Ask { admin, output: Format::Table, namespace: None }
+        Ask { admin, output: Format::Table, namespace: None, all_namespaces: false }
     }
 }
 

@@ -55,6 +55,9 @@ pub struct StatusView {
     /// With `--redirect-peer on`: `on` or why not, by `namespace/name` of the enrolled pods of this node.
     #[serde(default)]
     pub redirect_peer: BTreeMap<String, String>,
+    /// NetworkPolicies outside of system namespaces. They are not enforced on TCP between pods of the mesh.
+    #[serde(default)]
+    pub network_policies: usize,
 }
 
 /// The state that decisions are made from.
@@ -234,7 +237,7 @@ pub struct TunnelView {
     pub to: String,
     /// `lane` or `quic`.
     pub carrier: String,
-    /// `idle`, `busy`, `connecting`, `draining`.
+    /// `idle`, `busy`, or `failing` and why.
     pub state: String,
     /// Flows on it now.
     pub flows: u64,

@@ -19,6 +19,7 @@ mod kubelet;
 mod listeners;
 mod namespaces;
 mod pods;
+mod policies;
 mod redirects;
 mod shortfall;
 mod signer;
@@ -140,8 +141,9 @@ impl Agent {
         let telemetry = Telemetry::new(&telemetry::Options {
             access_log: options.access_log,
             series_limit: options.metrics_series_limit,
+            series_linger: options.metrics_linger,
+            cluster: options.cluster_name.as_str().into(),
             drop_labels: options.metrics_drop_labels.clone(),
-            ..telemetry::Options::default()
         })?;
         let (mut control, mut shared) = (JoinSet::new(), JoinSet::new());
 
@@ -217,8 +219,9 @@ impl Agent {
         let redirected = redirects.subscribe();
         if options.redirect_peer.is_on() {
             shared.spawn(redirects::survey(Arc::clone(&node), pods.shortfall(), redirects));
-            control.spawn(redirects::warn_of_policies(source.network_policies()));
         }
+        let skips = options.redirect_peer.is_on();
+        control.spawn(policies::warn_of(source.network_policies(), skips));
         let no_kubelet = watch::Sender::new(false);
         let nothing = Snapshot::empty(options.node.as_str().into(), options.trust_domain.clone());
         let views = Arc::new(Views {
@@ -229,6 +232,7 @@ impl Agent {
             contexts: contexts.clone(),
             stats,
             problems: source.problems(),
+            policies: source.network_policies(),
             confirmed: source.confirmed(),
             shortfall: pods.shortfall(),
             redirected,

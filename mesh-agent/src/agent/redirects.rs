@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::info;
 
 use super::shortfall::Shortfall;
 use crate::node::Node;
@@ -57,24 +57,4 @@ fn look(node: &Node) -> Redirected {
     };
     let found = node.capture.redirect();
     found.into_iter().map(|(uid, done)| (shown(&uid), how(done))).collect()
-}
-
-/// Says, whenever there begin to be NetworkPolicies, that they do not hold between pods of this node.
-pub(super) async fn warn_of_policies(mut policies: watch::Receiver<usize>) {
-    let mut before = 0;
-    loop {
-        let now = *policies.borrow_and_update();
-        if before == 0 && now > 0 {
-            warn!(
-                policies = now,
-                stage = "capture",
-                "--redirect-peer on skips the node's netfilter: NetworkPolicies that are enforced there \
-                 do not hold between pods of this node"
-            );
-        }
-        before = now;
-        if policies.changed().await.is_err() {
-            return;
-        }
-    }
 }

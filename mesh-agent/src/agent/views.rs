@@ -31,6 +31,8 @@ pub(super) struct Views {
     pub(super) contexts: Vec<Arc<Worker>>,
     pub(super) stats: Arc<TunnelStats>,
     pub(super) problems: watch::Receiver<Arc<[Problem]>>,
+    /// NetworkPolicies, which nobody enforces between pods of the mesh.
+    pub(super) policies: watch::Receiver<usize>,
     pub(super) confirmed: Option<watch::Receiver<Option<tokio::time::Instant>>>,
     pub(super) shortfall: watch::Receiver<Shortfall>,
     pub(super) redirected: watch::Receiver<Redirected>,
@@ -73,6 +75,7 @@ impl Views {
                 age: snapshot.snapshot_age(),
                 in_manifests: snapshot.problem_count(),
                 problems: u64::try_from(snapshot.all_problems().len()).unwrap_or(u64::MAX),
+                policies: u64::try_from(*snapshot.policies.borrow()).unwrap_or(u64::MAX),
             }),
             look_at_direct: Box::new(move || {
                 if let Some(connections) = direct.direct.get() {
@@ -213,6 +216,7 @@ impl Views {
                 .map(|(event, count)| (event.to_owned(), count))
                 .collect(),
             redirect_peer: self.redirected.borrow().clone(),
+            network_policies: *self.policies.borrow(),
         }
     }
 
@@ -342,9 +346,20 @@ impl Views {
             "unknown_pods_s": options.unknown_pods.as_secs(),
             "poll_us": options.poll.as_micros(),
             "cert_lifetime_s": options.cert_lifetime.as_secs(),
+            "cluster_name": options.cluster_name,
             "metrics_series_limit": options.metrics_series_limit,
+            "metrics_linger_s": options.metrics_linger.as_secs(),
+            "metrics_drop_labels": options.metrics_drop_labels.iter().map(word).collect::<Vec<_>>(),
+            "access_log": word(&options.access_log),
+            "log_format": word(&options.log_format),
+            "log": options.log,
         })
     }
+}
+
+/// As it is written on the command line.
+fn word(value: &impl clap::ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 fn problem(problem: &Problem) -> view::ProblemView {

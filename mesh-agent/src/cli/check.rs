@@ -7,7 +7,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use mesh_core::addr::Cidr;
-use serde::Serialize;
+use serde::ser::SerializeMap as _;
+use serde::{Serialize, Serializer};
 
 use super::output::{Format, print_data};
 use super::{
@@ -92,18 +93,32 @@ pub enum Verdict {
 }
 
 /// One check.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Finding {
     /// What is checked.
     pub description: String,
     /// How it ended.
     pub result: Verdict,
     /// What was found; empty if there is nothing to say.
-    #[serde(skip_serializing_if = "String::is_empty")]
     pub detail: String,
     /// What to do, if it did not succeed.
-    #[serde(skip_serializing_if = "String::is_empty")]
     pub hint: String,
+}
+
+/// In Linkerd's words, for whom what was found is an `error` unless it is as it should be.
+impl Serialize for Finding {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let found = if self.result == Verdict::Success { "detail" } else { "error" };
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("description", &self.description)?;
+        map.serialize_entry("result", &self.result)?;
+        for (key, text) in [(found, &self.detail), ("hint", &self.hint)] {
+            if !text.is_empty() {
+                map.serialize_entry(key, text)?;
+            }
+        }
+        map.end()
+    }
 }
 
 /// Checks that belong together.
@@ -228,6 +243,8 @@ Status check results are ×
         assert_eq!(json["categories"][0]["categoryName"], "kernel");
         assert_eq!(json["categories"][0]["checks"][0]["result"], "success");
         assert_eq!(json["categories"][0]["checks"][1]["result"], "warning");
+        assert_eq!(json["categories"][0]["checks"][0]["detail"], "attached");
         assert_eq!(json["categories"][0]["checks"][1]["hint"], "use a kernel of 5.9 or later");
+        assert_eq!(json["categories"][0]["checks"][1]["error"], "EINVAL");
     }
 }

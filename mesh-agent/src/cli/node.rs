@@ -17,8 +17,8 @@ use crate::discovery::client::{ClientError, client, escaped};
 use crate::processes::Kubelet;
 use crate::telemetry::chain;
 
-/// An API server that takes longer for one object tells nobody anything.
-const ANSWER_TIME: Duration = Duration::from_secs(10);
+/// An API server that takes longer for one question tells nobody anything.
+pub(super) const ANSWER_TIME: Duration = Duration::from_secs(10);
 
 /// Result, what was found, and what to do.
 type Judged = (Verdict, String, String);

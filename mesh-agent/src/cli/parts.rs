@@ -5,13 +5,15 @@ use std::time::SystemTime;
 
 use mesh_core::spiffe::TrustDomain;
 use serde::Serialize;
+use tokio::time::timeout;
 
 use super::check::{Finding, Verdict};
+use super::node::ANSWER_TIME;
 use super::output::{Table, Tabular};
 use crate::admin::view::{self, CertificateView};
 use crate::capture::probe::{self, Feature, FeatureState};
 use crate::discovery;
-use crate::discovery::client::client;
+use crate::discovery::client::{ClientError, client};
 use crate::discovery::cluster::network_policies;
 use crate::identity::ca::{self, CaError, CaView};
 use crate::telemetry::chain;
@@ -48,18 +50,39 @@ pub fn kernel_features(cgroup: &Path, bpffs: &Path) -> Vec<Finding> {
     features.into_iter().map(finding).collect()
 }
 
-/// What `--redirect-peer on` would skip: NetworkPolicies among the manifests in a directory, or else those
-/// of the cluster.
-pub async fn skipped_policies(manifests: Option<&Path>, kubeconfig: Option<&Path>) -> Finding {
-    let description = "NetworkPolicies that --redirect-peer on skips".to_owned();
+/// NetworkPolicies that hold for no connection between pods of the mesh, or where a setting skips the node for none between
+/// pods of one node: those among the manifests in a directory, or else those of the cluster. Nothing where there is none,
+/// and nobody asks for it by a setting.
+pub async fn policies(
+    manifests: Option<&Path>,
+    kubeconfig: Option<&Path>,
+    skips_the_node: bool,
+) -> Option<Finding> {
+    let description = match skips_the_node {
+        true => "NetworkPolicies that --redirect-peer on skips",
+        false => "NetworkPolicies between pods of the mesh",
+    };
+    let description = description.to_owned();
     let (place, counted) = match manifests {
         Some(dir) => {
             (dir.display().to_string(), discovery::network_policies(dir).map_err(|e| chain(&e)))
         }
-        None => ("the cluster".to_owned(), policies_of_cluster(kubeconfig).await),
+        None => {
+            let counted = match policies_of_cluster(kubeconfig).await {
+                None if skips_the_node => Err("there is none, or this is no pod of it".to_owned()),
+                counted => counted?,
+            };
+            ("the cluster".to_owned(), counted)
+        }
     };
     let (result, detail, hint) = match counted {
         Ok(0) => (Verdict::Success, String::new(), String::new()),
+        Ok(count) if !skips_the_node => (
+            Verdict::Warning,
+            format!("{count} in {place}: they are not enforced on TCP between pods of the mesh"),
+            "leave pods out of the mesh that only a NetworkPolicy protects (malla.dev/mesh: disabled)"
+                .into(),
+        ),
         Ok(count) => (
             Verdict::Warning,
             format!(
@@ -76,12 +99,21 @@ pub async fn skipped_policies(manifests: Option<&Path>, kubeconfig: Option<&Path
                 .into(),
         ),
     };
-    Finding { description, result, detail, hint }
+    Some(Finding { description, result, detail, hint })
 }
 
-async fn policies_of_cluster(kubeconfig: Option<&Path>) -> Result<usize, String> {
-    let client = client(kubeconfig).await.map_err(|error| chain(&error))?;
-    network_policies(&client).await.map_err(|error| chain(&error))
+/// `None` outside of a cluster.
+async fn policies_of_cluster(kubeconfig: Option<&Path>) -> Option<Result<usize, String>> {
+    let client = match client(kubeconfig).await {
+        Ok(client) => client,
+        Err(ClientError::NotInPod(_)) => return None,
+        Err(error) => return Some(Err(chain(&error))),
+    };
+    let answered = timeout(ANSWER_TIME, network_policies(&client)).await;
+    Some(match answered {
+        Ok(counted) => counted.map_err(|error| chain(&error)),
+        Err(_elapsed) => Err("no answer in time".to_owned()),
+    })
 }
 
 fn finding(feature: Feature) -> Finding {

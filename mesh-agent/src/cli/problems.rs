@@ -82,6 +82,10 @@ impl Run {
         if !within(self.drain, 0..=86_400) {
             note("--drain-s", format!("{} s", self.drain.as_secs()), "0 to 86400, a day");
         }
+        if !within(self.metrics_linger, 0..=86_400) {
+            let problem = format!("{} s", self.metrics_linger.as_secs());
+            note("--metrics-linger-s", problem, "0 to 86400, a day");
+        }
         // What the API and our own signer allow, when certificates are asked for there.
         let lifetimes = if self.ca_dir.is_some() { 2..=31_536_000 } else { 600..=86_400 };
         if !within(self.cert_lifetime, lifetimes.clone()) {
@@ -150,7 +154,7 @@ mod tests {
     fn all_problems_of_run_are_told_at_once_with_flag_and_remedy() {
         let run = run("mesh-agent run --node N_1 --manifests /nowhere --ca-dir /nowhere \
                        --cgroup /nowhere --metrics-addr 127.0.0.1:15019 --connect-timeout-s 0 \
-                       --drain-s 90000 --cert-lifetime-s 1 --workers 2000 --poll-us 1001 --metrics-series-limit 0");
+                       --drain-s 90000 --metrics-linger-s 90000 --cert-lifetime-s 1 --workers 2000 --poll-us 1001 --metrics-series-limit 0");
         let flags: Vec<_> = run.problems().iter().map(|problem| problem.flag).collect();
         let expected = [
             "--node",
@@ -160,6 +164,7 @@ mod tests {
             "--metrics-addr",
             "--connect-timeout-s",
             "--drain-s",
+            "--metrics-linger-s",
             "--cert-lifetime-s",
             "--poll-us",
             "--workers",

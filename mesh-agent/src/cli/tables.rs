@@ -197,6 +197,10 @@ impl Tabular for StatusView {
         for (event, count) in self.kernel.iter().filter(|(_, count)| **count > 0) {
             line(&format!("Kernel {event}"), count.to_string());
         }
+        if self.network_policies > 0 {
+            let told = format!("{}, not enforced between pods of the mesh", self.network_policies);
+            line("NetworkPolicies", told);
+        }
         line("Problems", self.problems.len().to_string());
         for problem in &self.problems {
             let told = format!("{}: {}: {}", problem.field, problem.message, problem.remedy);
@@ -438,6 +442,7 @@ node-2   spiffe://cluster.local/ns/a/sa/x   spiffe://cluster.local/ns/b/sa/y   q
             verdicts: 3,
             kernel: [("captured".to_owned(), 9), ("orig_dst_full".to_owned(), 0)].into(),
             redirect_peer: [("shop/web".to_owned(), "the pod's cable is down".to_owned())].into(),
+            network_policies: 2,
             ..StatusView::default()
         };
         let expected = "\
@@ -453,6 +458,7 @@ Carrier                 auto, node-2: quic
 Verdicts                3 held by the kernel
 Redirect shop/web       the pod's cable is down
 Kernel captured         9
+NetworkPolicies         2, not enforced between pods of the mesh
 Problems                1
 pods.yaml, document 2   spec.nodeName: missing: add it
 ";

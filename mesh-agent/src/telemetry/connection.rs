@@ -296,10 +296,12 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A failure of `stage`, with the response flag that usually belongs to it.
+    /// A failure of `stage`, with the response flag that usually belongs to its reason.
     pub fn new(stage: Stage, reason: &'static str, detail: impl Into<String>) -> Self {
-        let flags = match stage {
-            Stage::Authorize => ResponseFlags::Deny,
+        // Not by the stage: it also refuses what it has no room for, or does not know yet, and who is told of denials
+        // must not be told of those.
+        let flags = match reason {
+            "denied" | "plaintext_in_strict" => ResponseFlags::Deny,
             _ => ResponseFlags::Connect,
         };
         Self { stage, reason, detail: detail.into(), flags }

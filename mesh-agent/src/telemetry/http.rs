@@ -157,6 +157,8 @@ where
         .max_headers(HEADERS)
         .max_buf_size(HEADER_BYTES)
         .keep_alive(false)
+        // Who sends FIN right behind the request waits for the answer.
+        .half_close(true)
         .serve_connection(TokioIo::new(stream), service);
     match timeout(ANSWER_TIME, connection).await {
         Ok(Ok(())) => {}
@@ -314,6 +316,18 @@ mod tests {
         assert!(get(addr, "/healthz/live").await.starts_with("HTTP/1.1 200 "));
         is_ready.store(true, Ordering::Relaxed);
         assert!(get(addr, "/healthz/ready").await.starts_with("HTTP/1.1 200 "));
+    }
+
+    #[tokio::test]
+    async fn who_ends_its_direction_behind_the_request_gets_the_answer() {
+        let (mut client, server) = tokio::io::duplex(1 << 16);
+        client.write_all(b"GET /healthz/live HTTP/1.0\r\n\r\n").await.unwrap();
+        client.shutdown().await.unwrap();
+        let readiness: Readiness = Arc::new(|| Ok(()));
+        serve_one(server, &|question: &Question<'_>| probe(question, &readiness)).await;
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.0 200 "), "{answer}");
     }
 
     #[tokio::test]

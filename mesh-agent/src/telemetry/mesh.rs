@@ -43,6 +43,8 @@ pub struct SnapshotState {
     pub in_manifests: u64,
     /// Those, and all others that `status` tells.
     pub problems: u64,
+    /// NetworkPolicies: `mesh_policies_not_enforced{kind}`.
+    pub policies: u64,
 }
 
 /// Where state is asked for at each scrape. The closures run on the thread that answers the scrape
@@ -212,7 +214,16 @@ impl Collector for MeshState {
                 None,
                 MetricType::Gauge,
             )?
-            .encode_gauge(&as_gauge(snapshot.problems))
+            .encode_gauge(&as_gauge(snapshot.problems))?;
+        encoder
+            .encode_descriptor(
+                "mesh_policies_not_enforced",
+                "Policies that are not enforced on TCP between pods of the mesh, by kind",
+                None,
+                MetricType::Gauge,
+            )?
+            .encode_family(&[("kind", "NetworkPolicy")])?
+            .encode_gauge(&as_gauge(snapshot.policies))
     }
 }
 

@@ -43,7 +43,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_core::snapshot::Snapshot;
 use prometheus_client::collector::Collector;
@@ -83,6 +83,8 @@ pub struct Options {
     pub cluster: Arc<str>,
     /// Most label sets of the `istio_tcp_*` families; what exceeds them counts as `unknown`.
     pub series_limit: usize,
+    /// How long the series of a deleted workload are shown to whoever scrapes.
+    pub series_linger: Duration,
     /// Labels to leave out.
     pub drop_labels: Vec<LabelGroup>,
 }
@@ -93,6 +95,7 @@ impl Default for Options {
             access_log: AccessLogFormat::Text,
             cluster: "Kubernetes".into(),
             series_limit: DEFAULT_SERIES_LIMIT,
+            series_linger: Duration::ZERO,
             drop_labels: Vec::new(),
         }
     }
@@ -141,7 +144,8 @@ impl Telemetry {
     ) -> io::Result<Self> {
         let access_log = AccessLog::start(options.access_log, output)?;
         let scheme = Scheme::new(Arc::clone(&options.cluster), options.drop_labels.clone());
-        let series = Arc::new(SeriesTable::new(scheme, options.series_limit));
+        let series =
+            Arc::new(SeriesTable::new(scheme, options.series_limit, options.series_linger));
         let stages = Arc::<StageDurations>::default();
         let table = Arc::<OpenTable>::default();
         let state = Arc::<MeshState>::default();

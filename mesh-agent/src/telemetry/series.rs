@@ -27,8 +27,8 @@ use prometheus_client::metrics::MetricType;
 use super::connection::{ConnectionFacts, Direction, ResponseFlags, SecurityPolicy};
 use super::labels::{Encoded, Labels, PartyLabels, Scheme, ServiceLabels};
 
-/// How long the series of a deleted workload wait for a scrape to show their last value. Several
-/// times the usual scrape interval of 15 s to 60 s.
+/// How much longer than a scrape may still come for it the series of a deleted workload wait for one to show their last
+/// value. Several times the usual scrape interval of 15 s to 60 s.
 const GRACE: Duration = Duration::from_secs(300);
 
 /// After how long without a connection the series of a caller or server that no snapshot knows is as good as gone:
@@ -91,6 +91,8 @@ impl Series {
 pub(super) struct SeriesTable {
     scheme: Scheme,
     limit: usize,
+    /// How long what is gone is shown for certain.
+    linger: Duration,
     collapsed: AtomicU64,
     inner: Mutex<Inner>,
 }
@@ -125,8 +127,8 @@ impl Entry {
 }
 
 impl SeriesTable {
-    pub(super) fn new(scheme: Scheme, limit: usize) -> Self {
-        Self { scheme, limit, collapsed: AtomicU64::new(0), inner: Mutex::default() }
+    pub(super) fn new(scheme: Scheme, limit: usize, linger: Duration) -> Self {
+        Self { scheme, limit, linger, collapsed: AtomicU64::new(0), inner: Mutex::default() }
     }
 
     /// Counts a connection as opened and returns its series. Past the limit a new label set is
@@ -200,16 +202,22 @@ impl SeriesTable {
         }
         inner.series.retain(|_, entry| {
             let waited = entry.gone.map(|gone| now.saturating_duration_since(gone));
-            waited.is_none_or(|waited| waited < GRACE) || !entry.series.is_idle()
+            waited.is_none_or(|waited| waited < self.linger + GRACE) || !entry.series.is_idle()
         });
     }
 
-    /// Removes what was gone before the scrape that has just been answered and is no longer used.
+    /// Removes what is no longer used and was gone for long enough before the scrape that has just been answered: nobody
+    /// knows how many scrape, so one has not shown it to all.
     pub(super) fn sweep(&self, scraped: Instant) {
         let mut inner = self.lock();
         let before = inner.series.len();
         inner.series.retain(|_, entry| {
-            entry.gone.is_none_or(|gone| gone > scraped) || !entry.series.is_idle()
+            let is_idle = entry.series.is_idle();
+            if entry.gone.is_some() && !is_idle {
+                // Its last value is still to come.
+                entry.gone = Some(scraped);
+            }
+            !is_idle || entry.gone.is_none_or(|gone| gone + self.linger > scraped)
         });
         if inner.series.len() < before {
             inner.routes.clear();
@@ -346,7 +354,11 @@ mod tests {
     use super::*;
 
     fn table(limit: usize) -> SeriesTable {
-        SeriesTable::new(Scheme::new("Kubernetes".into(), Vec::new()), limit)
+        lingering(limit, Duration::ZERO)
+    }
+
+    fn lingering(limit: usize, linger: Duration) -> SeriesTable {
+        SeriesTable::new(Scheme::new("Kubernetes".into(), Vec::new()), limit, linger)
     }
 
     fn count(table: &SeriesTable) -> usize {
@@ -379,6 +391,25 @@ mod tests {
         table.sweep(scraped);
         assert_eq!(count(&table), 1);
         table.sweep(deleted);
+        assert_eq!(count(&table), 0);
+    }
+
+    #[test]
+    fn one_scrape_takes_the_last_value_from_no_other() {
+        let linger = Duration::from_secs(120);
+        let table = lingering(10, linger);
+        table.open(&Shop::new().facts(Direction::Outbound)).closed(ResponseFlags::None, false);
+        let deleted = Instant::now();
+        let nothing = snapshot(Vec::new(), Vec::new());
+        table.retain(&nothing, true, deleted);
+        for seconds in [0, 1, 60, 119] {
+            table.sweep(deleted + Duration::from_secs(seconds));
+            table.retain(&nothing, true, deleted + Duration::from_secs(seconds));
+            assert_eq!(count(&table), 1, "after {seconds} s");
+        }
+        table.retain(&nothing, true, deleted + linger + GRACE / 2);
+        assert_eq!(count(&table), 1, "nobody has scraped since");
+        table.sweep(deleted + linger);
         assert_eq!(count(&table), 0);
     }
 

@@ -67,6 +67,7 @@ fn exposition_is_pinned() {
             age: Duration::from_millis(1500),
             in_manifests: 2,
             problems: 3,
+            policies: 4,
         }),
         look_at_direct: Box::new(|| {}),
         direct_events_lost: Box::new(|| 5),
@@ -222,6 +223,20 @@ fn unproven_client_has_no_principal() {
         r#"connection_security_policy="unknown""#,
     ];
     assert_eq!(value(&telemetry.exposition(), "istio_tcp_connections_opened_total", &expected), 1);
+}
+
+#[test]
+fn only_what_policy_refused_is_a_denial() {
+    for (stage, reason, flags) in [
+        (Stage::Authorize, "denied", ResponseFlags::Deny),
+        (Stage::Authorize, "plaintext_in_strict", ResponseFlags::Deny),
+        (Stage::Authorize, "draining", ResponseFlags::Connect),
+        (Stage::Authorize, "overloaded", ResponseFlags::Connect),
+        (Stage::Authorize, "unknown_workload", ResponseFlags::Connect),
+        (Stage::Deliver, "connection_refused", ResponseFlags::Connect),
+    ] {
+        assert_eq!(Failure::new(stage, reason, "").flags, flags, "{reason}");
+    }
 }
 
 #[test]

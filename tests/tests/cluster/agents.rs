@@ -68,20 +68,20 @@ fn server_on(shop: &Shop, node: &str) -> String {
 
 /// A policy for a place that packets do not pass.
 #[test]
-fn network_policies_are_warned_of_where_a_setting_skips_them() -> Result<()> {
+fn network_policies_are_warned_of_and_where_a_setting_skips_them() -> Result<()> {
     require_cluster!();
     let agents = Agents::deployed()?;
     let cluster = Cluster::namespace()?;
     let nodes = cluster.two_nodes()?;
-    let warned_of = || -> Result<usize> {
-        let check = agents.ask_by_exec(&nodes[0], &["check", "--redirect-peer", "on"])?;
+    let warned_of = |arguments: &[&str], name: &str| -> Result<usize> {
+        let check = agents.ask_by_exec(&nodes[0], &[&["check"], arguments].concat())?;
         let mut categories = check["categories"].as_array().into_iter().flatten();
-        let found = categories.find(|category| category["categoryName"] == "redirect");
+        let found = categories.find(|category| category["categoryName"] == name);
         let found = &found.with_context(|| check.to_string())?["checks"][0];
         if found["result"] == "success" {
             return Ok(0);
         }
-        let count = found["detail"].as_str().and_then(|text| text.split_once(" in the cluster"));
+        let count = found["error"].as_str().and_then(|text| text.split_once(" in the cluster"));
         count.and_then(|(count, _)| count.parse().ok()).with_context(|| found.to_string())
     };
     // Deployments have one too, and may come and go beside this.
@@ -93,10 +93,12 @@ fn network_policies_are_warned_of_where_a_setting_skips_them() -> Result<()> {
     };
     let told = || -> Option<usize> {
         let count = there_are().ok()?;
-        warned_of().is_ok_and(|told| told == count).then_some(count)
+        let skipped = warned_of(&["--redirect-peer", "on"], "redirect");
+        let told = [skipped, warned_of(&[], "policies")];
+        told.iter().all(|told| told.as_ref().is_ok_and(|told| *told == count)).then_some(count)
     };
     wait::until_some(wait::SOON, "as many as there are", told)
-        .with_context(|| format!("{:?} of {:?}", warned_of(), there_are()))?;
+        .with_context(|| format!("{:?} of {:?}", warned_of(&[], "policies"), there_are()))?;
     cluster.apply(&json!({
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -104,7 +106,7 @@ fn network_policies_are_warned_of_where_a_setting_skips_them() -> Result<()> {
         "spec": {"podSelector": {"matchLabels": {"app": "nobody"}}},
     }))?;
     let now = wait::until_some(wait::SOON, "one that is new among them", told)
-        .with_context(|| format!("{:?} of {:?}", warned_of(), there_are()))?;
+        .with_context(|| format!("{:?} of {:?}", warned_of(&[], "policies"), there_are()))?;
     ensure!(now > 0, "this test's own");
     Ok(())
 }

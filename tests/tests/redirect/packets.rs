@@ -139,7 +139,10 @@ fn network_policies_that_would_be_skipped_are_warned_of() -> Result<()> {
     until(SOON, "the agent to warn", || mesh.agent("a").log().contains(warning))?;
     let said = check(&[ON])?;
     ensure!(said.contains("‼ NetworkPol"), "{said}");
-    ensure!(!check(&[])?.contains("‼ NetworkPol"), "only with the flag");
+    ensure!(said.contains("do not hold between enrolled pods of one node"), "{said}");
+    let said = check(&[])?;
+    ensure!(said.contains("‼ NetworkPol"), "{said}");
+    ensure!(said.contains("not enforced on TCP between pods of the mesh"), "{said}");
     Ok(())
 }
 
