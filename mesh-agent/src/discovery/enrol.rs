@@ -4,6 +4,8 @@
 //! widens anything: it counts as the narrowest one, also where the namespace's is wider. Where none lets
 //! through more than another it counts as not given.
 
+pub mod left_alone;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -11,6 +13,8 @@ use mesh_core::addr::Cidr;
 use mesh_core::settings::{MAX_SKIP_CIDRS, Mode, Outbound, PortList, Settings, UnknownPods};
 use mesh_core::snapshot::Enrolment;
 
+use self::left_alone::unfit;
+pub(super) use self::left_alone::{has_completed, shares_the_nodes_network};
 use super::kube::{Namespace, ObjectMeta, Pod, Texts};
 use super::objects::{Kind, ObjectKey};
 use super::problems::Shown;
@@ -76,44 +80,6 @@ const SYSTEM_NAMESPACES: &[&str] = &["kube-system", "malla-system"];
 /// Whether no pod of the namespace takes part.
 pub(super) fn is_system(namespace: &str) -> bool {
     SYSTEM_NAMESPACES.contains(&namespace)
-}
-
-/// Why a pod is left alone: what `workloads` shows.
-pub mod left_alone {
-    /// Nobody asked.
-    pub const NOT_ENROLLED: &str = "not enrolled";
-    /// The pod or its namespace says `disabled`.
-    pub const DISABLED: &str = "disabled";
-    /// `hostNetwork: true`: it has no namespace of its own to capture in.
-    pub const HOST_NETWORK: &str = "shares the node's network";
-    /// Succeeded or failed: its address may be another pod's by now.
-    pub const COMPLETED: &str = "completed";
-    /// A namespace that a cluster cannot do without.
-    pub const SYSTEM: &str = "system namespace";
-    /// It has an Istio sidecar.
-    pub const ISTIO_SIDECAR: &str = "has an Istio sidecar";
-    /// Istio's ambient mode redirects it.
-    pub const ISTIO_AMBIENT: &str = "in Istio's ambient mesh";
-    /// It has a Linkerd proxy.
-    pub const LINKERD: &str = "has a Linkerd proxy";
-    /// Its kubelet runs it from a file, and the API has a picture of it only, with another UID than its
-    /// cgroup's.
-    pub const STATIC: &str = "static pod";
-    /// gVisor, or a virtual machine: the node's kernel sees none of its sockets.
-    pub const OWN_KERNEL: &str = "its runtime class has a kernel of its own";
-    /// Not scheduled, or no sandbox yet.
-    pub const NO_ADDRESS: &str = "has no address yet";
-    /// What its namespace says has not been read yet.
-    pub const NAMESPACE_UNREAD: &str = "its namespace is not read yet";
-    /// Two pods claim one address, and another keeps it.
-    pub const ADDRESS_TAKEN: &str = "its address is another pod's";
-    /// Standalone: nothing says where its network namespace is.
-    pub const NO_NETNS: &str = "no network namespace named";
-
-    /// Whether a pod that asked may be carried later: it is one of the mesh whose address is not known.
-    pub(in super::super) fn is_passing(reason: &str) -> bool {
-        [NO_ADDRESS, NAMESPACE_UNREAD, ADDRESS_TAKEN].contains(&reason)
-    }
 }
 
 /// What one object says. `None`: nothing, or nothing that counts.
@@ -330,55 +296,6 @@ pub fn takes_part(namespace: &Namespace, pod: &Pod) -> bool {
     let name = namespace.metadata.name.as_deref().unwrap_or_default();
     let enrolment = Wishes::of_pod(&pod.metadata, &mut report).enrolment(&wishes, name, pod);
     enrolment == Enrolment::Enrolled
-}
-
-/// Why a pod that asked cannot be carried.
-fn unfit(namespace: &str, pod: &Pod) -> Option<&'static str> {
-    let annotation = |key: &str| pod.metadata.annotations.as_ref().and_then(|map| map.get(key));
-    if is_system(namespace) {
-        Some(left_alone::SYSTEM)
-    } else if shares_the_nodes_network(pod) {
-        Some(left_alone::HOST_NETWORK)
-    } else if has_completed(pod) {
-        Some(left_alone::COMPLETED)
-    } else if has_its_own_kernel(pod) {
-        Some(left_alone::OWN_KERNEL)
-    } else if annotation("kubernetes.io/config.mirror").is_some() {
-        Some(left_alone::STATIC)
-    } else if annotation("sidecar.istio.io/status").is_some() {
-        Some(left_alone::ISTIO_SIDECAR)
-    } else if annotation("ambient.istio.io/redirection").is_some_and(|v| v == "enabled") {
-        Some(left_alone::ISTIO_AMBIENT)
-    } else if annotation("linkerd.io/proxy-version").is_some()
-        || has_container(pod, "linkerd-proxy")
-    {
-        Some(left_alone::LINKERD)
-    } else {
-        None
-    }
-}
-
-pub(super) fn shares_the_nodes_network(pod: &Pod) -> bool {
-    pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false)
-}
-
-/// Whether sockets of the pod are not the node's kernel's. By the name of its runtime class, which is all that the pod
-/// says of that: those that gVisor and Kata, and the clouds that offer them, give their classes.
-fn has_its_own_kernel(pod: &Pod) -> bool {
-    let class = pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.as_deref());
-    let mut words = class.unwrap_or_default().split(|char: char| !char.is_ascii_alphanumeric());
-    words.any(|word| ["gvisor", "runsc", "kata"].contains(&word))
-}
-
-pub(super) fn has_completed(pod: &Pod) -> bool {
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-    matches!(phase, Some("Succeeded" | "Failed"))
-}
-
-fn has_container(pod: &Pod, name: &str) -> bool {
-    let Some(spec) = &pod.spec else { return false };
-    let init = spec.init_containers.iter().flatten();
-    spec.containers.iter().chain(init).any(|container| container.name == name)
 }
 
 /// The annotation goes before the label of the same key, which selectors need. A word that is not understood counts

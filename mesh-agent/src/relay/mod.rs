@@ -26,15 +26,16 @@
 //! Where the flow came from, and what its end means for balance and telemetry.
 
 mod lane;
+mod last_words;
 mod local;
 mod outcome;
 mod quic;
 #[cfg(test)]
 mod tests;
+mod turn;
 
-use std::cell::Cell;
 use std::future::poll_fn;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::mem;
 use std::net::Shutdown;
 use std::pin::{Pin, pin};
@@ -42,33 +43,19 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use mesh_core::wire::{HEADER_LEN, ResetReason};
+use mesh_core::wire::ResetReason;
 use socket2::SockRef;
 use tokio::io::{AsyncRead as _, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
+use self::last_words::read_unasked;
 pub use self::outcome::{Outcome, RelayEnd};
+pub use self::turn::BUDGET;
+use self::turn::Turn;
 use crate::polling;
 use crate::telemetry::Live;
 use crate::tunnel::{Buf, Flow, Held};
-
-/// How much one direction copies before the task gives way to the others of its worker, where
-/// several of them copy in bulk: 64 KiB, less a frame's header, so that frame and payload fill their
-/// TLS records to the last byte.
-pub const BUDGET: usize = 64 * 1024 - HEADER_LEN;
-
-/// The same where this is the only one: as much as a large buffer holds and one system call moves.
-const BUDGET_ALONE: usize = 256 * 1024 - HEADER_LEN;
-
-/// At most so much is looked through for the last words of an end that has broken: more than its socket can have
-/// received (`tcp_rmem`: 6 MiB by default).
-const LAST_WORDS: usize = 8 << 20;
-
-thread_local! {
-    /// Directions on this worker that used up [`BUDGET`] when they were looked at last.
-    static IN_BULK: Cell<usize> = const { Cell::new(0) };
-}
 
 /// Copies in both directions until both have ended, or one breaks.
 ///
@@ -390,62 +377,6 @@ impl<F: Far> Relay<'_, F> {
         }
     }
 
-    /// The application takes nothing more. What it wrote before lies in front of its reset, unread (Linux drops only
-    /// what was on its way to it): as much of it crosses as the far end has room for at once.
-    fn last_of_application(&mut self, cx: &mut Context<'_>, error: &io::Error) -> Outcome {
-        let mut left = LAST_WORDS;
-        while left > 0
-            && !self.up_ended
-            && matches!(self.far.poll_send(cx, &mut self.up), Poll::Ready(Ok(())))
-        {
-            // Without asking the runtime, which has yet to hear from the kernel that there is something.
-            let room = &mut self.up.room()[F::GAP..];
-            let read = (&*SockRef::from(self.app_write.as_ref())).read(room);
-            let Ok(len @ 1..) = read else {
-                self.up.release();
-                // The writing call was told of the reset, and after that the kernel tells of an end. There was one
-                // if the call was told EPIPE (`tcp_reset()` in CLOSE_WAIT).
-                let has_ended = error.kind() == io::ErrorKind::BrokenPipe && read.is_ok();
-                if has_ended && self.far.finish().is_ok() {
-                    self.up_ended = true;
-                    // What there is no room for is lost to the reset.
-                    let _sent = self.far.poll_send(cx, &mut self.up);
-                }
-                break;
-            };
-            self.up.fill(F::GAP + len);
-            count(&self.live.sent, len);
-            left = left.saturating_sub(len);
-        }
-        application_reset(Some(error))
-    }
-
-    /// The far end takes nothing more, because of this `outcome`. What it sent before lies in front of that, unread,
-    /// and behind it perhaps a reset, which says best why: the application gets as much of it as it takes at once.
-    fn last_of_far(&mut self, cx: &mut Context<'_>, outcome: Outcome) -> Outcome {
-        let mut left = LAST_WORDS;
-        let mut takes = !self.down_ended;
-        while left > 0 {
-            let waits = self.far.payload().len();
-            if waits > 0 {
-                // Nothing follows what it does not take, or it would miss bytes in between.
-                let mut socket = &*SockRef::from(self.app_write.as_ref());
-                let written = if takes { socket.write(self.far.payload()).unwrap_or(0) } else { 0 };
-                takes = written == waits;
-                count(&self.live.received, written);
-                self.far.taken(waits);
-                left = left.saturating_sub(waits);
-            }
-            match self.far.poll_last(cx) {
-                Poll::Ready(Ok(Arrived::Data)) => {}
-                Poll::Ready(Ok(Arrived::Fin)) if F::RECEIVES_AFTER_FIN => takes = false,
-                Poll::Ready(Err(outcome)) => return outcome,
-                Poll::Ready(Ok(Arrived::Fin)) | Poll::Pending => return outcome,
-            }
-        }
-        outcome
-    }
-
     /// Writes payload to the application. At first without asking the runtime, which has yet to hear from
     /// the kernel that a connection takes bytes: one that was just made does.
     fn write(&mut self) -> io::Result<usize> {
@@ -454,56 +385,6 @@ impl<F: Far> Relay<'_, F> {
         } else {
             (&*SockRef::from(self.app_write.as_ref())).write(self.far.payload())
         }
-    }
-}
-
-/// What one direction may copy at one look, and whether it is one of those [`IN_BULK`].
-#[derive(Debug, Default)]
-struct Turn {
-    budget: usize,
-    copied: usize,
-    in_bulk: bool,
-}
-
-impl Turn {
-    fn begin(&mut self) {
-        let others = IN_BULK.get().saturating_sub(self.in_bulk.into());
-        self.budget = if others == 0 { BUDGET_ALONE } else { BUDGET };
-        self.copied = 0;
-    }
-
-    fn copied(&mut self, len: usize) {
-        self.copied += len;
-    }
-
-    fn left(&self) -> usize {
-        self.budget.saturating_sub(self.copied)
-    }
-
-    fn end(&mut self) {
-        self.count_as(self.copied >= BUDGET);
-    }
-
-    fn count_as(&mut self, in_bulk: bool) {
-        if in_bulk != self.in_bulk {
-            let now = IN_BULK.get();
-            IN_BULK.set(if in_bulk { now + 1 } else { now.saturating_sub(1) });
-            self.in_bulk = in_bulk;
-        }
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.count_as(false);
-    }
-}
-
-/// Reads what a socket has, also if the runtime has yet to hear from the kernel that there is something.
-fn read_unasked(socket: &ReadHalf<'_>, room: &mut [u8]) -> Poll<io::Result<usize>> {
-    match (&*SockRef::from(socket.as_ref())).read(room) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Poll::Pending,
-        read => Poll::Ready(read),
     }
 }
 

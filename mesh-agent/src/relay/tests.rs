@@ -9,6 +9,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use super::turn::BUDGET_ALONE;
 use super::*;
 
 async fn pair() -> (TcpStream, TcpStream) {

@@ -181,7 +181,7 @@ impl Telemetry {
         Tracked::new(self.clone(), facts, Counters::Mirrored(live), Instant::now())
     }
 
-    /// A new snapshot is in use: series of what it no longer has are shown once more and then go. `on_demand` if it has
+    /// A new snapshot is in use: series of what it no longer has are shown for a while and then go. `on_demand` if it has
     /// pods of other nodes only for as long as somebody talks to them.
     pub fn retain(&self, snapshot: &Snapshot, on_demand: bool) {
         self.0.series.retain(snapshot, on_demand, Instant::now());

@@ -2,7 +2,7 @@
 //!
 //! The table is looked into once per connection; after that a connection holds its [`Series`] and
 //! only adds to atomics. Its size is bounded, and the series of a deleted workload or service leave
-//! it after the scrape that showed their last value.
+//! it a while later, after a scrape that showed their last value.
 //!
 //! # The meaning of sent and received
 //!
@@ -173,7 +173,7 @@ impl SeriesTable {
 
     /// Marks the series of workloads and services that `snapshot` does not have; and those with somebody unknown that
     /// have not been used for an hour. Where pods of other nodes are read `on_demand`, who is at the other end and not
-    /// there counts as unknown. What is marked is shown once more, and removed by [`Self::sweep`].
+    /// there counts as unknown. What is marked is shown for a while, and removed by [`Self::sweep`].
     pub(super) fn retain(&self, snapshot: &Snapshot, on_demand: bool, now: Instant) {
         let names: HashSet<_> =
             snapshot.workloads().map(|workload| self.scheme.names(workload)).collect();

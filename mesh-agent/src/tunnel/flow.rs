@@ -115,7 +115,9 @@ impl LaneFlow {
     /// A reset is the last that was sent. With bytes of the peer's unread the kernel would close the lane with RST and
     /// drop what has not left yet, that reset and what lies before it.
     pub(crate) async fn reset_behind(self) {
-        self.lane.linger().await;
+        /// More than the socket can have received (`tcp_rmem`: 6 MiB by default), and some that is on its way.
+        const UPLOAD: usize = 16 << 20;
+        self.lane.linger(UPLOAD).await;
     }
 
     /// Both directions have ended cleanly: the lane can take another flow, a client's as `reuse` says. A server has read

@@ -354,13 +354,17 @@ impl Lane {
     pub(super) async fn close(mut self) {
         self.codec.queue_close();
         if self.flush().await.is_ok() {
-            self.linger().await;
+            self.linger(SCRAP).await;
         }
     }
 
-    /// Ends our direction behind what was sent, and waits a little for the peer to end its own.
-    pub(super) async fn linger(self) {
-        linger(self.tcp).await;
+    /// Ends our direction behind what was sent, and waits a little for the peer to end its own, while `most` bytes that
+    /// still come from it are thrown away.
+    pub(super) async fn linger(self, most: usize) {
+        let tcp = self.tcp;
+        // Buffers go at once.
+        drop(self.codec);
+        linger(tcp, most).await;
     }
 
     /// Ends the lane between two flows without waiting for the peer.
@@ -372,21 +376,26 @@ impl Lane {
     }
 }
 
+/// What may still come from a peer that has nothing more to say.
+pub(super) const SCRAP: usize = 256 * 1024;
+
 /// Ends our direction and waits a little for the peer to end its own.
-async fn linger(tcp: TcpStream) {
+async fn linger(tcp: TcpStream, most: usize) {
     const PATIENCE: Duration = Duration::from_secs(1);
-    const MOST: usize = 256 * 1024;
 
     if socket2::SockRef::from(&tcp).shutdown(std::net::Shutdown::Write).is_err() {
         return;
     }
     let drain = async {
         let mut scrap = Buf::default();
-        let mut left = MOST;
+        let mut left = most;
         while left > 0 && tcp.readable().await.is_ok() {
             match tcp.try_read(scrap.room()) {
                 Ok(0) => break,
-                Ok(len) => left = left.saturating_sub(len),
+                Ok(len) => {
+                    left = left.saturating_sub(len);
+                    tokio::task::yield_now().await;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => scrap.release(),
                 Err(_) => break,
             }

@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout_at};
 use super::buffers::Buf;
 use super::error::{DialError, OpenError};
 use super::flow::{Flow, Held, LaneFlow, Reuse};
-use super::lane::{Lane, LaneError, LaneEvent};
+use super::lane::{Lane, LaneError, LaneEvent, SCRAP};
 use super::pool::{PeerPool, Ready};
 use super::quic::{self, QuicLink};
 use super::stream::{self, QuicFlow};
@@ -267,9 +267,8 @@ fn queue_payload(lane: &mut Lane, payload: &[u8]) -> io::Result<()> {
 
 /// The application has gone: the peer is told, once.
 async fn abandon(mut lane: Box<Lane>) {
-    if lane.codec.queue_reset(ResetReason::Application).is_ok() {
-        // The lane is dropped in any case.
-        drop(lane.flush().await);
+    if lane.codec.queue_reset(ResetReason::Application).is_ok() && lane.flush().await.is_ok() {
+        lane.linger(SCRAP).await;
     }
 }
 

@@ -42,7 +42,7 @@ pub struct QuicFlow {
     claim: Claim,
     reader: Arc<Reader>,
     _lease: Option<Lease>,
-    /// When something was written last.
+    /// When something was written last, or the end.
     pub(super) written: Option<Instant>,
     /// Neither direction needs to be reset any more.
     over: bool,
@@ -94,7 +94,11 @@ impl QuicFlow {
     pub(crate) async fn reset_behind(mut self, reason: ResetReason) {
         if let Some(written) = self.written {
             let arrives = (2 * self.claim.rtt()).clamp(ARRIVES.0, ARRIVES.1);
-            sleep(arrives.saturating_sub(written.elapsed())).await;
+            let left = arrives.saturating_sub(written.elapsed());
+            // Even nothing at all would be a millisecond.
+            if !left.is_zero() {
+                sleep(left).await;
+            }
         }
         self.reset(reason);
     }
@@ -128,6 +132,7 @@ impl QuicFlow {
     }
 
     pub(crate) fn finish_sending(&mut self) -> Result<(), StreamError> {
+        self.written = Some(Instant::now());
         self.send.finish().map_err(|_closed| StreamError::Lost)
     }
 

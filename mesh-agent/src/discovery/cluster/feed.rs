@@ -21,6 +21,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
+use http::HeaderValue;
+use http::header::ACCEPT;
 use kube::Client;
 use kube::core::{Status, WatchEvent};
 use mesh_core::backoff::Backoff;
@@ -235,7 +237,8 @@ impl Feed {
     async fn list<T: Followed>(&self) -> Result<(String, Vec<Object>), Ended> {
         let mut objects = Vec::new();
         let take = |page: Vec<T>| objects.extend(page.into_iter().map(|item| taken(item).0));
-        let version = pages(&self.client, T::PATH, &self.selector, take).await.map_err(ended)?;
+        let what = (T::PATH, &*self.selector, Form::Whole);
+        let version = pages(&self.client, what, take).await.map_err(ended)?;
         Ok((version, objects))
     }
 
@@ -320,16 +323,27 @@ pub(super) fn happened<T: Followed>(event: WatchEvent<T>) -> Result<(Option<Stri
     })
 }
 
+/// What of an object is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Form {
+    Whole,
+    /// Where that is all that is read.
+    Metadata,
+}
+
+const METADATA: HeaderValue =
+    HeaderValue::from_static("application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1");
+
 /// Gives `take` all that is at `path` and that `selector` lets through, page by page, and returns its version.
 pub(super) async fn pages<T: DeserializeOwned>(
     client: &Client,
-    path: &str,
-    selector: &str,
+    (path, selector, form): (&str, &str, Form),
     mut take: impl FnMut(Vec<T>),
 ) -> Result<String, kube::Error> {
     let mut from: Option<String> = None;
     loop {
-        let list = page::<T>(client, path, selector, from.as_deref(), PAGE, LIST_LIMIT).await?;
+        let what = (path, selector, form);
+        let list = page::<T>(client, what, from.as_deref(), PAGE, LIST_LIMIT).await?;
         take(list.items);
         from = list.metadata.next;
         if from.is_none() {
@@ -360,7 +374,8 @@ pub(super) async fn search<T: Followed>(
     let mut from: Option<String> = None;
     for _ in 0..MOST_SEARCHED / SEARCH_PAGE {
         let from_here = from.as_deref();
-        let list = page::<T>(client, path, selector, from_here, SEARCH_PAGE, READ_LIMIT).await;
+        let what = (path, selector, Form::Whole);
+        let list = page::<T>(client, what, from_here, SEARCH_PAGE, READ_LIMIT).await;
         let list = list.map_err(|error| crate::telemetry::chain(&error))?;
         let objects = list.items.into_iter().map(|item| taken(item).0);
         let found: Vec<Object> = objects.filter(&is_it).collect();
@@ -378,8 +393,7 @@ pub(super) async fn search<T: Followed>(
 /// So `many` objects, `from` where the page before has ended.
 async fn page<T: DeserializeOwned>(
     client: &Client,
-    path: &str,
-    selector: &str,
+    (path, selector, form): (&str, &str, Form),
     from: Option<&str>,
     many: usize,
     limit: Duration,
@@ -389,7 +403,10 @@ async fn page<T: DeserializeOwned>(
         query.push_str("&continue=");
         query.push_str(&escaped(from));
     }
-    let request = get(path, &query, selector)?;
+    let mut request = get(path, &query, selector)?;
+    if let Form::Metadata = form {
+        request.headers_mut().insert(ACCEPT, METADATA);
+    }
     let asked = timeout(limit, client.request::<List<T>>(request)).await;
     let mut list = asked.unwrap_or_else(|_elapsed| {
         Err(kube::Error::Service(format!("no list within {limit:?}").into()))

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::warn;
 
-use super::feed::pages;
+use super::feed::{Form, pages};
 use crate::discovery::enrol::is_system;
 use crate::telemetry::chain;
 
@@ -39,7 +39,7 @@ pub async fn network_policies(client: &Client) -> Result<usize, kube::Error> {
     let take = |page: Vec<Policy>| {
         count += page.iter().filter(|policy| !is_system(&policy.metadata.namespace)).count();
     };
-    pages(client, PATH, "", take).await?;
+    pages(client, (PATH, "", Form::Metadata), take).await?;
     Ok(count)
 }
 

@@ -8,7 +8,7 @@ use mesh_core::wire::{ALPN, Role};
 use rustls::HandshakeKind;
 use tokio::net::TcpStream;
 
-use super::{Codec, Lane, flush, linger, receive};
+use super::{Codec, Lane, SCRAP, flush, linger, receive};
 use crate::tunnel::buffers::Buf;
 use crate::tunnel::error::DialError;
 use crate::tunnel::proof::Proof;
@@ -103,6 +103,6 @@ impl Handshake {
     /// Gives the peer time to read the alert: closing with unread bytes would send RST, which may
     /// overtake it.
     pub(in crate::tunnel) async fn linger(self) {
-        linger(self.tcp).await;
+        linger(self.tcp, SCRAP).await;
     }
 }

@@ -226,10 +226,12 @@ where
         link.settle().await;
     }
 
-    /// Connections that one address may have: a part of as many as there is credit for.
+    /// Connections that one address may have: a part of as many as there may be, and as there is credit for.
     fn of_one_address(&self) -> u32 {
-        let TunnelConfig { quic_credit, quic_stream_window, .. } = self.config();
+        let TunnelConfig { quic_credit, quic_stream_window, quic_max_connections, .. } =
+            self.config();
         let all = quic_credit.bytes() / u64::from(*quic_stream_window).max(1);
+        let all = all.min(u64::try_from(*quic_max_connections).unwrap_or(u64::MAX));
         u32::try_from(all / OF_ONE_ADDRESS).unwrap_or(u32::MAX).max(1)
     }
 
