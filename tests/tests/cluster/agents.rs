@@ -91,22 +91,30 @@ fn network_policies_are_warned_of_and_where_a_setting_skips_them() -> Result<()>
         let all = cluster.kubectl(&all)?;
         Ok(all.lines().filter(|of| !["kube-system", "malla-system"].contains(of)).count())
     };
-    let told = || -> Option<usize> {
-        let count = there_are().ok()?;
-        let skipped = warned_of(&["--redirect-peer", "on"], "redirect");
-        let told = [skipped, warned_of(&[], "policies")];
-        told.iter().all(|told| told.as_ref().is_ok_and(|told| *told == count)).then_some(count)
+    // One question at a time, which takes seconds itself.
+    let told = |what: &str| -> Result<usize> {
+        let asked = [(&["--redirect-peer", "on"][..], "redirect"), (&[], "policies")];
+        let mut count = 0;
+        for (arguments, name) in asked {
+            let told = || -> Option<usize> {
+                let before = there_are().ok()?;
+                let told = warned_of(arguments, name).ok()?;
+                (told == before || told == there_are().ok()?).then_some(told)
+            };
+            count = wait::until_some(wait::SOON, what, told).with_context(|| {
+                format!("{name}: {:?} of {:?}", warned_of(arguments, name), there_are())
+            })?;
+        }
+        Ok(count)
     };
-    wait::until_some(wait::SOON, "as many as there are", told)
-        .with_context(|| format!("{:?} of {:?}", warned_of(&[], "policies"), there_are()))?;
+    told("as many as there are")?;
     cluster.apply(&json!({
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
         "metadata": {"name": "nobody"},
         "spec": {"podSelector": {"matchLabels": {"app": "nobody"}}},
     }))?;
-    let now = wait::until_some(wait::SOON, "one that is new among them", told)
-        .with_context(|| format!("{:?} of {:?}", warned_of(&[], "policies"), there_are()))?;
+    let now = told("one that is new among them")?;
     ensure!(now > 0, "this test's own");
     Ok(())
 }
