@@ -33,6 +33,7 @@ pub mod direct;
 mod fixtures;
 pub mod generation;
 pub mod locality;
+pub mod names;
 pub mod networks;
 pub mod pending;
 pub mod places;

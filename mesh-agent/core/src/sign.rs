@@ -15,6 +15,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::names::is_subdomain;
 use crate::spiffe::{SpiffeId, TrustDomain};
 
 /// The longest life of a certificate: what a stolen key is worth.
@@ -255,7 +256,8 @@ impl Request<'_> {
         let ([node], [node_uid]) = (self.requester.node_names, self.requester.node_uids) else {
             return Err(Denied::NoNode);
         };
-        if node.is_empty() || node_uid.is_empty() {
+        // It becomes a part of a path.
+        if !is_subdomain(node) || node_uid.is_empty() {
             return Err(Denied::NoNode);
         }
         let asked = match &self.asked {
@@ -435,6 +437,7 @@ mod tests {
             (Denied::NoNode, |c| c.node_names.push("node-2".into())),
             (Denied::NoNode, |c| c.node_uids.push("uid-2".into())),
             (Denied::NoNode, |c| c.node_names = texts(&[""])),
+            (Denied::NoNode, |c| c.node_names = texts(&["node-1/../node-2"])),
             (Denied::NoNode, |c| c.node_uids = texts(&[""])),
             (Denied::Malformed, |c| c.asked = Err(Unread::Malformed)),
             (Denied::Unproven, |c| c.asked = Err(Unread::Unproven)),

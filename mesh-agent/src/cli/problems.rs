@@ -6,6 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mesh_core::names::is_subdomain;
+
 use super::Run;
 
 /// A flag whose value cannot work.
@@ -34,7 +36,7 @@ impl Run {
         let mut note = |flag, problem: String, remedy: &str| {
             found.push(FlagProblem { flag, problem, remedy: remedy.to_owned() });
         };
-        if !is_node_name(&self.node) {
+        if !is_subdomain(&self.node) {
             let problem = format!("`{}` is not the name of a Kubernetes node", self.node);
             note("--node", problem, "lower-case letters, digits, - and ., 253 characters at most");
         }
@@ -123,18 +125,6 @@ const MAX_WORKERS: usize = 1024;
 /// Longer than it takes to wake a core, looking for work saves nothing.
 const MAX_POLL: Duration = Duration::from_millis(1);
 
-/// RFC 1123 subdomain, as Kubernetes demands of a node's name.
-fn is_node_name(name: &str) -> bool {
-    let is_label = |label: &str| {
-        let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        !label.is_empty()
-            && label.bytes().all(allowed)
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    name.len() <= 253 && name.split('.').all(is_label)
-}
-
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
@@ -214,7 +204,7 @@ mod tests {
             ("a..b", false),
             ("a_b", false),
         ] {
-            assert_eq!(is_node_name(name), is_one, "{name}");
+            assert_eq!(is_subdomain(name), is_one, "{name}");
         }
     }
 }

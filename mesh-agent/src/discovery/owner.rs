@@ -15,6 +15,7 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use kube::Client;
 use kube::core::WatchEvent;
+use mesh_core::names::is_subdomain;
 use serde::Deserialize;
 use thiserror::Error;
 use tokio::sync::watch;
@@ -31,10 +32,6 @@ const SILENCE: Duration = Duration::from_secs(WATCH_S + 30);
 const PAUSE: Duration = Duration::from_secs(5);
 /// An agent that ends does not wait longer to hear whether it does so for good.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
-
-/// Names of objects are DNS labels, or subdomains of 253 characters at most (Kubernetes, "Object Names
-/// and IDs").
-const LONGEST: usize = 253;
 
 /// A DaemonSet and its namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,14 +51,8 @@ impl FromStr for DaemonSetName {
     type Err = NotADaemonSet;
 
     fn from_str(text: &str) -> Result<Self, NotADaemonSet> {
-        let is_name = |name: &str| {
-            let is_allowed = |byte: u8| {
-                byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.')
-            };
-            (1..=LONGEST).contains(&name.len()) && name.bytes().all(is_allowed)
-        };
         match text.split_once('/') {
-            Some((namespace, name)) if is_name(namespace) && is_name(name) => {
+            Some((namespace, name)) if is_subdomain(namespace) && is_subdomain(name) => {
                 Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
             }
             _ => Err(NotADaemonSet),

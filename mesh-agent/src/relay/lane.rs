@@ -3,17 +3,16 @@
 use std::future::pending;
 use std::io;
 use std::os::fd::{AsRawFd as _, RawFd};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use mesh_core::wire::{HEADER_LEN, ResetReason};
-use tokio::io::{AsyncRead as _, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::sleep;
 
-use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd, read_unasked};
+use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd, read_ready, read_unasked};
 use crate::net;
 use crate::tunnel::{Buf, Codec, Lane, LaneError, LaneEvent, LaneFlow, Reuse};
 
@@ -162,10 +161,7 @@ impl Far for LaneEnd<'_> {
         cx: &mut Context<'_>,
         most: usize,
     ) -> Poll<Result<Arrived, Outcome>> {
-        self.next(most, |read, room| {
-            let mut room = ReadBuf::new(room);
-            Pin::new(read).poll_read(cx, &mut room).map_ok(|()| room.filled().len())
-        })
+        self.next(most, |read, room| read_ready(read, cx, room))
     }
 
     fn poll_last(&mut self, _cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>> {

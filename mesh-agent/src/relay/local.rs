@@ -3,16 +3,17 @@
 use std::future::pending;
 use std::io;
 use std::net::Shutdown;
-use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use mesh_core::wire::ResetReason;
 use socket2::SockRef;
-use tokio::io::{AsyncRead as _, Interest, ReadBuf};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
-use super::{Arrived, BUDGET, Far, Live, Outcome, RelayEnd, count, read_unasked, up_to};
+use super::{
+    Arrived, BUDGET, Far, Live, Outcome, RelayEnd, count, read_ready, read_unasked, up_to,
+};
 use crate::tunnel::{Buf, Held};
 
 struct LocalEnd<'a> {
@@ -101,10 +102,7 @@ impl Far for LocalEnd<'_> {
         cx: &mut Context<'_>,
         most: usize,
     ) -> Poll<Result<Arrived, Outcome>> {
-        self.next(most, |read, room| {
-            let mut room = ReadBuf::new(room);
-            Pin::new(read).poll_read(cx, &mut room).map_ok(|()| room.filled().len())
-        })
+        self.next(most, |read, room| read_ready(read, cx, room))
     }
 
     fn poll_last(&mut self, _cx: &mut Context<'_>) -> Poll<Result<Arrived, Outcome>> {

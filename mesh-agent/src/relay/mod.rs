@@ -298,16 +298,14 @@ impl<F: Far> Relay<'_, F> {
             if most == 0 {
                 return Ok(Direction::Tired);
             }
-            let mut room = ReadBuf::new(up_to(most, &mut self.up.room()[F::GAP..]));
-            let read = Pin::new(&mut self.app_read).poll_read(cx, &mut room);
-            let len = room.filled().len();
-            match read {
-                Poll::Ready(Ok(())) if len > 0 => {
+            let room = up_to(most, &mut self.up.room()[F::GAP..]);
+            match read_ready(&mut self.app_read, cx, room) {
+                Poll::Ready(Ok(len @ 1..)) => {
                     self.up.fill(F::GAP + len);
                     count(&self.live.sent, len);
                     self.up_turn.copied(len);
                 }
-                Poll::Ready(Ok(())) => {
+                Poll::Ready(Ok(_)) => {
                     self.up.release();
                     if let Err(outcome) = self.far.finish() {
                         return Err(self.last_of_far(cx, outcome));
@@ -386,6 +384,16 @@ impl<F: Far> Relay<'_, F> {
             (&*SockRef::from(self.app_write.as_ref())).write(self.far.payload())
         }
     }
+}
+
+/// Reads what a socket has if the runtime knows that it has something.
+fn read_ready(
+    socket: &mut ReadHalf<'_>,
+    cx: &mut Context<'_>,
+    room: &mut [u8],
+) -> Poll<io::Result<usize>> {
+    let mut room = ReadBuf::new(room);
+    Pin::new(socket).poll_read(cx, &mut room).map_ok(|()| room.filled().len())
 }
 
 /// The front of `room`.
